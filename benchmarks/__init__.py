@@ -1,0 +1,1 @@
+"""Benchmarks: workloads, timing, baselines, the image oracle and the records they leave."""

@@ -1,0 +1,1 @@
+"""Engines: the bundle format, and building, caching, opening and executing its graphs on a backend."""

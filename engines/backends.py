@@ -1,0 +1,69 @@
+"""The backends by name, which of them work here, and the choice for `auto`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+from . import onnxruntime_cpu
+from .bundle import Bundle, GraphInfo
+from .device import Device
+from .engine import Engine
+from .errors import BackendUnavailableError
+
+Shapes = Mapping[str, Sequence[int]]
+
+
+class Backend(Protocol):
+    """Builds and opens engines on one device."""
+
+    @property
+    def name(self) -> str:
+        """The name users give."""
+
+    @property
+    def device(self) -> Device:
+        """Where its engines run."""
+
+    @property
+    def dynamic(self) -> bool:
+        """Whether one engine serves every shape; otherwise `open` needs the shapes that the engine is for."""
+
+    def open(self, bundle: Bundle, graph: GraphInfo, shapes: Shapes | None = None) -> Engine:
+        """Open one graph of a bundle, building its engine first when the cache has none.
+
+        `shapes` are the input shapes that the engine will be bound to; a dynamic backend ignores them. Engines are the
+        caller's to close.
+        """
+
+
+_BACKENDS: dict[str, tuple[Callable[[], str | None], Callable[..., Backend]]] = {
+    "onnxruntime-cpu": (onnxruntime_cpu.unavailable_reason, onnxruntime_cpu.OnnxRuntimeCpu),
+}
+
+
+def names() -> list[str]:
+    """Return every backend name, in the order in which `auto` tries them."""
+    return list(_BACKENDS)
+
+
+def unavailable_reasons() -> dict[str, str | None]:
+    """Return, for every backend, why it cannot run here, or None when it can."""
+    return {name: reason() for name, (reason, _) in _BACKENDS.items()}
+
+
+def open_backend(name: str = "auto", **options: Any) -> Backend:
+    """Open a backend by name; `auto` takes the first that works here.
+
+    Raises `BackendUnavailableError` for an unknown name or one that cannot run on this machine.
+    """
+    if name == "auto":
+        reasons = unavailable_reasons()
+        working = [candidate for candidate, reason in reasons.items() if reason is None]
+        if not working:
+            why = "; ".join(f"{backend}: {reason}" for backend, reason in reasons.items())
+            raise BackendUnavailableError(f"no backend works on this machine ({why})")
+        name = working[0]
+    if name not in _BACKENDS:
+        raise BackendUnavailableError(f"unknown backend {name!r}: choose auto, {', '.join(_BACKENDS)}")
+    return _BACKENDS[name][1](**options)

@@ -1,0 +1,109 @@
+"""What a device is to the rest of latentrt: memory, streams, events and captured graphs.
+
+Two implementations: `host` (numpy, work runs at once) and `cuda` (cuda.core). The denoising loop
+is written against them once, so the loop that the CPU tests run is the loop that a GPU runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+
+
+class Tensor(Protocol):
+    """Memory on a device with a shape and an element type; its address never changes."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Sizes, outermost first."""
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Element type."""
+
+    @property
+    def pointer(self) -> int:
+        """Address of the first element, on the device."""
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+
+    def write(self, array: Array, stream: Stream) -> None:
+        """Copy a host array of this shape and dtype to the device, in stream order; the array may change afterwards."""
+
+    def read(self, stream: Stream) -> Array:
+        """Wait for the stream and return a copy on the host."""
+
+    def close(self) -> None:
+        """Free the memory; calling it again does nothing."""
+
+
+class Event(Protocol):
+    """A point in a stream's work."""
+
+    def synchronize(self) -> None:
+        """Wait until the work before this point is done."""
+
+    def milliseconds_since(self, earlier: Event) -> float:
+        """Return the time between two points of one device, in milliseconds."""
+
+
+class Graph(Protocol):
+    """Captured work, ready to be replayed any number of times."""
+
+    def replay(self, stream: Stream) -> None:
+        """Enqueue the captured work once more; returns at once."""
+
+    def close(self) -> None:
+        """Free the graph; calling it again does nothing."""
+
+
+class Capture(Protocol):
+    """Work being captured; `finish` after the block turns it into a `Graph`."""
+
+    def finish(self) -> Graph:
+        """Return the captured graph; an error inside the block has already been raised."""
+
+
+class Stream(Protocol):
+    """An ordered queue of work on a device."""
+
+    @property
+    def handle(self) -> int:
+        """The native stream handle (0 on the host)."""
+
+    def synchronize(self) -> None:
+        """Wait until all enqueued work is done."""
+
+    def record(self) -> Event:
+        """Return an event behind the work enqueued so far."""
+
+    def capture(self) -> AbstractContextManager[Capture]:
+        """Capture what is enqueued inside the block instead of running it."""
+
+    def close(self) -> None:
+        """Free the stream; calling it again does nothing."""
+
+
+class Device(Protocol):
+    """Something that owns memory and runs engines."""
+
+    @property
+    def name(self) -> str:
+        """What the device is called in reports."""
+
+    def empty(self, shape: Sequence[int], dtype: npt.DTypeLike) -> Tensor:
+        """Allocate a tensor with undefined contents."""
+
+    def stream(self) -> Stream:
+        """Create a stream."""
+
+    def memory_in_use(self) -> int:
+        """Return the bytes that tensors of this device hold now."""

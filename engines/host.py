@@ -1,0 +1,161 @@
+"""The host as a device: tensors are numpy arrays, streams run work at once, a captured graph is a list of calls."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .device import Array, Event, Stream
+from .errors import EngineError, ShapeError
+
+
+class HostTensor:
+    """A numpy array at a fixed, 64-byte aligned address."""
+
+    def __init__(self, device: HostDevice, shape: Sequence[int], dtype: npt.DTypeLike) -> None:
+        self.shape = tuple(int(n) for n in shape)
+        self.dtype: np.dtype[Any] = np.dtype(dtype)
+        self.nbytes = math.prod(self.shape) * self.dtype.itemsize
+        memory = np.empty(self.nbytes + 64, np.uint8)
+        start = -memory.ctypes.data % 64
+        self.array: Array = memory[start : start + self.nbytes].view(self.dtype).reshape(self.shape)
+        self.pointer = memory[start:].ctypes.data
+        self._device: HostDevice | None = device
+        device._bytes += self.nbytes
+
+    def write(self, array: Array, stream: Stream) -> None:
+        """Copy an array of this shape and dtype into the tensor."""
+        if array.shape != self.shape or array.dtype != self.dtype:
+            raise ShapeError(f"cannot write {array.dtype}{list(array.shape)} to {self.dtype}{list(self.shape)}")
+        _host(stream).submit(lambda: np.copyto(self.array, array))
+
+    def read(self, stream: Stream) -> Array:
+        """Return a copy of the contents."""
+        stream.synchronize()
+        return self.array.copy()
+
+    def close(self) -> None:
+        """Give the memory back; calling it again does nothing."""
+        if self._device is not None:
+            self._device._bytes -= self.nbytes
+            self._device = None
+            self.array = np.empty(0, self.dtype)
+
+
+class HostEvent:
+    """A time stamp: host work is done when it returns."""
+
+    def __init__(self) -> None:
+        self._time = time.perf_counter()
+
+    def synchronize(self) -> None:
+        """Do nothing: the work is done."""
+
+    def milliseconds_since(self, earlier: Event) -> float:
+        """Return the time between two events in milliseconds."""
+        assert isinstance(earlier, HostEvent)
+        return (self._time - earlier._time) * 1e3
+
+
+class HostGraph:
+    """A recorded list of calls."""
+
+    def __init__(self, calls: list[Callable[[], object]]) -> None:
+        self._calls: list[Callable[[], object]] | None = calls
+
+    def replay(self, stream: Stream) -> None:
+        """Run the recorded calls in order."""
+        if self._calls is None:
+            raise EngineError("a closed graph was replayed: capture it again")
+        for call in self._calls:
+            _host(stream).submit(call)
+
+    def close(self) -> None:
+        """Drop the calls; calling it again does nothing."""
+        self._calls = None
+
+
+class HostCapture:
+    """Calls recorded instead of run."""
+
+    def __init__(self) -> None:
+        self.calls: list[Callable[[], object]] = []
+        self.open = True
+
+    def finish(self) -> HostGraph:
+        """Return the recorded calls as a graph."""
+        if self.open:
+            raise EngineError("a capture was finished inside its own block: leave the block first")
+        return HostGraph(self.calls)
+
+
+class HostStream:
+    """Runs work at once, or records it while a capture is open."""
+
+    handle = 0
+
+    def __init__(self) -> None:
+        self._capture: HostCapture | None = None
+
+    def submit(self, call: Callable[[], object]) -> None:
+        """Run `call` now, or record it when capturing."""
+        if self._capture is None:
+            call()
+        else:
+            self._capture.calls.append(call)
+
+    def synchronize(self) -> None:
+        """Do nothing, except refuse to wait inside a capture, as CUDA does."""
+        if self._capture is not None:
+            raise EngineError("a stream cannot be waited for while its work is being captured")
+
+    def record(self) -> HostEvent:
+        """Return an event at this moment."""
+        return HostEvent()
+
+    @contextmanager
+    def capture(self) -> Iterator[HostCapture]:
+        """Record what is submitted inside the block."""
+        if self._capture is not None:
+            raise EngineError("a stream that is already capturing cannot start another capture")
+        self._capture = capture = HostCapture()
+        try:
+            yield capture
+        finally:
+            self._capture = None
+            capture.open = False
+
+    def close(self) -> None:
+        """Do nothing: a host stream holds no resources."""
+
+
+class HostDevice:
+    """This machine's processor and memory."""
+
+    name = "cpu"
+
+    def __init__(self) -> None:
+        self._bytes = 0
+
+    def empty(self, shape: Sequence[int], dtype: npt.DTypeLike) -> HostTensor:
+        """Allocate a tensor with undefined contents."""
+        return HostTensor(self, shape, dtype)
+
+    def stream(self) -> HostStream:
+        """Create a stream."""
+        return HostStream()
+
+    def memory_in_use(self) -> int:
+        """Return the bytes that open tensors hold."""
+        return self._bytes
+
+
+def _host(stream: Stream) -> HostStream:
+    assert isinstance(stream, HostStream), "a host tensor was used with another device's stream"
+    return stream

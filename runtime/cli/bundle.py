@@ -1,0 +1,99 @@
+"""`latentrt export` and `latentrt inspect`."""
+
+from __future__ import annotations
+
+import json
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ...engines.bundle import Bundle
+from .progress import progress_bar
+
+
+class PrecisionChoice(str, Enum):
+    """Number format of the networks."""
+
+    fp32 = "fp32"
+    fp16 = "fp16"
+
+
+def export(
+    checkpoint: Annotated[
+        str,
+        typer.Argument(help="A diffusers folder, a hub id (org/name), or a .safetensors file of the original layout."),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the new bundle.")],
+    precision: Annotated[PrecisionChoice, typer.Option(help="Number format of the networks.")] = PrecisionChoice.fp32,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")] = False,
+) -> None:
+    """Turn a checkpoint into a bundle of ONNX graphs (needs the export extra)."""
+    from ...export import export_checkpoint
+
+    with progress_bar("exporting") as progress:
+        path = export_checkpoint(
+            checkpoint, output, precision=precision.value, revision=revision, replace=force, progress=progress
+        )
+    typer.echo(f"{path}: {_size(sum(f.size for f in Bundle.open(path).manifest.files.values()))}")
+
+
+def inspect(
+    bundle: Annotated[Path, typer.Argument(help="A bundle.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the manifest and what is wrong as JSON.")] = False,
+) -> None:
+    """Show a bundle's graphs, tensors, sizes and sampler, and check every file's hash."""
+    opened = Bundle.open(bundle)
+    manifest = opened.manifest
+    with progress_bar("checking") as progress:
+        done = iter(range(len(manifest.files)))
+        problems = opened.problems(lambda name: progress(name, next(done), len(manifest.files)))
+    if as_json:
+        typer.echo(json.dumps({"manifest": manifest.model_dump(mode="json"), "problems": problems}, indent=2))
+    else:
+        typer.echo("\n".join(_lines(opened)))
+        for name, problem in problems.items():
+            typer.echo(f"  {name} {problem}")
+        typer.echo("every file matches its hash" if not problems else "do not use this bundle: export it again")
+    if problems:
+        raise typer.Exit(1)
+
+
+def _lines(bundle: Bundle) -> list[str]:
+    manifest, latent = bundle.manifest, bundle.manifest.latent
+    source = manifest.source.get("name", "unknown")
+    lines = [
+        f"{bundle.path}: {manifest.family}, {manifest.precision}, from {source}",
+        f"  size {latent.default_width}x{latent.default_height}, multiples of {latent.size_multiple};"
+        f" latents {latent.channels} channels, 1/{latent.downscale} of the pixels",
+        f"  sampler {manifest.scheduler.get('_class_name')}, prediction "
+        f"{manifest.scheduler.get('prediction_type', 'epsilon')}, default {manifest.default_num_inference_steps} steps,"
+        f" guidance {manifest.default_guidance_scale:g}",
+    ]
+    for graph in manifest.graphs:
+        size = _size(sum(manifest.files[name].size for name in graph.files))
+        parity = f", error against PyTorch {graph.parity.relative_error:.1e}" if graph.parity else ""
+        lines.append(f"  {graph.name} (once per {_STAGES[graph.stage]}): {size}, opset {graph.opset}{parity}")
+        for arrow, tensors in (("<-", graph.inputs), ("->", graph.outputs)):
+            lines += [f"    {arrow} {t.name} {t.dtype}[{', '.join(map(str, t.shape))}]" for t in tensors]
+        lines += [f"    {name} sha256 {manifest.files[name].sha256}" for name in graph.files]
+    return lines
+
+
+_STAGES: dict[str, Any] = {
+    "prompt": "prompt",
+    "image": "initial picture",
+    "schedule": "schedule",
+    "step": "step",
+    "end": "picture",
+}
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.3g} {unit}"
+        count /= 1024
+    return f"{count:.2f} GiB"

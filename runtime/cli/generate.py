@@ -1,0 +1,165 @@
+"""`latentrt generate`: prompts in, PNG files out."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ...engines.errors import MissingExtraError, RequestError
+from .files import free_paths, write_atomically
+from .progress import progress_bar
+
+if TYPE_CHECKING:
+    from ..result import GenerationResult
+
+
+def generate(
+    prompts: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="PROMPT...", help="One or more prompts; - reads them from standard input."),
+    ] = None,
+    bundle: Annotated[
+        Path | None, typer.Option("--bundle", "-b", help="Bundle to run (default: embedded model).")
+    ] = None,
+    prompt_file: Annotated[Path | None, typer.Option("--prompts", help="File with one prompt a line.")] = None,
+    negative: Annotated[str, typer.Option("--negative", "-n", help="What the picture should not show.")] = "",
+    seed: Annotated[
+        int | None, typer.Option("--seed", "-s", help="Seed of the first picture (default: random).")
+    ] = None,
+    steps: Annotated[int | None, typer.Option("--steps", help="Denoising steps (default: the bundle's).")] = None,
+    sampler: Annotated[str | None, typer.Option("--sampler", help="Sampler, such as ddim or dpmpp_2m_karras.")] = None,
+    guidance: Annotated[float | None, typer.Option("--guidance", "-g", help="Guidance scale.")] = None,
+    eta: Annotated[float, typer.Option("--eta", help="Noise of the DDIM sampler, 0 to 1.")] = 0.0,
+    size: Annotated[str | None, typer.Option("--size", metavar="WxH", help="Picture size in pixels.")] = None,
+    count: Annotated[int, typer.Option("--count", "-c", help="Pictures per prompt.")] = 1,
+    init_image: Annotated[Path | None, typer.Option("--init-image", help="Picture to start from.")] = None,
+    mask: Annotated[Path | None, typer.Option("--mask", help="Repaint only the white area of this picture.")] = None,
+    strength: Annotated[float | None, typer.Option("--strength", help="How far to leave the initial picture.")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="A .png file for one picture, or a folder.")] = Path(),
+    grid: Annotated[Path | None, typer.Option("--grid", help="Also write all pictures, labelled, as one PNG.")] = None,
+    backend: Annotated[str, typer.Option("--backend", help="Backend (default: the fastest that works).")] = "auto",
+    threads: Annotated[int | None, typer.Option("--threads", min=1, help="Processor threads.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print paths, seeds and timings as JSON.")] = False,
+) -> None:
+    """Turn prompts into pictures."""
+    texts = _prompts(prompts, prompt_file)
+    width, height = _size(size)
+    single = output.suffix.lower() == ".png"
+    if output.suffix and not single and not output.is_dir():
+        raise RequestError(f"output {output} is neither a .png file nor a folder: pictures are written as PNG")
+    if single and len(texts) * count != 1:
+        raise RequestError(f"output {output} is one file for {len(texts) * count} pictures: give a folder")
+    if grid is not None and grid.suffix.lower() != ".png":
+        raise RequestError(f"grid {grid} is not a .png file: grids are written as PNG")
+    from ..pipeline import Pipeline
+
+    began = time.perf_counter()
+    options: dict[str, Any] = {} if threads is None else {"threads": threads}
+    with (
+        progress_bar("generating") as progress,
+        Pipeline.open(bundle or _embedded(), backend, progress=progress, **options) as pipe,
+    ):
+        opened = time.perf_counter()
+        result = pipe(
+            texts,
+            negative,
+            height=height,
+            width=width,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            num_images_per_prompt=count,
+            seed=seed,
+            sampler=sampler,
+            eta=eta,
+            image=init_image,
+            mask_image=mask,
+            strength=strength,
+            progress=progress,
+        )
+        described = {"bundle": pipe.bundle.manifest.source.get("name"), "precision": pipe.bundle.manifest.precision}
+    report = _write(result, described, output if single else None, output, grid)
+    report["timings"]["open"] = opened - began
+    if as_json:
+        typer.echo(json.dumps(report, indent=2))
+    else:
+        for entry in report["images"]:
+            typer.echo(f"{entry['path']}  seed {entry['seed']}  {entry['prompt']}")
+        if grid is not None:
+            typer.echo(str(grid))
+
+
+def _write(
+    result: GenerationResult, described: dict[str, Any], file: Path | None, folder: Path, grid_path: Path | None
+) -> dict[str, Any]:
+    """Write all pictures (and the grid) and return the report that --json prints."""
+    from dataclasses import asdict
+
+    import numpy as np
+
+    from .. import image as images
+
+    assert result.request is not None
+    start = time.perf_counter()
+    entries = []
+    paths = [file] if file is not None else free_paths(folder, result.seeds)
+    for picture, path, (prompt, negative, seed) in zip(result.images, paths, result.request.images, strict=True):
+        request = result.request.model_dump(mode="json") | {
+            "prompt": prompt,
+            "negative_prompt": negative,
+            "seed": seed,
+            "num_images_per_prompt": 1,
+        }
+        write_atomically(path, images.encode_png(np.asarray(picture), request | described))
+        entries.append({"path": str(path), "seed": seed, "prompt": prompt})
+    if grid_path is not None:
+        sheet = images.grid(result.images, [f"{entry['prompt']}" for entry in entries])
+        write_atomically(grid_path, images.encode_png(np.asarray(sheet)))
+    timings = asdict(result.timings) | {"write": time.perf_counter() - start}
+    request = result.request.model_dump(mode="json") | described
+    return {"images": entries, "timings": timings, "request": request, "warnings": result.warnings}
+
+
+def _embedded() -> Path:
+    """Return the embedded model's bundle, exported at first use."""
+    try:
+        from ...export.embedded import bundle_path, ensure_bundle
+    except ImportError as error:
+        raise MissingExtraError("export", "the embedded model") from error
+    if not bundle_path().exists():
+        typer.echo("exporting the embedded model, once", err=True)
+    with progress_bar("exporting the embedded model") as progress:
+        return ensure_bundle(progress=progress)
+
+
+def _prompts(arguments: list[str] | None, file: Path | None) -> list[str]:
+    """Return prompts from the arguments, from standard input for `-`, or one a line from a file."""
+    if bool(arguments) == bool(file):
+        raise RequestError("give prompts either as arguments (- for standard input) or with --prompts FILE")
+    if file is not None:
+        try:
+            text = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise RequestError(f"prompts file {file} cannot be read as UTF-8 text: {error}") from error
+    elif arguments == ["-"]:
+        text = sys.stdin.read()
+    else:
+        return list(arguments or [])
+    prompts = [line.strip() for line in text.splitlines() if line.strip()]
+    if not prompts:
+        raise RequestError(f"{file or 'standard input'} holds no prompts: write one a line")
+    return prompts
+
+
+def _size(text: str | None) -> tuple[int | None, int | None]:
+    if text is None:
+        return None, None
+    match = re.fullmatch(r"(\d{1,6})[xX](\d{1,6})", text.strip())
+    if not match:
+        raise RequestError(f"size is {text!r}: give WIDTHxHEIGHT in pixels, such as 512x512")
+    return int(match[1]), int(match[2])

@@ -1,0 +1,111 @@
+"""The denoising loop: N times (denoiser, step graph) over two alternating sets of buffers.
+
+Everything that a step needs is on the device, the step counter too, and every address is fixed: a step is enqueued, or
+captured once and replayed, with nothing coming from the host. The step graph must not write over its own inputs, so
+even steps read set 0 and write set 1, and odd steps the other way round.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Literal
+
+import numpy as np
+
+from ..engines.device import Array, Device, Graph, Stream, Tensor
+from ..engines.engine import Engine
+
+Mode = Literal["eager", "step"]
+"""`eager` enqueues both engines every step; `step` captures an even and an odd step once and replays them."""
+
+STATE = ("latents", "history", "model_input", "timestep", "step")
+"""What a step reads from one set of buffers and writes, as `next_…`, to the other."""
+
+
+class DenoiseLoop:
+    """Buffers, bound engines and captured steps for one shape of request.
+
+    `arrays` are the host arrays of a first request, by the names of the step graph's inputs plus `model_input` and
+    `timestep`: their shapes and types are the loop's. `conditioning` are device tensors that the denoiser also reads.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        denoiser: Engine,
+        step: Engine,
+        arrays: Mapping[str, Array],
+        conditioning: Mapping[str, Tensor],
+    ) -> None:
+        """Allocate the buffers and bind both engines to each set."""
+
+        def empty(names: list[str]) -> dict[str, Tensor]:
+            return {name: device.empty(arrays[name].shape, arrays[name].dtype) for name in names}
+
+        self._constants = empty([name for name in arrays if name not in STATE])
+        self._sets = [empty(list(STATE)), empty(list(STATE))]
+        prediction = device.empty(arrays["model_input"].shape, denoiser.outputs["prediction"].dtype)
+        self._owned = [prediction, *self._constants.values(), *self._sets[0].values(), *self._sets[1].values()]
+        self._bound = []
+        for here, there in (self._sets, self._sets[::-1]):
+            network = {**conditioning, "model_input": here["model_input"], "timestep": here["timestep"]}
+            update = {"prediction": prediction, **self._constants}
+            update |= {name: tensor for name, tensor in here.items() if name in step.inputs}
+            update |= {f"next_{name}": tensor for name, tensor in there.items()}
+            bound = (denoiser.bind({**network, "prediction": prediction}), step.bind(update))
+            self._bound.append(bound)
+        self._graphs: list[Graph | None] = [None, None]
+
+    def load(self, arrays: Mapping[str, Array], stream: Stream) -> None:
+        """Copy a request's arrays to the device; shapes must be those of the first request."""
+        for name, array in arrays.items():
+            (self._sets[0] if name in STATE else self._constants)[name].write(array, stream)
+
+    def latents(self, steps_done: int) -> Tensor:
+        """Return the tensor that holds the latents [B, C, h, w] after a number of steps."""
+        return self._sets[steps_done % 2]["latents"]
+
+    def replace_latents(self, steps_done: int, latents: Array, input_scale: float, stream: Stream) -> None:
+        """Overwrite the latents after a number of steps, and the model input that follows from them."""
+        state = self._sets[steps_done % 2]
+        state["latents"].write(latents, stream)
+        rows = np.tile(latents * np.float32(input_scale), (state["model_input"].shape[0] // len(latents), 1, 1, 1))
+        state["model_input"].write(rows.astype(state["model_input"].dtype), stream)
+
+    def run(
+        self, steps: int, stream: Stream, *, mode: Mode = "step", on_step: Callable[[int], None] | None = None
+    ) -> Tensor:
+        """Enqueue `steps` steps and return the tensor of the final latents; nothing waits unless `on_step` does.
+
+        `on_step(i)` is called after step i was enqueued.
+        """
+        for index in range(steps):
+            if mode == "eager":
+                self._enqueue(index % 2, stream)
+            else:
+                self._captured(index % 2, stream).replay(stream)
+            if on_step is not None:
+                on_step(index)
+        return self.latents(steps)
+
+    def _enqueue(self, parity: int, stream: Stream) -> None:
+        denoiser, step = self._bound[parity]
+        denoiser.enqueue(stream)
+        step.enqueue(stream)
+
+    def _captured(self, parity: int, stream: Stream) -> Graph:
+        graph = self._graphs[parity]
+        if graph is None:
+            with stream.capture() as capture:
+                self._enqueue(parity, stream)
+            graph = self._graphs[parity] = capture.finish()
+        return graph
+
+    def close(self) -> None:
+        """Free graphs and buffers; calling it again does nothing."""
+        for graph in self._graphs:
+            if graph is not None:
+                graph.close()
+        for tensor in self._owned:
+            tensor.close()
+        self._graphs, self._bound, self._owned = [None, None], [], []

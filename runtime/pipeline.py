@@ -1,0 +1,301 @@
+"""The way of one prompt: encode, table and noise, denoise, decode."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, get_args
+
+import numpy as np
+from PIL import Image
+
+from ..engines.backends import Backend, open_backend
+from ..engines.bundle import Bundle, GraphInfo
+from ..engines.device import Array
+from ..engines.engine import Engine
+from ..engines.errors import RequestError
+from .image import image_pixels, latent_mask, load_image
+from .inputs import InitialImage, loop_arrays
+from .loop import Mode
+from .request import GenerationRequest
+from .result import GenerationResult, Timings
+from .samplers import step_table
+from .step_table import StepTable
+from .tokenizer import Tokenizer, encode_prompts
+from .workspace import Workspace, allocate_outputs
+
+OutputType = Literal["pil", "np", "latent"]
+StepCallback = Callable[["Pipeline", int, float, dict[str, Any]], "dict[str, Any] | None"]
+
+MAX_WORKSPACES = 4
+"""Request shapes whose buffers and captured graphs are kept; the least recently used goes first."""
+
+Progress = Callable[[str, int, int], None]
+"""Called with a stage, the work done in it and the work in all."""
+
+log = logging.getLogger(__name__)
+
+
+def _silent(stage: str, done: int, total: int) -> None:
+    """Report no progress."""
+
+
+class Pipeline:
+    """A bundle opened for generation; a context manager. One request at a time."""
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        backend: Backend,
+        *,
+        mode: Mode = "step",
+        max_batch: int = 4,
+        progress: Progress = _silent,
+    ) -> None:
+        """Open all engines that every request needs; `max_batch` images are denoised together."""
+        self.bundle = bundle
+        self.backend = backend
+        self.mode: Mode = mode
+        self.max_batch = max_batch
+        self._tokenizers = [Tokenizer(bundle.file(info.file), info) for info in bundle.manifest.tokenizers]
+        self._network_dtype = next(t.dtype for t in bundle.graph("denoiser").inputs if t.name == "model_input")
+        self._stream = backend.device.stream()
+        self._workspaces: OrderedDict[Any, Workspace] = OrderedDict()
+        self._engines: dict[Any, Engine] = {}
+        graphs = [graph for graph in bundle.manifest.graphs if graph.stage != "image"]  # most start from noise
+        for number, graph in enumerate(graphs if backend.dynamic else []):
+            progress(f"opening {graph.name}", number, len(graphs))
+            self._engine(graph, {})
+
+    @classmethod
+    def open(
+        cls,
+        bundle: str | Path | Bundle,
+        backend: str = "auto",
+        *,
+        mode: Mode = "step",
+        max_batch: int = 4,
+        progress: Progress = _silent,
+        **options: Any,
+    ) -> Pipeline:
+        """Open a bundle on a backend, building the engines that the cache does not have.
+
+        `options` go to the backend (`threads=`, `cache=`). Raises `BundleError`, `BackendUnavailableError` or
+        `EngineError`.
+        """
+        opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+        return cls(opened, open_backend(backend, **options), mode=mode, max_batch=max_batch, progress=progress)
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        negative_prompt: str | Sequence[str] | None = None,
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        num_images_per_prompt: int = 1,
+        seed: int | None = None,
+        sampler: str | None = None,
+        eta: float = 0.0,
+        image: Any = None,
+        mask_image: Any = None,
+        strength: float | None = None,
+        output_type: OutputType = "pil",
+        callback_on_step_end: StepCallback | None = None,
+        progress: Progress = _silent,
+    ) -> GenerationResult:
+        """Turn prompts into pictures.
+
+        `image` (a path, PIL picture or array) starts from a picture, kept the more the lower `strength` is (default
+        0.8); `mask_image` repaints only its white area (default strength 1). Sizes are pixels; `None` means the
+        bundle's default. `callback_on_step_end(pipe, step, timestep, {"latents": array})` may return replaced latents.
+        Raises `RequestError` for anything that cannot be served as given.
+        """
+        start = time.perf_counter()
+        if output_type not in get_args(OutputType):
+            raise RequestError(f"output_type is {output_type!r}: choose pil, np or latent")
+        picture, mask = _pictures(image, mask_image, strength)
+        request = GenerationRequest.of(
+            prompt=prompt if isinstance(prompt, str) else tuple(prompt),
+            negative_prompt=negative_prompt,
+            height=height,
+            width=width,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            num_images_per_prompt=num_images_per_prompt,
+            seed=seed,
+            sampler=sampler,
+            eta=eta,
+            strength=strength if strength is not None else 0.8 if picture and not mask else 1.0,
+        )
+        request = request.with_defaults(self.bundle.manifest, picture.size if picture else None)
+        table = step_table(
+            self.bundle.manifest.scheduler,
+            request.num_inference_steps or 1,
+            sampler=request.sampler,
+            strength=request.strength if picture else 1.0,
+            eta=request.eta,
+        )
+        initial = self._initial(request, picture, mask) if picture else None
+        timings, outputs = Timings(), []
+        warnings: list[str] = []
+        for images in _batches(request.images, self.max_batch):
+            began = time.perf_counter()
+            token_ids = encode_prompts(self._tokenizers, images, request.branches, warnings)
+            tokenized = time.perf_counter()
+            arrays = loop_arrays(
+                table,
+                [seed for _, _, seed in images],
+                self._latent_shape(request),
+                guidance_scale=request.guidance_scale or 0.0,
+                branches=request.branches,
+                network_dtype=self._network_dtype,
+                initial=initial,
+                repaint_all=mask is not None and request.strength == 1,
+            )
+            prepared = time.perf_counter()
+            timings.tokenize += tokenized - began
+            timings.prepare += prepared - tokenized
+            workspace = self._workspace(token_ids, arrays)
+            outputs.append(
+                self._run(workspace, token_ids, arrays, table, output_type, callback_on_step_end, progress, timings)
+            )
+        result: Any = np.concatenate(outputs)
+        if output_type == "pil":
+            result = [Image.fromarray(pixels) for pixels in result]
+        timings.total = time.perf_counter() - start
+        seeds = [seed for _, _, seed in request.images]
+        return GenerationResult(result, seeds, timings, warnings, request)
+
+    def _run(
+        self,
+        workspace: Workspace,
+        token_ids: dict[str, Array],
+        arrays: dict[str, Array],
+        table: StepTable,
+        output_type: OutputType,
+        callback: StepCallback | None,
+        progress: Progress,
+        timings: Timings,
+    ) -> Array:
+        """Encode, denoise and decode one batch; the device is waited for once, at the end."""
+        stream = self._stream
+        events = [stream.record()]
+        workspace.encode(token_ids, stream)
+        events.append(stream.record())
+        workspace.loop.load(arrays, stream)
+        on_step = self._on_step(callback, progress, workspace, table)
+        latents = workspace.loop.run(len(table), stream, mode=self.mode, on_step=on_step)
+        events.append(stream.record())
+        if output_type == "latent":
+            output = latents.read(stream)
+            events.append(events[-1])
+        else:
+            workspace.decode(len(table), stream)
+            events.append(stream.record())
+            output = workspace.pictures["image" if output_type == "pil" else "pixels"].read(stream)
+        encode, denoise, decode = (b.milliseconds_since(a) / 1e3 for a, b in pairwise(events))
+        timings.encode += encode
+        timings.denoise += denoise
+        timings.decode += decode
+        timings.steps += len(table)
+        return output
+
+    def _on_step(
+        self, callback: StepCallback | None, progress: Progress, workspace: Workspace, table: StepTable
+    ) -> Callable[[int], None]:
+        def on_step(index: int) -> None:
+            progress("denoising", index + 1, len(table))
+            if callback is None:
+                return
+            tensor = workspace.loop.latents(index + 1)
+            latents = tensor.read(self._stream)
+            replaced = callback(self, index, float(table.timesteps[index]), {"latents": latents})
+            latents_after = (replaced or {}).get("latents")
+            if latents_after is not None and index + 1 < len(table):
+                scale = float(table.input_scales[index + 1])
+                workspace.loop.replace_latents(index + 1, latents_after, scale, self._stream)
+
+        return on_step
+
+    def _initial(self, request: GenerationRequest, picture: Image.Image, mask: Image.Image | None) -> InitialImage:
+        """Encode the initial picture to latent moments, and bring the mask to latent size."""
+        height, width = request.height or 0, request.width or 0
+        if not self.bundle.has_graph("image_encoder"):
+            raise RequestError(f"bundle {self.bundle.path} has no image_encoder: it cannot start from a picture")
+        device = self.backend.device
+        pixels = image_pixels(picture, height, width)[None]
+        engine = self._engine(self.bundle.graph("image_encoder"), {"image": pixels.shape})
+        inputs = {"image": device.empty(pixels.shape, pixels.dtype)}
+        tensors = inputs | allocate_outputs(device, engine, inputs)
+        try:
+            inputs["image"].write(pixels, self._stream)
+            engine.bind(tensors).enqueue(self._stream)
+            mean, std = (tensors[name].read(self._stream) for name in ("latents_mean", "latents_std"))
+        finally:
+            for tensor in tensors.values():
+                tensor.close()
+        cells = None if mask is None else latent_mask(mask, height, width, self.bundle.manifest.latent.downscale)
+        return InitialImage(mean, std, cells)
+
+    def _latent_shape(self, request: GenerationRequest) -> tuple[int, int, int]:
+        latent = self.bundle.manifest.latent
+        return latent.channels, (request.height or 0) // latent.downscale, (request.width or 0) // latent.downscale
+
+    def _engine(self, graph: GraphInfo, shapes: Mapping[str, Sequence[int]]) -> Engine:
+        key = (
+            graph.name
+            if self.backend.dynamic
+            else (graph.name, tuple(sorted((n, tuple(s)) for n, s in shapes.items())))
+        )
+        if key not in self._engines:
+            self._engines[key] = self.backend.open(self.bundle, graph, shapes)
+        return self._engines[key]
+
+    def _workspace(self, token_ids: dict[str, Array], arrays: dict[str, Array]) -> Workspace:
+        key = tuple((name, array.shape) for name, array in {**token_ids, **arrays}.items())
+        workspace = self._workspaces.pop(key, None)
+        if workspace is None:
+            if len(self._workspaces) >= MAX_WORKSPACES:
+                self._workspaces.popitem(last=False)[1].close()
+            workspace = Workspace(self.backend.device, self.bundle, self._engine, token_ids, arrays)
+        self._workspaces[key] = workspace
+        return workspace
+
+    def close(self) -> None:
+        """Free all engines and memory; calling it again does nothing."""
+        for workspace in self._workspaces.values():
+            workspace.close()
+        for engine in self._engines.values():
+            engine.close()
+        self._workspaces.clear()
+        self._engines.clear()
+        self._stream.close()
+
+    def __enter__(self) -> Pipeline:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+
+def _pictures(image: Any, mask: Any, strength: float | None) -> tuple[Image.Image | None, Image.Image | None]:
+    """Load the initial picture and the mask, and check that they are given together with what needs them."""
+    if image is None:
+        for name, value in (("mask_image", mask), ("strength", strength)):
+            if value is not None:
+                raise RequestError(f"{name} was given without image: give the picture to start from as well")
+        return None, None
+    return load_image(image), None if mask is None else load_image(mask, "mask_image")
+
+
+def _batches(images: Sequence[tuple[str, str, int]], size: int) -> Iterator[Sequence[tuple[str, str, int]]]:
+    for start in range(0, len(images), size):
+        yield images[start : start + size]

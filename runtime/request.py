@@ -1,0 +1,105 @@
+"""What a user may ask for, validated once."""
+
+from __future__ import annotations
+
+import secrets
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from ..engines.bundle import Manifest
+from ..engines.errors import RequestError
+
+MAX_SEED = 2**64 - 1
+MAX_SIZE = 8192
+
+
+class GenerationRequest(BaseModel):
+    """One request: prompts, and everything that shapes their pictures.
+
+    `None` stands for the bundle's own default (size, steps, guidance, sampler) or for a random seed. Image i of a
+    request uses seed + i, counted over all prompts.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    prompt: tuple[str, ...] = Field(min_length=1)
+    negative_prompt: tuple[str, ...] = ("",)
+    height: int | None = Field(None, gt=0, le=MAX_SIZE)
+    width: int | None = Field(None, gt=0, le=MAX_SIZE)
+    num_inference_steps: int | None = Field(None, ge=1)
+    guidance_scale: float | None = Field(None, ge=0, le=1000, allow_inf_nan=False)
+    num_images_per_prompt: int = Field(1, ge=1, le=1024)
+    seed: int = Field(default_factory=lambda: secrets.randbits(32), ge=0, le=MAX_SEED)
+    sampler: str | None = None
+    eta: float = Field(0.0, ge=0, le=1)
+    strength: float = Field(1.0, gt=0, le=1)
+
+    @field_validator("prompt", "negative_prompt", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        if value is None:
+            return ("",)
+        return (value,) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _matching(self) -> GenerationRequest:
+        if len(self.negative_prompt) not in (1, len(self.prompt)):
+            count = len(self.negative_prompt)
+            raise ValueError(f"{count} negative prompts for {len(self.prompt)} prompts: give one, or one for each")
+        return self
+
+    @classmethod
+    def of(cls, **fields: Any) -> GenerationRequest:
+        """Validate fields; raises `RequestError` naming the first bad one, what was given and what is allowed."""
+        fields = {k: v for k, v in fields.items() if not (k == "seed" and v is None)}
+        try:
+            return cls(**fields)
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = ".".join(str(part) for part in first["loc"])
+            message = first["msg"].removeprefix("Value error, ")
+            given = f"{name} is {_short(first['input'])}: " if name else ""
+            raise RequestError(f"{given}{message[0].lower() + message[1:]}") from error
+
+    def with_defaults(self, manifest: Manifest, picture_size: tuple[int, int] | None = None) -> GenerationRequest:
+        """Return the request with the bundle's defaults filled in; an initial picture (width, height) sets the size.
+
+        Raises `RequestError` when the size does not fit the latent geometry.
+        """
+        multiple = manifest.latent.size_multiple
+        width, height = manifest.latent.default_width, manifest.latent.default_height
+        if picture_size is not None:
+            width, height = (max(multiple, side // multiple * multiple) for side in picture_size)
+        width, height = self.width or width, self.height or height
+        for name, size in (("width", width), ("height", height)):
+            if size % multiple:
+                below = size // multiple * multiple
+                near = f"{below} or {below + multiple}" if below else f"{multiple}"
+                raise RequestError(f"{name} is {size}: this bundle needs a multiple of {multiple}; try {near}")
+        scale = manifest.default_guidance_scale if self.guidance_scale is None else self.guidance_scale
+        defaults = {
+            "width": width,
+            "height": height,
+            "num_inference_steps": self.num_inference_steps or manifest.default_num_inference_steps,
+            "guidance_scale": scale,
+            "sampler": self.sampler or manifest.scheduler.get("_class_name"),
+        }
+        return self.model_copy(update=defaults)
+
+    @property
+    def branches(self) -> int:
+        """Guidance branches: 2 (unconditional and conditional) for a scale above 1, as in diffusers, else 1."""
+        return 2 if self.guidance_scale is not None and self.guidance_scale > 1 else 1
+
+    @property
+    def images(self) -> list[tuple[str, str, int]]:
+        """Prompt, negative prompt and seed of every image, in order."""
+        negatives = self.negative_prompt * (len(self.prompt) if len(self.negative_prompt) == 1 else 1)
+        pairs = [p for p in zip(self.prompt, negatives, strict=True) for _ in range(self.num_images_per_prompt)]
+        return [(prompt, negative, (self.seed + i) % (MAX_SEED + 1)) for i, (prompt, negative) in enumerate(pairs)]
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

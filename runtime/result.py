@@ -1,0 +1,39 @@
+"""What a pipeline returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from .request import GenerationRequest
+
+
+@dataclass
+class Timings:
+    """Seconds spent in each stage of a request, summed over its batches; `total` is what the caller waited."""
+
+    tokenize: float = 0.0
+    encode: float = 0.0
+    prepare: float = 0.0
+    """Step tables and noise, on the host."""
+    denoise: float = 0.0
+    decode: float = 0.0
+    total: float = 0.0
+    steps: int = 0
+    """Denoiser evaluations, summed over batches."""
+
+
+@dataclass
+class GenerationResult:
+    """Pictures in request order, the seed of each, and where the time went.
+
+    `images` is a list of PIL pictures, or an array: float32 [B, H, W, 3] in [0, 1] for `"np"`, float32 [B, C, h, w] for
+    `"latent"`.
+    """
+
+    images: Any
+    seeds: list[int]
+    timings: Timings
+    warnings: list[str] = field(default_factory=list)
+    request: GenerationRequest | None = None
+    """The request with every default filled in."""

@@ -1,0 +1,144 @@
+from __future__ import annotations
+
+import errno
+import json
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from latentrt.engines.cache import EngineCache, home
+from latentrt.engines.errors import StorageError
+
+KEY = {"backend": "b", "graph": "g", "version": "1", "gpu": "x", "profile": [1, 64, 64], "flags": {"level": 3}}
+
+
+def build(folder: Path) -> dict[str, Any]:
+    (folder / "plan").write_bytes(b"plan")
+    return {"tensors": []}
+
+
+def test_the_same_key_is_a_hit_and_builds_once(tmp_path: Path) -> None:
+    calls = []
+    cache = EngineCache(tmp_path)
+    first = cache.get("denoiser", KEY, lambda out: calls.append(out) or build(out))
+    again = EngineCache(tmp_path).get(
+        "denoiser", json.loads(json.dumps(KEY)), lambda out: calls.append(out) or build(out)
+    )
+    assert first == again and len(calls) == 1
+    assert (first / "plan").read_bytes() == b"plan"
+    assert json.loads((first / "engine.json").read_text())["key"] == KEY
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"graph": "h"},
+        {"version": "2"},
+        {"gpu": "y"},
+        {"profile": [1, 64, 65]},
+        {"flags": {"level": 4}},
+        {"backend": "c"},
+        {"extra": 1},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_any_change_of_the_key_is_a_miss(tmp_path: Path, change: dict[str, Any]) -> None:
+    cache = EngineCache(tmp_path)
+    cache.get("denoiser", KEY, build)
+    assert cache.find("denoiser", KEY) is not None
+    assert cache.find("denoiser", {**KEY, **change}) is None
+    assert cache.find("decoder", KEY) is None
+
+
+def test_a_key_that_cannot_be_written_as_json_is_an_error_not_a_hit(tmp_path: Path) -> None:
+    with pytest.raises(TypeError):
+        EngineCache(tmp_path).find("denoiser", {"graph": object()})
+
+
+def test_a_damaged_sidecar_is_a_miss_and_is_rebuilt(tmp_path: Path) -> None:
+    cache = EngineCache(tmp_path)
+    folder = cache.get("denoiser", KEY, build)
+    (folder / "engine.json").write_text("{")
+    assert cache.find("denoiser", KEY) is None
+    assert cache.get("denoiser", KEY, build) == folder
+    assert cache.find("denoiser", KEY) == folder
+
+
+def test_a_failed_build_leaves_nothing(tmp_path: Path) -> None:
+    def fail(folder: Path) -> dict[str, Any]:
+        (folder / "half").write_bytes(b"x")
+        raise RuntimeError("no")
+
+    cache = EngineCache(tmp_path)
+    with pytest.raises(RuntimeError):
+        cache.get("denoiser", KEY, fail)
+    assert cache.entries() == [] and not list((tmp_path / ".building").iterdir())
+
+
+def test_a_full_disk_is_one_clear_error(tmp_path: Path) -> None:
+    def full(folder: Path) -> dict[str, Any]:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(StorageError, match="No space left"):
+        EngineCache(tmp_path).get("denoiser", KEY, full)
+
+
+def _build_slowly(root: str, started: Any) -> None:
+    def slow(folder: Path) -> dict[str, Any]:
+        (folder / "half").write_bytes(b"x")
+        started.set()
+        time.sleep(60)
+        return {}
+
+    EngineCache(Path(root)).get("denoiser", KEY, slow)
+
+
+def test_a_killed_build_leaves_nothing_behind(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    started = context.Event()
+    process = context.Process(target=_build_slowly, args=(str(tmp_path), started))
+    process.start()
+    assert started.wait(30)
+    leftover = tmp_path / ".building"
+    EngineCache(tmp_path).sweep()
+    assert list(leftover.iterdir()), "a build in progress must not be swept away"
+    os.kill(process.pid or 0, signal.SIGKILL)
+    process.join()
+    cache = EngineCache(tmp_path)
+    assert cache.find("denoiser", KEY) is None
+    cache.sweep()
+    assert not list(leftover.iterdir()) and cache.entries() == []
+
+
+def _count_build(root: str, log: str) -> None:
+    def counted(folder: Path) -> dict[str, Any]:
+        with Path(log).open("a") as file:
+            file.write("built\n")
+        time.sleep(0.3)
+        return build(folder)
+
+    EngineCache(Path(root)).get("denoiser", KEY, counted)
+
+
+def test_two_processes_build_once(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    log = tmp_path / "log"
+    processes = [context.Process(target=_count_build, args=(str(tmp_path / "cache"), str(log))) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    assert log.read_text() == "built\n"
+
+
+def test_home_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("LATENTRT_HOME", str(tmp_path / "a"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "b"))
+    assert home() == tmp_path / "a"
+    monkeypatch.delenv("LATENTRT_HOME")
+    assert home() == tmp_path / "b" / "latentrt"
