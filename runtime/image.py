@@ -53,13 +53,13 @@ def image_pixels(image: Image.Image, height: int, width: int) -> Pixels:
     return np.array(image, dtype=np.uint8)
 
 
-def latent_mask(image: Image.Image, height: int, width: int, downscale: int) -> npt.NDArray[np.float32]:
-    """Return a mask as float32 [1, height/downscale, width/downscale]: 1 where the mask is at least half white."""
+def latent_mask(image: Image.Image, height: int, width: int, downscale: int) -> npt.NDArray[np.bool_]:
+    """Return a mask as bool [1, height/downscale, width/downscale]: true where it is at least half white."""
     gray = image.convert("L")
     if gray.size != (width, height):
         gray = gray.resize((width, height), Image.Resampling.LANCZOS)
     binary = np.asarray(gray, np.float32) / 255 >= 0.5
-    return binary[None, ::downscale, ::downscale].astype(np.float32)  # nearest neighbour, as the field does it
+    return binary[None, ::downscale, ::downscale]  # nearest neighbour, as the field does it
 
 
 def encode_png(pixels: Pixels, request: Mapping[str, Any] | None = None) -> bytes:

@@ -15,14 +15,19 @@ from .step_table import StepTable, pack
 
 Latents = npt.NDArray[np.float32]
 
+ROWS = ("weights", "clip_weights", "known_weights", "input_scales", "timesteps", "next_rows", "noise_index")
+"""Arrays with one line for each row of the packed tables."""
+
+ROW_BUCKET, DRAW_BUCKET = 64, 16
+
 
 @dataclass(frozen=True)
 class InitialImage:
-    """A picture to start from: the moments of its latents [1, C, h, w] and, for inpainting, a mask [1, h, w]."""
+    """A picture to start from: its latent moments [1, C, h, w], and where to repaint it [1, h, w] (None: everywhere)."""
 
     mean: Latents
     std: Latents
-    mask: Latents | None = None
+    mask: npt.NDArray[np.bool_] | None = None
 
 
 def loop_arrays(
@@ -45,7 +50,8 @@ def loop_arrays(
     count = len(seeds)
     original = np.zeros((count, *shape), np.float32)
     noise = np.empty((count, *shape), np.float32)
-    drawn = np.zeros((count, max(1, table.draw_count), *shape), np.float32)
+    slots = -(-table.draw_count // DRAW_BUCKET) * DRAW_BUCKET
+    drawn = np.zeros((count, max(1, slots), *shape), np.float32)
     for i, seed in enumerate(seeds):
         generator = Generator(seed)
         if initial is not None:
@@ -61,19 +67,25 @@ def loop_arrays(
         signal, sigma = table.known[0].astype(np.float32)
         latents = signal * original + sigma * noise
     packed: dict[str, Any] = pack([table] * count, [guidance_scale] * count, branches)
-    model_input = latents * packed["input_scales"][:, 0, None, None, None]
-    mask = np.ones((count, 1, *shape[1:]), np.float32)
+    packed |= {name: _padded(packed[name]) for name in ROWS}
+    first = packed["row"]
+    model_input = (packed["input_scales"][first] * latents).astype(network_dtype)
+    repaint = np.ones((count, 1, *shape[1:]), bool)
     if initial is not None and initial.mask is not None:
-        mask[:] = initial.mask
+        repaint[:] = initial.mask
     return {
         **packed,
         "latents": latents,
-        "history": np.zeros((count, packed["weights"].shape[2] - 1, *shape), np.float32),
-        "model_input": np.tile(model_input, (branches, 1, 1, 1)).astype(network_dtype),
-        "timestep": np.tile(packed["timesteps"][:, 0], branches),
-        "step": np.zeros(count, np.int64),
+        "history": np.zeros((count, packed["weights"].shape[1] - 1, *shape), np.float32),
+        "model_input": model_input[packed["image_of_row"]],
+        "timestep": packed["timesteps"][first][packed["image_of_row"]],
         "noise": drawn,
-        "original": original,
-        "original_noise": noise,
-        "mask": mask,
+        "known": np.stack([original, noise], axis=1),
+        "repaint": repaint,
     }
+
+
+def _padded(array: Array) -> Array:
+    """Round the number of table rows up, so that requests with other step counts use the same buffers and captures."""
+    missing = -len(array) % ROW_BUCKET
+    return np.concatenate([array, np.zeros((missing, *array.shape[1:]), array.dtype)])

@@ -18,7 +18,7 @@ from ..engines.engine import Engine
 Mode = Literal["eager", "step"]
 """`eager` enqueues both engines every step; `step` captures an even and an odd step once and replays them."""
 
-STATE = ("latents", "history", "model_input", "timestep", "step")
+STATE = ("latents", "history", "model_input", "timestep", "row")
 """What a step reads from one set of buffers and writes, as `next_…`, to the other."""
 
 

@@ -1,0 +1,5 @@
+"""`python -m latentrt.runtime.cli`."""
+
+from . import main
+
+main()

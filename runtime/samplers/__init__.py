@@ -1,0 +1,7 @@
+"""Samplers by name: a scheduler config and a number of steps become a StepTable."""
+
+from __future__ import annotations
+
+from .registry import names, step_table
+
+__all__ = ["names", "step_table"]

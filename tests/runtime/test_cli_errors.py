@@ -1,0 +1,244 @@
+"""Bad input at the command line: one line on standard error, the right exit code, nothing half-written."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from latentrt.runtime.cli import run
+from PIL import Image
+
+PROMPT = "a red circle on a blue background"
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working folder with a few files that are no pictures, prompts or checkpoints."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notes.png").write_text("no picture")
+    (tmp_path / "empty.txt").write_text("\n \n")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "model.ckpt").write_bytes(b"\x80\x02}q\x00.")
+    (tmp_path / "short.safetensors").write_bytes((1000).to_bytes(8, "little") + b"{")
+    Image.new("RGB", (64, 64)).save(tmp_path / "picture.png")
+    return tmp_path
+
+
+def fails(capsys: pytest.CaptureFixture[str], arguments: list[str], code: int, *words: str) -> None:
+    """Run a command line and check its exit code and its one line of error."""
+    assert run(arguments) == code
+    captured = capsys.readouterr()
+    lines = [line for line in captured.err.splitlines() if line.strip()]
+    assert len(lines) == 1, captured.err
+    assert lines[0].startswith("latentrt: error: ") and "Traceback" not in captured.err
+    for word in words:
+        assert word in lines[0], lines[0]
+    assert captured.out == ""
+
+
+USAGE: list[tuple[list[str], tuple[str, ...]]] = [
+    (["--steps", "0"], ("num_inference_steps is 0", "greater than or equal to 1")),
+    (["--steps", "-5"], ("num_inference_steps is -5",)),
+    (["--steps", "many"], ("'many'", "--steps")),
+    (["--steps", "1001"], ("1001", "1000")),
+    (["--seed", "-1"], ("seed is -1",)),
+    (["--seed", str(2**64)], ("seed is 18446744073709551616",)),
+    (["--seed", "x"], ("'x'", "--seed")),
+    (["--size", "512"], ("size is '512'", "WIDTHxHEIGHT")),
+    (["--size", "0x64"], ("width is 0",)),
+    (["--size", "64x63"], ("height is 63", "multiple of", "64")),
+    (["--size", "99999x64"], ("width is 99999", "8192")),
+    (["--size=-64x64"], ("size is '-64x64'",)),
+    (["--count", "0"], ("num_images_per_prompt is 0",)),
+    (["--guidance", "-1"], ("guidance_scale is -1",)),
+    (["--guidance", "nan"], ("guidance_scale is nan",)),
+    (["--guidance", "inf"], ("guidance_scale is inf",)),
+    (["--eta", "2"], ("eta is 2",)),
+    (["--sampler", "magic"], ("magic", "ddim")),
+    (["--strength", "0.5"], ("strength was given without image",)),
+    (["--mask", "picture.png"], ("mask_image was given without image",)),
+    (["--init-image", "absent.png"], ("absent.png does not exist",)),
+    (["--init-image", "notes.png"], ("notes.png cannot be read as a picture",)),
+    (["--init-image", "picture.png", "--strength", "0"], ("strength is 0",)),
+    (["--init-image", "picture.png", "--strength", "1.5"], ("strength is 1.5",)),
+    (["--init-image", "picture.png", "--strength", "0.01", "--steps", "4"], ("strength",)),
+    (["--init-image", "picture.png", "--mask", "notes.png"], ("mask_image notes.png",)),
+    (["--output", "picture.jpg"], ("picture.jpg", ".png")),
+    (["--output", "one.png", "--count", "2"], ("one.png", "2 pictures")),
+    (["--grid", "grid.jpg"], ("grid.jpg", ".png")),
+    (["--threads", "0"], ("--threads",)),
+    (["--unknown"], ("--unknown",)),
+]
+
+
+@pytest.mark.parametrize(("arguments", "words"), USAGE, ids=[" ".join(a)[:40] for a, _ in USAGE])
+def test_bad_flags(
+    folder: Path,
+    tiny_sd15_bundle: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    words: tuple[str, ...],
+) -> None:
+    before = sorted(p.name for p in folder.iterdir())
+    fails(capsys, ["generate", PROMPT, "--bundle", str(tiny_sd15_bundle), *arguments], 2, *words)
+    assert sorted(p.name for p in folder.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], ("prompts",)),
+        ([PROMPT, "--prompts", "empty.txt"], ("either",)),
+        (["--prompts", "absent.txt"], ("absent.txt",)),
+        (["--prompts", "empty.txt"], ("empty.txt", "no prompts")),
+        (["--prompts", "latin.txt"], ("latin.txt", "UTF-8")),
+    ],
+)
+def test_bad_prompts(
+    folder: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: tuple[str, ...]
+) -> None:
+    fails(capsys, ["generate", *arguments], 2, *words)
+
+
+def edit_manifest(bundle: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    data = json.loads((bundle / "manifest.json").read_text())
+    change(data)
+    (bundle / "manifest.json").write_text(json.dumps(data))
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no manifest": (lambda b: (b / "manifest.json").unlink(), "no manifest.json"),
+    "manifest is no JSON": (lambda b: (b / "manifest.json").write_text("{"), "cannot be read as JSON"),
+    "other version": (lambda b: edit_manifest(b, lambda m: m.update(format_version=7)), "format version 7"),
+    "path escape": (
+        lambda b: edit_manifest(b, lambda m: m["files"].update({"../x": {"size": 1, "sha256": "0" * 64}})),
+        "leaves the bundle",
+    ),
+    "missing graph": (lambda b: (b / "denoiser.onnx").unlink(), "denoiser.onnx is missing"),
+    "truncated graph": (lambda b: os.truncate(b / "denoiser.onnx", 100), "100 bytes"),
+    "changed graph": (lambda b: flip(b / "denoiser.onnx"), "SHA-256"),
+    "changed tokenizer": (lambda b: flip(b / "tokenizer.json"), "SHA-256"),
+    "unknown scheduler": (
+        lambda b: edit_manifest(b, lambda m: m["scheduler"].update(_class_name="MagicScheduler")),
+        "MagicScheduler",
+    ),
+    "no denoiser": (lambda b: edit_manifest(b, lambda m: m.update(graphs=m["graphs"][:1])), "denoiser"),
+}
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(bytes(data))
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_bundles(
+    folder: Path,
+    tiny_sd15_bundle: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    damage: str,
+) -> None:
+    monkeypatch.setenv("LATENTRT_HOME", str(folder / "home"))  # no engine from before hides the damage
+    bundle = folder / "bundle"
+    shutil.copytree(tiny_sd15_bundle, bundle)
+    change, message = DAMAGE[damage]
+    change(bundle)
+    code = 2 if damage == "unknown scheduler" else 1
+    fails(capsys, ["generate", PROMPT, "--bundle", str(bundle), "--steps", "2"], code, message)
+    assert not list(folder.glob("latentrt-*.png"))
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("absent-folder/", ("absent-folder",)),
+        ("model.ckpt", ("pickle", "safetensors")),
+        ("short.safetensors", ("short.safetensors",)),
+        (".", ("model_index.json",)),
+    ],
+)
+def test_bad_checkpoints(
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    source: str,
+    words: tuple[str, ...],
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    before = sorted(p.name for p in folder.iterdir())
+    fails(capsys, ["export", source, "-o", "out"], 1, *words)
+    assert sorted(p.name for p in folder.iterdir()) == before
+
+
+def test_export_keeps_an_existing_bundle(
+    folder: Path, tiny_sd15_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(tiny_sd15_bundle, folder / "bundle")
+    fails(capsys, ["export", "model.ckpt", "-o", "bundle"], 1)
+    assert run(["inspect", "bundle"]) == 0
+
+
+def test_inspect_names_damage_and_fails(
+    folder: Path, tiny_sd15_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(tiny_sd15_bundle, folder / "bundle")
+    flip(folder / "bundle" / "decoder.onnx")
+    assert run(["inspect", "bundle"]) == 1
+    out = capsys.readouterr().out
+    assert "decoder.onnx does not match its SHA-256" in out and "Traceback" not in out
+
+
+def test_an_unknown_backend_is_named(folder: Path, tiny_sd15_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["generate", PROMPT, "--bundle", str(tiny_sd15_bundle), "--backend", "quantum"]
+    fails(capsys, arguments, 1, "'quantum'", "onnxruntime-cpu")
+
+
+def test_a_full_disk_leaves_no_picture(
+    folder: Path, tiny_sd15_bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Path, target: Path) -> Path:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "replace", full)
+    arguments = ["generate", PROMPT, "--bundle", str(tiny_sd15_bundle), "--steps", "1", "-o", "out"]
+    fails(capsys, arguments, 1, "No space left")
+    assert list((folder / "out").iterdir()) == []
+
+
+def test_a_missing_extra_names_the_pip_command(
+    folder: Path, tiny_sd15_bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    arguments = ["generate", PROMPT, "--bundle", str(tiny_sd15_bundle), "--backend", "onnxruntime-cpu"]
+    fails(capsys, arguments, 1, "pip install 'latentrt[cpu]'")
+
+
+def test_an_interrupt_is_130(
+    folder: Path, tiny_sd15_bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("latentrt.runtime.pipeline.Pipeline.__call__", interrupted)
+    fails(capsys, ["generate", PROMPT, "--bundle", str(tiny_sd15_bundle)], 130, "interrupted")
+
+
+def test_the_installed_command_fails_the_same_way(folder: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "latentrt.runtime.cli", "generate", PROMPT, "--bundle", "nowhere"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.count("\n") == 1 and "nowhere does not exist" in done.stderr
