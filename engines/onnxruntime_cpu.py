@@ -23,6 +23,9 @@ from .host import HostDevice, HostStream
 BUILDER = 1
 """Raised when what `_build` does to a graph changes, so that engines built before are not reused."""
 
+_PLAIN = {"q_num_heads", "kv_num_heads", "scale"}
+"""Attributes of an `Attention` that `MultiHeadAttention` can express."""
+
 log = logging.getLogger(__name__)
 
 
@@ -159,17 +162,28 @@ class OnnxRuntimeBinding:
 
 
 def _graph_for_cpu(path: Path) -> bytes:
-    """Return the graph with every `Attention` as ONNX Runtime's `MultiHeadAttention`, whose CPU kernel is flash-like.
+    """Return the graph with every plain `Attention` as ONNX Runtime's `MultiHeadAttention`, whose kernel is flash-like.
 
-    The contrib operator takes [B, L, heads·size] where the graph has [B, heads, L, size]; it saves a fifth of the step
-    and a third of the memory of a Stable Diffusion U-Net. Graphs without `Attention` come back as they are.
+    Both take queries, keys and values as [B, L, heads·size]. Masked attention (text encoders) stays as it is.
     """
     try:
         import onnx
     except ImportError as error:
         raise MissingExtraError("cpu", "building an engine for the CPU") from error
 
-    return onnx.load(path, load_external_data=False).SerializeToString()
+    model = onnx.load(path, load_external_data=False)
+    for node in model.graph.node:
+        attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+        if node.op_type == "Attention" and len(node.input) == 3 and not set(attributes) - _PLAIN and attributes:
+            kept = {"num_heads": attributes["q_num_heads"]}
+            if "scale" in attributes:
+                kept["scale"] = attributes["scale"]
+            node.op_type, node.domain = "MultiHeadAttention", "com.microsoft"
+            del node.attribute[:]
+            node.attribute.extend(onnx.helper.make_attribute(name, value) for name, value in kept.items())
+    if not any(opset.domain == "com.microsoft" for opset in model.opset_import):
+        model.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))
+    return model.SerializeToString()
 
 
 def _physical_cores() -> int:

@@ -23,7 +23,7 @@ ROW_BUCKET, DRAW_BUCKET = 64, 16
 
 @dataclass(frozen=True)
 class InitialImage:
-    """A picture to start from: its latent moments [1, C, h, w], and where to repaint it [1, h, w] (None: everywhere)."""
+    """A picture to start from: its latent moments [1, C, h, w], and where to repaint it, [1, h, w] or None."""
 
     mean: Latents
     std: Latents

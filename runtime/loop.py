@@ -7,7 +7,8 @@ even steps read set 0 and write set 1, and odd steps the other way round.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Mapping
 from typing import Literal
 
 import numpy as np
@@ -15,8 +16,8 @@ import numpy as np
 from ..engines.device import Array, Device, Graph, Stream, Tensor
 from ..engines.engine import Engine
 
-Mode = Literal["eager", "step"]
-"""`eager` enqueues both engines every step; `step` captures an even and an odd step once and replays them."""
+Mode = Literal["eager", "step", "loop", "request"]
+"""What is captured once and replayed: nothing, a step (an even and an odd one), all steps, or encode to decode."""
 
 STATE = ("latents", "history", "model_input", "timestep", "row")
 """What a step reads from one set of buffers and writes, as `next_…`, to the other."""
@@ -54,7 +55,7 @@ class DenoiseLoop:
             update |= {f"next_{name}": tensor for name, tensor in there.items()}
             bound = (denoiser.bind({**network, "prediction": prediction}), step.bind(update))
             self._bound.append(bound)
-        self._graphs: list[Graph | None] = [None, None]
+        self._captured = CapturedWork()
 
     def load(self, arrays: Mapping[str, Array], stream: Stream) -> None:
         """Copy a request's arrays to the device; shapes must be those of the first request."""
@@ -77,35 +78,60 @@ class DenoiseLoop:
     ) -> Tensor:
         """Enqueue `steps` steps and return the tensor of the final latents; nothing waits unless `on_step` does.
 
-        `on_step(i)` is called after step i was enqueued.
+        `on_step(i)` is called after step i was enqueued; with it, nothing larger than a step is captured.
         """
+        if mode == "loop" and on_step is None:
+            self._captured.replay(steps, lambda: self.enqueue(steps, stream), stream)
+            return self.latents(steps)
         for index in range(steps):
             if mode == "eager":
-                self._enqueue(index % 2, stream)
+                self._enqueue_step(index % 2, stream)
             else:
-                self._captured(index % 2, stream).replay(stream)
+                parity = index % 2
+                self._captured.replay(f"step {parity}", lambda p=parity: self._enqueue_step(p, stream), stream)
             if on_step is not None:
                 on_step(index)
         return self.latents(steps)
 
-    def _enqueue(self, parity: int, stream: Stream) -> None:
+    def enqueue(self, steps: int, stream: Stream) -> None:
+        """Enqueue `steps` steps, engine by engine."""
+        for index in range(steps):
+            self._enqueue_step(index % 2, stream)
+
+    def _enqueue_step(self, parity: int, stream: Stream) -> None:
         denoiser, step = self._bound[parity]
         denoiser.enqueue(stream)
         step.enqueue(stream)
 
-    def _captured(self, parity: int, stream: Stream) -> Graph:
-        graph = self._graphs[parity]
-        if graph is None:
-            with stream.capture() as capture:
-                self._enqueue(parity, stream)
-            graph = self._graphs[parity] = capture.finish()
-        return graph
-
     def close(self) -> None:
         """Free graphs and buffers; calling it again does nothing."""
-        for graph in self._graphs:
-            if graph is not None:
-                graph.close()
+        self._captured.close()
         for tensor in self._owned:
             tensor.close()
-        self._graphs, self._bound, self._owned = [None, None], [], []
+        self._bound, self._owned = [], []
+
+
+class CapturedWork:
+    """Captured graphs by key, at most `capacity` of them; the least recently used goes first."""
+
+    def __init__(self, capacity: int = 8) -> None:
+        self._capacity = capacity
+        self._graphs: OrderedDict[Hashable, Graph] = OrderedDict()
+
+    def replay(self, key: Hashable, enqueue: Callable[[], None], stream: Stream) -> None:
+        """Replay the graph with this key, capturing what `enqueue` does first if there is none."""
+        graph = self._graphs.get(key)
+        if graph is None:
+            with stream.capture() as capture:
+                enqueue()
+            graph = self._graphs[key] = capture.finish()
+            if len(self._graphs) > self._capacity:
+                self._graphs.popitem(last=False)[1].close()
+        self._graphs.move_to_end(key)
+        graph.replay(stream)
+
+    def close(self) -> None:
+        """Free all graphs; calling it again does nothing."""
+        for graph in self._graphs.values():
+            graph.close()
+        self._graphs.clear()

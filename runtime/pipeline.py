@@ -186,31 +186,26 @@ class Pipeline:
         timings: Timings,
     ) -> Array:
         """Encode, denoise and decode one batch; the device is waited for once, at the end."""
-        stream = self._stream
-        events = [stream.record()]
-        workspace.encode(token_ids, stream)
-        events.append(stream.record())
-        workspace.loop.load(arrays, stream)
+        stream, steps = self._stream, len(table)
+        workspace.load(token_ids, arrays, stream)
         on_step = self._on_step(callback, progress, workspace, table)
-        latents = workspace.loop.run(len(table), stream, mode=self.mode, on_step=on_step)
-        events.append(stream.record())
-        if output_type == "latent":
-            output = latents.read(stream)
-            events.append(events[-1])
-        else:
-            workspace.decode(len(table), stream)
-            events.append(stream.record())
-            output = workspace.pictures["image" if output_type == "pil" else "pixels"].read(stream)
-        encode, denoise, decode = (b.milliseconds_since(a) / 1e3 for a, b in pairwise(events))
+        decode = output_type != "latent"
+        events = workspace.run(steps, stream, mode=self.mode, decode=decode, on_step=on_step)
+        wanted = {"pil": "image", "np": "pixels"}
+        output = (workspace.pictures[wanted[output_type]] if decode else workspace.loop.latents(steps)).read(stream)
+        encode, denoise, decoding = (b.milliseconds_since(a) / 1e3 for a, b in pairwise(events))
         timings.encode += encode
         timings.denoise += denoise
-        timings.decode += decode
-        timings.steps += len(table)
+        timings.decode += decoding
+        timings.steps += steps
         return output
 
     def _on_step(
         self, callback: StepCallback | None, progress: Progress, workspace: Workspace, table: StepTable
-    ) -> Callable[[int], None]:
+    ) -> Callable[[int], None] | None:
+        if callback is None and progress is _silent:
+            return None
+
         def on_step(index: int) -> None:
             progress("denoising", index + 1, len(table))
             if callback is None:

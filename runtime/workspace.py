@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from ..engines.bundle import Bundle, GraphInfo, TensorInfo
-from ..engines.device import Array, Device, Stream, Tensor
+from ..engines.device import Array, Device, Event, Stream, Tensor
 from ..engines.engine import BoundEngine, Engine, shape_of, solve_sizes
 from ..engines.errors import BundleError
-from .loop import DenoiseLoop
+from .loop import CapturedWork, DenoiseLoop, Mode
 
 OpenEngine = Callable[[GraphInfo, Mapping[str, Sequence[int]]], Engine]
 """Opens a graph's engine for given input shapes."""
@@ -42,12 +42,13 @@ class Workspace:
             self._tensors |= outputs
             self._owned += outputs.values()
             self._prompt.append(engine.bind({**inputs, **outputs}))
+        self._requests = CapturedWork()
         self.loop = self._loop(device, bundle, open_engine, arrays)
         latents = [self.loop.latents(parity) for parity in (0, 1)]
         decoder = open_engine(bundle.graph("decoder"), {"latents": latents[0].shape})
         self.pictures = allocate_outputs(device, decoder, {"latents": latents[0]})
         self._owned += self.pictures.values()
-        self._decode = [decoder.bind({"latents": tensor, **self.pictures}) for tensor in latents]
+        self._decoders = [decoder.bind({"latents": tensor, **self.pictures}) for tensor in latents]
 
     def _loop(
         self, device: Device, bundle: Bundle, open_engine: OpenEngine, arrays: Mapping[str, Array]
@@ -61,19 +62,49 @@ class Workspace:
         inputs = {t.name: prediction if t.name == "prediction" else arrays[t.name].shape for t in step_graph.inputs}
         return DenoiseLoop(device, denoiser, open_engine(step_graph, inputs), arrays, conditioning)
 
-    def encode(self, token_ids: Mapping[str, Array], stream: Stream) -> None:
-        """Enqueue the prompt stage."""
+    def load(self, token_ids: Mapping[str, Array], arrays: Mapping[str, Array], stream: Stream) -> None:
+        """Copy a request's token ids and loop arrays to the device."""
         for name, ids in token_ids.items():
             self._tensors[name].write(ids, stream)
+        self.loop.load(arrays, stream)
+
+    def run(
+        self, steps: int, stream: Stream, *, mode: Mode, decode: bool, on_step: Callable[[int], None] | None
+    ) -> list[Event]:
+        """Enqueue a loaded request; return the points before and after its stages: encode, denoise, decode.
+
+        A request captured whole has no points between its stages: its time counts as denoising.
+        """
+        if mode == "request" and on_step is None:
+            before = stream.record()
+
+            def enqueue() -> None:
+                self._encode(stream)
+                self.loop.enqueue(steps, stream)
+                self._decode(steps, stream, decode)
+
+            self._requests.replay((steps, decode), enqueue, stream)
+            after = stream.record()
+            return [before, before, after, after]
+        events = [stream.record()]
+        self._encode(stream)
+        events.append(stream.record())
+        self.loop.run(steps, stream, mode=mode, on_step=on_step)
+        events.append(stream.record())
+        self._decode(steps, stream, decode)
+        return [*events, stream.record()]
+
+    def _encode(self, stream: Stream) -> None:
         for bound in self._prompt:
             bound.enqueue(stream)
 
-    def decode(self, steps_done: int, stream: Stream) -> None:
-        """Enqueue the decoder on the latents after a number of steps; its outputs are in `pictures`."""
-        self._decode[steps_done % 2].enqueue(stream)
+    def _decode(self, steps: int, stream: Stream, wanted: bool) -> None:
+        if wanted:
+            self._decoders[steps % 2].enqueue(stream)
 
     def close(self) -> None:
         """Free all memory; calling it again does nothing."""
+        self._requests.close()
         self.loop.close()
         for tensor in self._owned:
             tensor.close()

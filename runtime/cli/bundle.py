@@ -28,6 +28,10 @@ def export(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the new bundle.")],
     precision: Annotated[PrecisionChoice, typer.Option(help="Number format of the networks.")] = PrecisionChoice.fp32,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="Tokenizer folder or hub id, for a single file.")] = None,
+    prediction_type: Annotated[
+        str | None, typer.Option(help="What a single file's U-Net predicts: epsilon or v_prediction.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")] = False,
 ) -> None:
     """Turn a checkpoint into a bundle of ONNX graphs (needs the export extra)."""
@@ -35,7 +39,14 @@ def export(
 
     with progress_bar("exporting") as progress:
         path = export_checkpoint(
-            checkpoint, output, precision=precision.value, revision=revision, replace=force, progress=progress
+            checkpoint,
+            output,
+            precision=precision.value,
+            revision=revision,
+            replace=force,
+            tokenizer=tokenizer,
+            prediction_type=prediction_type,
+            progress=progress,
         )
     typer.echo(f"{path}: {_size(sum(f.size for f in Bundle.open(path).manifest.files.values()))}")
 

@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from latentrt.engines.errors import RequestError, StorageError
+from latentrt.runtime.cli.files import free_paths, write_atomically
+from latentrt.runtime.image import encode_png, grid, image_pixels, latent_mask, load_image, request_from_png
+from PIL import Image
+
+
+def test_png_holds_the_pixels_and_the_request(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 24, 3)).astype(np.uint8)
+    request = {"prompt": "ein größerer Kreis 円", "seed": 2**64 - 1}
+    path = tmp_path / "a.png"
+    path.write_bytes(encode_png(pixels, request))
+    assert np.array_equal(np.asarray(Image.open(path)), pixels)
+    assert request_from_png(path) == request
+
+
+def test_a_png_without_a_request_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(encode_png(np.zeros((2, 2, 3), np.uint8)))
+    with pytest.raises(RequestError, match="carries no latentrt request"):
+        request_from_png(path)
+
+
+def test_the_same_picture_loads_from_path_pil_and_arrays(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(1).integers(0, 256, (8, 8, 3)).astype(np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    for source in (tmp_path / "a.png", str(tmp_path / "a.png"), Image.fromarray(pixels), pixels, pixels / 255):
+        assert np.array_equal(np.asarray(load_image(source)), pixels)
+
+
+def test_masks_are_binary_and_nearest() -> None:
+    gray = np.zeros((32, 32), np.uint8)
+    gray[:, 16:] = 127
+    gray[16:, 16:] = 128
+    mask = latent_mask(Image.fromarray(gray), 32, 32, 8)
+    assert mask.shape == (1, 4, 4) and mask.dtype == bool
+    assert mask[0].tolist() == [[False] * 4] * 2 + [[False, False, True, True]] * 2
+
+
+def test_resizing_reaches_the_wanted_size() -> None:
+    assert image_pixels(Image.new("RGB", (10, 20)), 16, 24).shape == (16, 24, 3)
+
+
+def test_a_grid_shows_every_picture_and_label() -> None:
+    images = [Image.new("RGB", (64, 64), color) for color in ("red", "lime", "blue")]
+    sheet = grid(images, ["a red picture with a long label", "green", "blue"], columns=2)
+    colors = {color for _, color in sheet.getcolors(1 << 24) or []}
+    assert {(255, 0, 0), (0, 255, 0), (0, 0, 255)} <= colors
+    assert min(sum(color) for color in colors) < 30  # the labels' ink
+    assert sheet.width > 128 and sheet.height > 128
+
+
+def test_new_pictures_never_take_an_old_name(tmp_path: Path) -> None:
+    assert [p.name for p in free_paths(tmp_path, [5, 6])] == ["latentrt-0001-seed5.png", "latentrt-0002-seed6.png"]
+    write_atomically(tmp_path / "latentrt-0041-seed5.png", b"x")
+    assert [p.name for p in free_paths(tmp_path, [5])] == ["latentrt-0042-seed5.png"]
+
+
+def test_writing_below_a_file_is_one_clear_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(StorageError, match="cannot write"):
+        write_atomically(tmp_path / "file" / "a.png", b"x")

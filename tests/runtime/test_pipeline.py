@@ -1,0 +1,231 @@
+"""The pipeline's own contract: batching, seeds, outputs, callbacks, memory."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from latentrt.engines.errors import EngineError, RequestError
+from latentrt.runtime import Pipeline
+from latentrt.runtime.image import request_from_png
+from latentrt.runtime.loop import Mode
+from PIL import Image
+
+PROMPTS = ["a red circle on a blue background", "a small star", "two rings"]
+QUICK: dict[str, Any] = {"num_inference_steps": 3, "guidance_scale": 4.0, "height": 64, "width": 64}
+
+
+@pytest.fixture(scope="module")
+def pipe(tiny_sd15_bundle: Path) -> Iterator[Pipeline]:
+    with Pipeline.open(tiny_sd15_bundle, "onnxruntime-cpu", threads=1) as pipe:
+        yield pipe
+
+
+def generate(pipe: Pipeline, prompt: Any = PROMPTS[0], **arguments: Any) -> np.ndarray:
+    images = pipe(prompt, output_type="np", **{**QUICK, **arguments}).images
+    assert isinstance(images, np.ndarray)
+    return images
+
+
+def test_outputs_have_the_fields_types_and_shapes(pipe: Pipeline) -> None:
+    pil = pipe(PROMPTS, seed=0, **QUICK)
+    assert [image.size for image in pil.images] == [(64, 64)] * 3 and pil.images[0].mode == "RGB"
+    floats = pipe(PROMPTS, seed=0, output_type="np", **QUICK).images
+    assert floats.shape == (3, 64, 64, 3) and floats.dtype == np.float32
+    assert floats.min() >= 0 and floats.max() <= 1
+    assert np.abs(np.stack([np.asarray(image) for image in pil.images]) - floats * 255).max() <= 0.501
+    latents = pipe(PROMPTS, seed=0, output_type="latent", **QUICK).images
+    assert latents.dtype == np.float32 and latents.ndim == 4 and latents.shape[:2] == (3, 4)
+
+
+def test_a_picture_does_not_depend_on_its_neighbours(pipe: Pipeline) -> None:
+    together = generate(pipe, PROMPTS, seed=5)
+    for index, prompt in enumerate(PROMPTS):
+        alone = generate(pipe, prompt, seed=5 + index)
+        assert np.abs(alone[0] - together[index]).max() <= 1 / 255
+
+
+@pytest.mark.parametrize("sampler", ["euler_a", "ddim"])
+def test_batches_larger_than_the_limit_are_split(tiny_sd15_bundle: Path, pipe: Pipeline, sampler: str) -> None:
+    with Pipeline.open(tiny_sd15_bundle, "onnxruntime-cpu", threads=1, max_batch=2) as small:
+        split = generate(small, PROMPTS, seed=9, sampler=sampler, num_images_per_prompt=1)
+    assert np.abs(split - generate(pipe, PROMPTS, seed=9, sampler=sampler)).max() <= 1 / 255
+
+
+def test_image_i_uses_seed_plus_i_and_reports_it(pipe: Pipeline) -> None:
+    result = pipe(PROMPTS[:2], num_images_per_prompt=2, seed=2**64 - 2, output_type="np", **QUICK)
+    assert result.seeds == [2**64 - 2, 2**64 - 1, 0, 1]
+    assert np.abs(result.images[3] - generate(pipe, PROMPTS[1], seed=1)[0]).max() <= 1 / 255
+
+
+def test_without_a_seed_pictures_differ_and_can_be_made_again(pipe: Pipeline) -> None:
+    first, second = (pipe(PROMPTS[0], output_type="np", **QUICK) for _ in range(2))
+    assert first.seeds != second.seeds
+    assert np.array_equal(generate(pipe, seed=first.seeds[0]), first.images)
+
+
+def test_each_prompt_may_have_its_own_negative_prompt(pipe: Pipeline) -> None:
+    both = pipe(PROMPTS[:2], ["blurry", "dark"], seed=1, output_type="np", **QUICK).images
+    second = pipe(PROMPTS[1], "dark", seed=2, output_type="np", **QUICK).images
+    assert np.abs(both[1] - second[0]).max() <= 1 / 255
+    assert np.abs(both[1] - generate(pipe, PROMPTS[1], seed=2)[0]).max() > 0
+
+
+def test_guidance_of_one_ignores_the_negative_prompt(pipe: Pipeline) -> None:
+    with_negative = pipe(PROMPTS[0], "blurry", seed=1, output_type="np", **{**QUICK, "guidance_scale": 1.0}).images
+    assert np.array_equal(with_negative, generate(pipe, seed=1, guidance_scale=1.0))
+
+
+@pytest.mark.parametrize("mode", ["step", "loop", "request"])
+def test_captured_and_eager_requests_agree_bit_for_bit(tiny_sd15_bundle: Path, mode: Mode) -> None:
+    requests: list[dict[str, Any]] = [
+        {"seed": 3, "sampler": "ddim"},
+        {"seed": 4, "sampler": "ddim", "prompt": PROMPTS[1], "guidance_scale": 9.0},
+        {"seed": 3, "sampler": "pndm", "num_inference_steps": 4},
+        {"seed": 3, "sampler": "euler_a"},
+        {"seed": 3, "sampler": "ddim"},
+    ]
+    with (
+        Pipeline.open(tiny_sd15_bundle, "onnxruntime-cpu", threads=1, mode="eager") as eager,
+        Pipeline.open(tiny_sd15_bundle, "onnxruntime-cpu", threads=1, mode=mode) as captured,
+    ):
+        for request in requests:
+            assert np.array_equal(generate(eager, **request), generate(captured, **request)), request
+
+
+def test_a_request_leaves_no_trace_in_the_next(pipe: Pipeline) -> None:
+    first = generate(pipe, seed=1, sampler="pndm", num_inference_steps=5)
+    generate(pipe, PROMPTS[1], seed=2, sampler="unipc", num_inference_steps=7, guidance_scale=9.0)
+    generate(pipe, PROMPTS[2], seed=3, sampler="pndm", num_inference_steps=4)
+    assert np.array_equal(generate(pipe, seed=1, sampler="pndm", num_inference_steps=5), first)
+
+
+def test_sizes_other_than_the_default_and_not_square(pipe: Pipeline) -> None:
+    assert generate(pipe, seed=1, height=64, width=128).shape == (1, 64, 128, 3)
+
+
+def test_the_mask_keeps_what_it_does_not_cover(pipe: Pipeline) -> None:
+    y, x = np.mgrid[:64, :64] * 4
+    picture = np.stack([x, y, 255 - x], -1).astype(np.uint8)
+    mask = np.zeros((64, 64), np.uint8)
+    mask[:32] = 255
+    arguments: dict[str, Any] = {"image": picture, "seed": 4, "output_type": "latent", "sampler": "ddim"}
+    kept = pipe(PROMPTS[0], mask_image=mask, **QUICK, **arguments).images
+    nothing = pipe(PROMPTS[0], mask_image=np.zeros_like(mask), **QUICK, **arguments).images
+    rows = kept.shape[2] // 2
+    assert np.array_equal(kept[:, :, rows:], nothing[:, :, rows:])
+    assert np.abs(kept[:, :, :rows] - nothing[:, :, :rows]).max() > 0.1
+
+
+def test_the_size_of_an_initial_picture_is_the_default(pipe: Pipeline) -> None:
+    picture = Image.new("RGB", (130, 70), "red")
+    result = pipe(PROMPTS[0], image=picture, strength=0.5, seed=0, num_inference_steps=2)
+    multiple = pipe.bundle.manifest.latent.size_multiple
+    assert result.images[0].size == (130 // multiple * multiple, 70 // multiple * multiple)
+
+
+def test_callback_sees_every_step_and_may_replace_latents(pipe: Pipeline) -> None:
+    seen: list[tuple[int, float]] = []
+
+    def watch(pipe: Pipeline, step: int, timestep: float, values: dict[str, Any]) -> dict[str, Any]:
+        seen.append((step, timestep))
+        return values
+
+    plain = generate(pipe, seed=6)
+    watched = generate(pipe, seed=6, callback_on_step_end=watch)
+    assert [step for step, _ in seen] == [0, 1, 2] and [t for _, t in seen] == sorted(
+        (t for _, t in seen), reverse=True
+    )
+    assert np.abs(watched - plain).max() <= 1 / 255
+
+    def erase(pipe: Pipeline, step: int, timestep: float, values: dict[str, Any]) -> dict[str, Any]:
+        return {"latents": np.zeros_like(values["latents"])}
+
+    assert np.abs(generate(pipe, seed=6, callback_on_step_end=erase) - plain).max() > 1 / 255
+    assert np.array_equal(generate(pipe, seed=6), plain)
+
+
+def test_an_exception_in_the_callback_cancels_and_the_pipeline_lives_on(pipe: Pipeline) -> None:
+    def cancel(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    plain = generate(pipe, seed=6)
+    with pytest.raises(KeyboardInterrupt):
+        generate(pipe, seed=6, callback_on_step_end=cancel)
+    assert np.array_equal(generate(pipe, seed=6), plain)
+
+
+def test_memory_is_bounded_over_shapes_and_freed_at_close(tiny_sd15_bundle: Path) -> None:
+    pipe = Pipeline.open(tiny_sd15_bundle, "onnxruntime-cpu", threads=1)
+    device = pipe.backend.device
+    for width in range(64, 64 * 8, 64):
+        generate(pipe, seed=0, width=width, num_inference_steps=1)
+    many = device.memory_in_use()
+    generate(pipe, seed=0, width=64 * 7, num_inference_steps=1)
+    assert device.memory_in_use() == many > 0
+    pipe.close()
+    pipe.close()
+    assert device.memory_in_use() == 0
+    with pytest.raises(EngineError, match="closed"):
+        generate(pipe)
+
+
+def test_timings_add_up(pipe: Pipeline) -> None:
+    timings = pipe(PROMPTS[0], seed=0, **QUICK).timings
+    parts = timings.tokenize + timings.prepare + timings.encode + timings.denoise + timings.decode
+    assert timings.steps == 3 and 0 < parts <= timings.total
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prompt": []}, "prompt"),
+        ({"prompt": 5}, "prompt"),
+        ({"prompt": PROMPTS, "negative_prompt": ["a", "b"]}, "2 negative prompts for 3 prompts"),
+        ({"output_type": "jpeg"}, "choose pil, np or latent"),
+        ({"num_inference_steps": 2.5}, "num_inference_steps is 2.5"),
+        ({"image": np.zeros((4, 4, 4, 4))}, r"has shape \[4, 4, 4, 4\]"),
+        ({"image": np.full((8, 8, 3), 7.0)}, r"outside \[0, 1\]"),
+    ],
+)
+def test_bad_requests_name_what_is_wrong(pipe: Pipeline, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        pipe(**{"prompt": PROMPTS[0], **arguments})
+
+
+def run_alone(code: str, *arguments: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_whole_generate_imports_no_torch(tiny_sd15_bundle: Path, pipe: Pipeline, tmp_path: Path) -> None:
+    code = """
+import sys
+from latentrt.runtime.cli import run
+assert run(sys.argv[1:]) == 0
+print(sorted({"torch", "diffusers", "transformers", "onnx"} & set(sys.modules)))
+"""
+    output = tmp_path / "picture.png"
+    arguments = ["generate", PROMPTS[0], "--bundle", str(tiny_sd15_bundle), "--steps", "2", "--seed", "3", "--json"]
+    out = run_alone(code, *arguments, "-o", str(output))
+    report, _, modules = out.rpartition("\n[")
+    assert modules.strip() == "]"
+    printed = json.loads(report)
+    assert printed["images"] == [{"path": str(output), "seed": 3, "prompt": PROMPTS[0]}]
+    assert printed["timings"]["steps"] >= 2
+    request = request_from_png(output)
+    assert request["seed"] == 3 and request["prompt"] == PROMPTS[0] and request["num_inference_steps"] == 2
+    assert request["sampler"] == printed["request"]["sampler"]
+
+
+def test_importing_the_runtime_imports_no_torch() -> None:
+    code = "import sys, latentrt.runtime, latentrt.runtime.pipeline, latentrt.engines, latentrt.export\n"
+    code += "print(sorted({'torch', 'diffusers', 'transformers'} & set(sys.modules)))"
+    assert run_alone(code).strip() == "[]"
