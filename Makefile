@@ -32,7 +32,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "latentrt needs Python 3.10 or newer: make PYTHON=python3.12")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet torch -c constraints.txt
-	$(BIN)/python -m pip install --quiet -e '.[cpu,export,bench,dev]' -c constraints.txt
+	$(BIN)/python -m pip install --quiet -e '.[cpu,export,rtx,bench,dev]' -c constraints.txt
 	mkdir -p $(VENV)/typing/latentrt
 	for folder in benchmarks engines export runtime; do ln -sfn ../../../$$folder $(VENV)/typing/latentrt/$$folder; done
 	touch $@

@@ -102,7 +102,7 @@ class Manifest(_Strict):
     scheduler: dict[str, Any]
     """The checkpoint's own diffusers scheduler config, `_class_name` included."""
     default_guidance_scale: float = 7.5
-    default_num_inference_steps: int = Field(50, gt=0)
+    default_num_inference_steps: int = Field(default=50, gt=0)
     files: dict[str, FileInfo]
     source: dict[str, Any] = {}
     """Where the checkpoint came from: name, revision, and the SHA-256 of each source file."""

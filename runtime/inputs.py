@@ -8,8 +8,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
 from ..engines.device import Array
+from ..engines.errors import RequestError
+from .image import load_image
 from .noise import Generator
 from .step_table import StepTable, pack
 
@@ -28,6 +31,16 @@ class InitialImage:
     mean: Latents
     std: Latents
     mask: npt.NDArray[np.bool_] | None = None
+
+
+def load_pictures(image: Any, mask: Any, strength: float | None) -> tuple[Image.Image | None, Image.Image | None]:
+    """Load the initial picture and the mask; raises `RequestError` for what makes no sense without a picture."""
+    if image is None:
+        for name, value in (("mask_image", mask), ("strength", strength)):
+            if value is not None:
+                raise RequestError(f"{name} was given without image: give the picture to start from as well")
+        return None, None
+    return load_image(image), None if mask is None else load_image(mask, "mask_image")
 
 
 def loop_arrays(

@@ -8,13 +8,18 @@ even steps read set 0 and write set 1, and odd steps the other way round.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import partial
 from typing import Literal
 
 import numpy as np
 
+from ..engines.bundle import GraphInfo
 from ..engines.device import Array, Device, Graph, Stream, Tensor
-from ..engines.engine import Engine
+from ..engines.engine import BoundEngine, Engine
+
+OpenEngine = Callable[[GraphInfo, Mapping[str, Sequence[int]]], Engine]
+"""Opens a graph's engine for given input shapes; the same engine when it is open already."""
 
 Mode = Literal["eager", "step", "loop", "request"]
 """What is captured once and replayed: nothing, a step (an even and an odd one), all steps, or encode to decode."""
@@ -33,29 +38,38 @@ class DenoiseLoop:
     def __init__(
         self,
         device: Device,
-        denoiser: Engine,
-        step: Engine,
+        denoiser: GraphInfo,
         arrays: Mapping[str, Array],
         conditioning: Mapping[str, Tensor],
     ) -> None:
-        """Allocate the buffers and bind both engines to each set."""
+        """Allocate the buffers."""
 
         def empty(names: list[str]) -> dict[str, Tensor]:
             return {name: device.empty(arrays[name].shape, arrays[name].dtype) for name in names}
 
+        self._conditioning = conditioning
         self._constants = empty([name for name in arrays if name not in STATE])
         self._sets = [empty(list(STATE)), empty(list(STATE))]
-        prediction = device.empty(arrays["model_input"].shape, denoiser.outputs["prediction"].dtype)
-        self._owned = [prediction, *self._constants.values(), *self._sets[0].values(), *self._sets[1].values()]
-        self._bound = []
-        for here, there in (self._sets, self._sets[::-1]):
-            network = {**conditioning, "model_input": here["model_input"], "timestep": here["timestep"]}
-            update = {"prediction": prediction, **self._constants}
-            update |= {name: tensor for name, tensor in here.items() if name in step.inputs}
-            update |= {f"next_{name}": tensor for name, tensor in there.items()}
-            bound = (denoiser.bind({**network, "prediction": prediction}), step.bind(update))
-            self._bound.append(bound)
+        dtype = next(spec.dtype for spec in denoiser.outputs if spec.name == "prediction")
+        self._prediction = device.empty(arrays["model_input"].shape, dtype)
+        self._owned = [self._prediction, *self._constants.values(), *self._sets[0].values(), *self._sets[1].values()]
+        self._bound: list[tuple[BoundEngine, BoundEngine]] = []
         self._captured = CapturedWork()
+
+    def bind(self, open_engine: OpenEngine, denoiser: GraphInfo, step: GraphInfo) -> None:
+        """Open both engines and bind them to each set of buffers; does nothing when they are bound."""
+        for here, there in (self._sets, self._sets[::-1]) if not self._bound else ():
+            network = {**self._conditioning, "model_input": here["model_input"], "timestep": here["timestep"]}
+            update = {"prediction": self._prediction, **self._constants, **here}
+            update = {spec.name: update[spec.name] for spec in step.inputs}
+            pair = (open_engine(denoiser, shapes_of(network)), open_engine(step, shapes_of(update)))
+            update |= {f"next_{name}": tensor for name, tensor in there.items()}
+            self._bound.append((pair[0].bind({**network, "prediction": self._prediction}), pair[1].bind(update)))
+
+    def unbind(self) -> None:
+        """Let go of the engines and of what was captured of them; the buffers stay."""
+        self._captured.close()
+        self._bound = []
 
     def load(self, arrays: Mapping[str, Array], stream: Stream) -> None:
         """Copy a request's arrays to the device; shapes must be those of the first request."""
@@ -88,7 +102,7 @@ class DenoiseLoop:
                 self._enqueue_step(index % 2, stream)
             else:
                 parity = index % 2
-                self._captured.replay(f"step {parity}", lambda p=parity: self._enqueue_step(p, stream), stream)
+                self._captured.replay(f"step {parity}", partial(self._enqueue_step, parity, stream), stream)
             if on_step is not None:
                 on_step(index)
         return self.latents(steps)
@@ -105,10 +119,10 @@ class DenoiseLoop:
 
     def close(self) -> None:
         """Free graphs and buffers; calling it again does nothing."""
-        self._captured.close()
+        self.unbind()
         for tensor in self._owned:
             tensor.close()
-        self._bound, self._owned = [], []
+        self._owned = []
 
 
 class CapturedWork:
@@ -135,3 +149,8 @@ class CapturedWork:
         for graph in self._graphs.values():
             graph.close()
         self._graphs.clear()
+
+
+def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of named tensors."""
+    return {name: tensor.shape for name, tensor in tensors.items()}

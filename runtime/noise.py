@@ -1,9 +1,9 @@
 """Standard normal noise that equals PyTorch's CPU generator, draw for draw.
 
-A seed then means the same picture here and in diffusers. The generator is MT19937 seeded with the low 32 bits of the seed. A draw of
-16 values or more takes one 24-bit uniform per value and turns blocks of 16 into normals (Box-Muller, cosines before sines); when the
-count is not a multiple of 16, sixteen new uniforms replace the last sixteen values. A shorter draw takes two 53-bit uniforms per pair
-of normals and keeps the second normal of a pair for the next short draw.
+A seed then means the same picture here and in diffusers. The generator is MT19937 seeded with the low 32 bits of the
+seed. A draw of 16 values or more takes one 24-bit uniform per value and turns blocks of 16 into normals (Box-Muller,
+cosines before sines); when the count is not a multiple of 16, sixteen new uniforms replace the last sixteen values. A
+shorter draw takes two 53-bit uniforms per pair of normals and keeps the second normal of a pair for the next one.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ SEED_LIMIT = 2**64
 
 
 class Generator:
-    """A seeded stream of normals: `Generator(seed).randn(shape)` is `torch.randn(shape, generator=torch.Generator().manual_seed(seed))`.
+    """A seeded stream of normals; consecutive draws continue it as `torch.Generator().manual_seed(seed)` would.
 
-    Consecutive draws continue the stream as torch does. Raises RequestError for a seed outside 0 .. 2^64 - 1.
+    Raises RequestError for a seed outside 0 .. 2^64 - 1.
     """
 
     def __init__(self, seed: int) -> None:
@@ -65,7 +65,10 @@ class Generator:
 
 
 def randn(seed: int, shape: Sequence[int]) -> NDArray[np.float32]:
-    """Draw the first normals of a seed, float32, of the given shape; raises RequestError for a seed outside 0 .. 2^64 - 1."""
+    """Draw the first normals of a seed, float32, in the given shape.
+
+    Raises RequestError for a seed outside 0 .. 2^64 - 1.
+    """
     return Generator(seed).randn(shape)
 
 

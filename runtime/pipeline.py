@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
@@ -15,19 +15,19 @@ import numpy as np
 from PIL import Image
 
 from ..engines.backends import Backend, open_backend
-from ..engines.bundle import Bundle, GraphInfo
+from ..engines.bundle import Bundle, GraphInfo, Stage
 from ..engines.device import Array
 from ..engines.engine import Engine
-from ..engines.errors import RequestError
-from .image import image_pixels, latent_mask, load_image
-from .inputs import InitialImage, loop_arrays
+from ..engines.errors import EngineError, RequestError, SchedulerError
+from .image import image_pixels, latent_mask
+from .inputs import InitialImage, load_pictures, loop_arrays
 from .loop import Mode
 from .request import GenerationRequest
 from .result import GenerationResult, Timings
 from .samplers import step_table
 from .step_table import StepTable
 from .tokenizer import Tokenizer, encode_prompts
-from .workspace import Workspace, allocate_outputs
+from .workspace import Workspace, run_once
 
 OutputType = Literal["pil", "np", "latent"]
 StepCallback = Callable[["Pipeline", int, float, dict[str, Any]], "dict[str, Any] | None"]
@@ -55,20 +55,23 @@ class Pipeline:
         *,
         mode: Mode = "step",
         max_batch: int = 4,
+        low_memory: bool = False,
         progress: Progress = _silent,
     ) -> None:
-        """Open all engines that every request needs; `max_batch` images are denoised together."""
+        """Open all engines that every request needs; see `open`."""
         self.bundle = bundle
         self.backend = backend
         self.mode: Mode = mode
         self.max_batch = max_batch
+        self.low_memory = low_memory
+        self._closed = False
         self._tokenizers = [Tokenizer(bundle.file(info.file), info) for info in bundle.manifest.tokenizers]
         self._network_dtype = next(t.dtype for t in bundle.graph("denoiser").inputs if t.name == "model_input")
         self._stream = backend.device.stream()
         self._workspaces: OrderedDict[Any, Workspace] = OrderedDict()
-        self._engines: dict[Any, Engine] = {}
+        self._engines: dict[tuple[str, Any], Engine] = {}
         graphs = [graph for graph in bundle.manifest.graphs if graph.stage != "image"]  # most start from noise
-        for number, graph in enumerate(graphs if backend.dynamic else []):
+        for number, graph in enumerate(graphs if backend.dynamic and not low_memory else []):
             progress(f"opening {graph.name}", number, len(graphs))
             self._engine(graph, {})
 
@@ -80,16 +83,25 @@ class Pipeline:
         *,
         mode: Mode = "step",
         max_batch: int = 4,
+        low_memory: bool = False,
         progress: Progress = _silent,
         **options: Any,
     ) -> Pipeline:
         """Open a bundle on a backend, building the engines that the cache does not have.
 
-        `options` go to the backend (`threads=`, `cache=`). Raises `BundleError`, `BackendUnavailableError` or
-        `EngineError`.
+        `max_batch` images are denoised together. `low_memory` opens the engines of a stage when it begins and closes
+        them when it ends: slower, with one stage's weights in memory at a time. `options` go to the backend
+        (`threads=`, `cache=`). Raises `BundleError`, `BackendUnavailableError` or `EngineError`.
         """
         opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
-        return cls(opened, open_backend(backend, **options), mode=mode, max_batch=max_batch, progress=progress)
+        return cls(
+            opened,
+            open_backend(backend, **options),
+            mode=mode,
+            max_batch=max_batch,
+            low_memory=low_memory,
+            progress=progress,
+        )
 
     def __call__(
         self,
@@ -119,11 +131,13 @@ class Pipeline:
         Raises `RequestError` for anything that cannot be served as given.
         """
         start = time.perf_counter()
+        if self._closed:
+            raise EngineError("the pipeline is closed: open it again")
         if output_type not in get_args(OutputType):
             raise RequestError(f"output_type is {output_type!r}: choose pil, np or latent")
-        picture, mask = _pictures(image, mask_image, strength)
+        picture, mask = load_pictures(image, mask_image, strength)
         request = GenerationRequest.of(
-            prompt=prompt if isinstance(prompt, str) else tuple(prompt),
+            prompt=prompt,
             negative_prompt=negative_prompt,
             height=height,
             width=width,
@@ -136,17 +150,12 @@ class Pipeline:
             strength=strength if strength is not None else 0.8 if picture and not mask else 1.0,
         )
         request = request.with_defaults(self.bundle.manifest, picture.size if picture else None)
-        table = step_table(
-            self.bundle.manifest.scheduler,
-            request.num_inference_steps or 1,
-            sampler=request.sampler,
-            strength=request.strength if picture else 1.0,
-            eta=request.eta,
-        )
+        table = self._table(request, chosen=sampler is not None)
         initial = self._initial(request, picture, mask) if picture else None
         timings, outputs = Timings(), []
         warnings: list[str] = []
-        for images in _batches(request.images, self.max_batch):
+        for first in range(0, len(request.images), self.max_batch):
+            images = request.images[first : first + self.max_batch]
             began = time.perf_counter()
             token_ids = encode_prompts(self._tokenizers, images, request.branches, warnings)
             tokenized = time.perf_counter()
@@ -171,8 +180,7 @@ class Pipeline:
         if output_type == "pil":
             result = [Image.fromarray(pixels) for pixels in result]
         timings.total = time.perf_counter() - start
-        seeds = [seed for _, _, seed in request.images]
-        return GenerationResult(result, seeds, timings, warnings, request)
+        return GenerationResult(result, [seed for _, _, seed in request.images], timings, warnings, request)
 
     def _run(
         self,
@@ -225,34 +233,41 @@ class Pipeline:
         height, width = request.height or 0, request.width or 0
         if not self.bundle.has_graph("image_encoder"):
             raise RequestError(f"bundle {self.bundle.path} has no image_encoder: it cannot start from a picture")
-        device = self.backend.device
-        pixels = image_pixels(picture, height, width)[None]
-        engine = self._engine(self.bundle.graph("image_encoder"), {"image": pixels.shape})
-        inputs = {"image": device.empty(pixels.shape, pixels.dtype)}
-        tensors = inputs | allocate_outputs(device, engine, inputs)
-        try:
-            inputs["image"].write(pixels, self._stream)
-            engine.bind(tensors).enqueue(self._stream)
-            mean, std = (tensors[name].read(self._stream) for name in ("latents_mean", "latents_std"))
-        finally:
-            for tensor in tensors.values():
-                tensor.close()
+        graph, pixels = self.bundle.graph("image_encoder"), image_pixels(picture, height, width)[None]
+        engine = self._engine(graph, {"image": pixels.shape})
+        moments = run_once(self.backend.device, engine, graph, {"image": pixels}, self._stream)
+        if self.low_memory:
+            self._release("image")
         cells = None if mask is None else latent_mask(mask, height, width, self.bundle.manifest.latent.downscale)
-        return InitialImage(mean, std, cells)
+        return InitialImage(moments["latents_mean"], moments["latents_std"], cells)
+
+    def _table(self, request: GenerationRequest, chosen: bool) -> StepTable:
+        """Build the step table; a scheduler that cannot be one is the request's fault when the request chose it."""
+        scheduler, steps = self.bundle.manifest.scheduler, request.num_inference_steps or 1
+        try:
+            return step_table(scheduler, steps, sampler=request.sampler, strength=request.strength, eta=request.eta)
+        except SchedulerError as error:
+            raise (RequestError(str(error)) if chosen else error) from error
+
+    def token_ids(self, text: str) -> Array:
+        """Return a prompt's token ids [1, L] for the first text encoder."""
+        return self._tokenizers[0].encode(text).ids[None]
 
     def _latent_shape(self, request: GenerationRequest) -> tuple[int, int, int]:
         latent = self.bundle.manifest.latent
         return latent.channels, (request.height or 0) // latent.downscale, (request.width or 0) // latent.downscale
 
     def _engine(self, graph: GraphInfo, shapes: Mapping[str, Sequence[int]]) -> Engine:
-        key = (
-            graph.name
-            if self.backend.dynamic
-            else (graph.name, tuple(sorted((n, tuple(s)) for n, s in shapes.items())))
-        )
+        fixed = () if self.backend.dynamic else tuple(sorted((name, tuple(shape)) for name, shape in shapes.items()))
+        key = (graph.name, fixed)
         if key not in self._engines:
             self._engines[key] = self.backend.open(self.bundle, graph, shapes)
         return self._engines[key]
+
+    def _release(self, stage: Stage) -> None:
+        names = {graph.name for graph in self.bundle.manifest.graphs if graph.stage == stage}
+        for key in [key for key in self._engines if key[0] in names]:
+            self._engines.pop(key).close()
 
     def _workspace(self, token_ids: dict[str, Array], arrays: dict[str, Array]) -> Workspace:
         key = tuple((name, array.shape) for name, array in {**token_ids, **arrays}.items())
@@ -260,7 +275,8 @@ class Pipeline:
         if workspace is None:
             if len(self._workspaces) >= MAX_WORKSPACES:
                 self._workspaces.popitem(last=False)[1].close()
-            workspace = Workspace(self.backend.device, self.bundle, self._engine, token_ids, arrays)
+            release = self._release if self.low_memory else None
+            workspace = Workspace(self.backend.device, self.bundle, self._engine, token_ids, arrays, release)
         self._workspaces[key] = workspace
         return workspace
 
@@ -273,24 +289,10 @@ class Pipeline:
         self._workspaces.clear()
         self._engines.clear()
         self._stream.close()
+        self._closed = True
 
     def __enter__(self) -> Pipeline:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
-
-
-def _pictures(image: Any, mask: Any, strength: float | None) -> tuple[Image.Image | None, Image.Image | None]:
-    """Load the initial picture and the mask, and check that they are given together with what needs them."""
-    if image is None:
-        for name, value in (("mask_image", mask), ("strength", strength)):
-            if value is not None:
-                raise RequestError(f"{name} was given without image: give the picture to start from as well")
-        return None, None
-    return load_image(image), None if mask is None else load_image(mask, "mask_image")
-
-
-def _batches(images: Sequence[tuple[str, str, int]], size: int) -> Iterator[Sequence[tuple[str, str, int]]]:
-    for start in range(0, len(images), size):
-        yield images[start : start + size]

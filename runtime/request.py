@@ -25,15 +25,15 @@ class GenerationRequest(BaseModel):
 
     prompt: tuple[str, ...] = Field(min_length=1)
     negative_prompt: tuple[str, ...] = ("",)
-    height: int | None = Field(None, gt=0, le=MAX_SIZE)
-    width: int | None = Field(None, gt=0, le=MAX_SIZE)
-    num_inference_steps: int | None = Field(None, ge=1)
-    guidance_scale: float | None = Field(None, ge=0, le=1000, allow_inf_nan=False)
-    num_images_per_prompt: int = Field(1, ge=1, le=1024)
+    height: int | None = Field(default=None, gt=0, le=MAX_SIZE)
+    width: int | None = Field(default=None, gt=0, le=MAX_SIZE)
+    num_inference_steps: int | None = Field(default=None, ge=1)
+    guidance_scale: float | None = Field(default=None, ge=0, le=1000, allow_inf_nan=False)
+    num_images_per_prompt: int = Field(default=1, ge=1, le=1024)
     seed: int = Field(default_factory=lambda: secrets.randbits(32), ge=0, le=MAX_SEED)
     sampler: str | None = None
-    eta: float = Field(0.0, ge=0, le=1)
-    strength: float = Field(1.0, gt=0, le=1)
+    eta: float = Field(default=0.0, ge=0, le=1)
+    strength: float = Field(default=1.0, gt=0, le=1)
 
     @field_validator("prompt", "negative_prompt", mode="before")
     @classmethod

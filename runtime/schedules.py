@@ -1,7 +1,7 @@
 """Noise schedules: how much signal and noise is left at each step, and the timestep that the network is told.
 
-A schedule of n steps has n timesteps and n + 1 decreasing sigmas (noise over signal; for flow models the share of noise). Values are
-rounded to float32 where the checkpoint's own training code rounds them, so the timesteps agree to the last bit.
+A schedule of n steps has n timesteps and n + 1 decreasing sigmas (noise over signal; for flow models the share of
+noise). Values are rounded to float32 where diffusers rounds them: a timestep cut to a whole number can hang on it.
 """
 
 from __future__ import annotations
@@ -54,13 +54,14 @@ def discrete_schedule(options: Options, steps: int) -> Schedule:
         timesteps = spaced_timesteps(options, steps, len(alphas)).round()
     if timesteps.max() >= len(alphas):
         raise RequestError(
-            f"{steps} steps with steps_offset={options['steps_offset']} reach beyond the last training timestep: take fewer steps"
+            f"{steps} steps with steps_offset={options['steps_offset']} reach beyond the last training timestep: "
+            "take fewer steps"
         )
     return Schedule(timesteps, np.empty(0), alphas.astype(np.float64))
 
 
 def k_schedule(options: Options, steps: int, *, round_karras: bool = False) -> Schedule:
-    """Sigmas at fractional timesteps, latents scaled as x0 + sigma * noise (Karras et al. 2022; k-diffusion's samplers)."""
+    """Sigmas at fractional timesteps; latents are x0 + sigma * noise (Karras et al. 2022; k-diffusion's samplers)."""
     alphas = alphas_cumprod(options, keep_finite=True)
     training = training_sigmas(alphas)
     logs = np.log(training)
@@ -84,10 +85,11 @@ def k_schedule(options: Options, steps: int, *, round_karras: bool = False) -> S
 def solver_schedule(
     options: Options, steps: int, *, round_karras: bool = True, repeat_last: bool = True, flow_from_one: bool = False
 ) -> Schedule:
-    """Sigmas at whole timesteps for the solvers that work in log SNR (DPM-Solver, UniPC, DEIS); latents keep unit variance.
+    """Sigmas at whole timesteps for the solvers in log SNR (DPM-Solver, UniPC, DEIS); latents keep unit variance.
 
-    The schedulers differ in small things: whether Karras timesteps of a cosine schedule are rounded, whether `sigma_min` as the final
-    sigma repeats the last one of a respaced schedule, and whether flow sigmas are spaced down from 1 or up from 0.
+    The schedulers differ in small things: whether Karras timesteps of a cosine schedule are rounded, whether
+    `sigma_min` as the final sigma repeats the last one of a respaced schedule, and whether flow sigmas run down from 1
+    or up from 0.
     """
     alphas = alphas_cumprod(options, keep_finite=True)
     training = training_sigmas(alphas)
@@ -116,7 +118,7 @@ def solver_schedule(
 
 
 def solver_flow_sigmas(options: Options, steps: int, from_one: bool) -> NDArray[np.float64]:
-    """Return `steps` shifted flow sigmas; a sigma of one would leave no signal to divide by, so it is lowered by 1e-6."""
+    """Return `steps` shifted flow sigmas; a sigma of one, which leaves no signal to divide by, is lowered by 1e-6."""
     train, shift = int(options["num_train_timesteps"]), float(options["flow_shift"])
     ramp = np.linspace(1, 1 / train, steps + 1)
     if not from_one:
@@ -158,7 +160,7 @@ def shifted(sigmas: NDArray[Any], shift: Any) -> NDArray[Any]:
 
 def stretched(sigmas: NDArray[Any], terminal: float | None) -> NDArray[Any]:
     """Stretch a flow schedule so that it ends at `terminal`, where the config gives one."""
-    return 1 - (1 - sigmas) * (1 - terminal) / (1 - sigmas[-1]) if terminal else sigmas
+    return 1 - (1 - sigmas) / ((1 - sigmas[-1]) / (1 - terminal)) if terminal else sigmas
 
 
 def timestep_at(schedule: Schedule, sigma: float) -> float:
@@ -193,13 +195,13 @@ def distilled_timesteps(options: Options, steps: int) -> NDArray[np.float64]:
 
 
 def clipped_timesteps(options: Options, alphas: Floats) -> int:
-    """Count the noisiest training timesteps that `lambda_min_clipped` leaves out (they make cosine schedules unstable)."""
+    """Count the noisiest training timesteps that `lambda_min_clipped` leaves out (for cosine schedules)."""
     log_snr = np.log(np.sqrt(alphas)) - np.log(np.sqrt(1 - alphas))
     return int(np.searchsorted(log_snr[::-1], options.get("lambda_min_clipped", -np.inf)))
 
 
 def sigma_choice(options: Options) -> str:
-    """Return 'karras', 'exponential', 'beta' or '' as the options ask; raises SchedulerError when they ask for several."""
+    """Return 'karras', 'exponential', 'beta' or ''; raises SchedulerError when the options ask for several."""
     chosen = [name for name in ("karras", "exponential", "beta") if options.get(f"use_{name}_sigmas")]
     if len(chosen) > 1:
         raise SchedulerError(
@@ -236,10 +238,8 @@ def training_betas(options: Options) -> Floats:
     schedules: dict[str, Callable[[], Floats]] = {
         "linear": lambda: linspace(first, last, train),
         "scaled_linear": lambda: linspace(first**0.5, last**0.5, train) ** 2,
-        "sigmoid": lambda: (1 / (1 + np.exp(-linspace(-6, 6, train)))) * np.float32(last - first) + np.float32(first),
-        "squaredcos_cap_v2": lambda: betas_from_alpha_bar(
-            lambda t: np.cos((t + 0.008) / 1.008 * np.pi / 2) ** 2, train
-        ),
+        "sigmoid": lambda: sigmoid(linspace(-6, 6, train)) * np.float32(last - first) + np.float32(first),
+        "squaredcos_cap_v2": lambda: betas_from_alpha_bar(cosine_alpha_bar, train),
         "exp": lambda: betas_from_alpha_bar(lambda t: np.exp(t * -12.0), train),
     }
     name = options["beta_schedule"]
@@ -248,8 +248,18 @@ def training_betas(options: Options) -> Floats:
     return schedules[name]()
 
 
+def sigmoid(x: Floats) -> Floats:
+    """Return the logistic function."""
+    return (1 / (1 + np.exp(-x))).astype(np.float32)
+
+
+def cosine_alpha_bar(t: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the signal power of the cosine schedule at time t in [0, 1] (Nichol and Dhariwal 2021, equation 17)."""
+    return np.cos((t + 0.008) / 1.008 * np.pi / 2) ** 2
+
+
 def betas_from_alpha_bar(alpha_bar: Callable[[NDArray[np.float64]], NDArray[np.float64]], train: int) -> Floats:
-    """Return betas whose cumulative product follows `alpha_bar`, capped at 0.999 (Nichol and Dhariwal 2021)."""
+    """Return betas whose cumulative product follows `alpha_bar`, capped at 0.999."""
     values = alpha_bar(np.arange(train + 1) / train)
     return np.minimum(1 - values[1:] / values[:-1], 0.999).astype(np.float32)
 
@@ -263,7 +273,7 @@ def betas_with_zero_snr(betas: Floats) -> Floats:
 
 
 def linspace(first: float, last: float, count: int) -> Floats:
-    """Return evenly spaced float32 values built from both ends with fused multiply-adds, as the training code's library does."""
+    """Return evenly spaced float32 values, built from both ends with fused multiply-adds as torch does."""
     a, b = np.float64(np.float32(first)), np.float64(np.float32(last))
     step = np.float64(np.float32(b - a) / np.float32(max(count - 1, 1)))
     index = np.arange(count)

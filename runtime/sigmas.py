@@ -18,8 +18,8 @@ BETA = 0.6  # Lee et al. 2024
 def respaced_sigmas(choice: str, options: Mapping[str, Any], sigmas: NDArray[Any], steps: int) -> NDArray[np.float64]:
     """Space `steps` sigmas between the ends of `sigmas`, or between the options sigma_max and sigma_min where given.
 
-    karras: even in sigma^(1/7) (Karras et al. 2022, equation 5). exponential: even in log sigma. beta: quantiles of Beta(0.6, 0.6)
-    (Lee et al. 2024).
+    karras: even in sigma^(1/7) (Karras et al. 2022, equation 5). exponential: even in log sigma. beta: quantiles of
+    Beta(0.6, 0.6) (Lee et al. 2024).
     """
     largest = float(sigmas[0] if options.get("sigma_max") is None else options["sigma_max"])
     smallest = float(sigmas[-1] if options.get("sigma_min") is None else options["sigma_min"])
@@ -35,8 +35,8 @@ def respaced_sigmas(choice: str, options: Mapping[str, Any], sigmas: NDArray[Any
 def beta_quantiles(probabilities: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return the quantiles of Beta(0.6, 0.6) for probabilities in [0, 1], to about 1e-15.
 
-    On the lower half the distribution function is u * series(x) / (a B(a, a)) with u = x^a (DLMF 8.17.7); it is convex in u, so Newton's
-    method from u = p a B(a, a) falls onto the root. The upper half is the mirror image.
+    On the lower half the distribution function is u * series(x) / (a B(a, a)) with u = x^a (DLMF 8.17.7); it is convex
+    in u, so Newton's method from u = p a B(a, a) falls onto the root. The upper half is the mirror image.
     """
     lower = np.minimum(probabilities, 1 - probabilities)
     scale = BETA * gamma(BETA) ** 2 / gamma(2 * BETA)

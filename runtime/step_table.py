@@ -4,15 +4,17 @@ The columns of a row are the basis of the linear step, in this order:
 
     latents | prediction | noise | clipped | history 1 .. H
 
-`weights[i]` maps the basis to the next latents (its first line) and the next history (the other lines). The clipped column is itself
-`clip(clip_weights[i] @ basis, -clip_limits[i], clip_limits[i])`; it serves `clip_sample` and is zero elsewhere. A table is built by running
-the sampler's own formulas on the unit vectors of this basis, so a sampler reads like its paper.
+`weights[i]` maps the basis to the next latents (its first line) and the next history (the other lines). The clipped
+column is itself `clip(clip_weights[i] @ basis, -clip_limits[i], clip_limits[i])`; it serves `clip_sample` and is zero
+elsewhere. A table is built by running the sampler's own formulas on the unit vectors of this basis, so a sampler reads
+like its paper.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +23,7 @@ from ..engines.errors import SchedulerError
 
 __all__ = ["StepTable", "TableBuilder", "branch_weights", "pack"]
 
+Array = NDArray[Any]
 Form = NDArray[np.float64]  # a linear form over the columns: the coefficients of one quantity
 HISTORY = 4  # index of the first history column
 
@@ -32,9 +35,10 @@ class StepTable:
     timesteps [N]           what the network is told
     input_scales [N]        the network's input is `input_scales[i] * latents`
     weights [N, 1 + H, K]   basis -> next latents, next history
-    clip_weights [N, K], clip_limits [N]   the clipped column
+    clip_weights [N, K]     basis -> the clipped column, before the clip
+    clip_limits [N]         its limit; 0 where nothing is clipped
     draws [N]               whether a fresh noise tensor is drawn for this row (in row order)
-    known [N + 1, 2]        (signal, noise) factors of a known image at the state before row i; the last line is the clean image
+    known [N + 1, 2]        (signal, noise) factors of a given image at the state before row i; last the clean image
     init_noise_sigma        the first latents are `init_noise_sigma * noise`
     """
 
@@ -55,6 +59,16 @@ class StepTable:
         """Number of history slots."""
         return self.weights.shape[1] - 1
 
+    def apply(
+        self, i: int, latents: Array, prediction: Array, history: Sequence[Array], noise: Array | float = 0.0
+    ) -> tuple[Array, list[Array]]:
+        """Run row i in numpy and return the next latents and history; the step graph does the same on the device."""
+        basis = [latents, prediction, noise, 0.0, *history]
+        form = sum(weight * part for weight, part in zip(self.clip_weights[i], basis, strict=True))
+        basis[HISTORY - 1] = np.clip(form, -self.clip_limits[i], self.clip_limits[i])
+        lines = [sum(weight * part for weight, part in zip(line, basis, strict=True)) for line in self.weights[i]]
+        return lines[0], lines[1:]
+
     @property
     def draw_count(self) -> int:
         """Number of noise tensors that the run draws after the initial one."""
@@ -62,7 +76,7 @@ class StepTable:
 
 
 class TableBuilder:
-    """Collects rows; its attributes `latents`, `prediction`, `noise` and `history` are the unit vectors that formulas run on."""
+    """Collects rows; `latents`, `prediction`, `noise` and `history` are the unit vectors that formulas run on."""
 
     def __init__(self, history: int = 0) -> None:
         self.latents, self.prediction, self.noise, self._clipped, *self.history = np.eye(HISTORY + history)
@@ -125,8 +139,8 @@ class TableBuilder:
 def branch_weights(guidance: float | tuple[float, float], branches: int) -> list[float]:
     """Return the factors that combine G guidance branches, unconditional first, into one prediction.
 
-    G = 1: no guidance. G = 2: (1 - g) u + g c (classifier-free guidance, Ho and Salimans 2022). G = 3, guidance (text, image):
-    u + g_image (i - u) + g_text (c - i) (InstructPix2Pix, equation 3), branches u, i, c.
+    G = 1: no guidance. G = 2: (1 - g) u + g c (classifier-free guidance, Ho and Salimans 2022). G = 3 with guidance
+    (text, image): u + g_image (i - u) + g_text (c - i), branches u, i, c (Brooks et al. 2023, equation 3).
     """
     if branches == 1:
         return [1.0]
@@ -137,9 +151,10 @@ def branch_weights(guidance: float | tuple[float, float], branches: int) -> list
 def pack(
     tables: Sequence[StepTable], guidance_scales: Sequence[float | tuple[float, float]], branches: int
 ) -> dict[str, NDArray[np.float32] | NDArray[np.int64]]:
-    """Lay the rows of one batch out for the step graph: B images, G branches, T rows in all, H history slots (at least one).
+    """Lay the rows of a batch out for the step graph: B images, G branches, T rows, H history slots (at least one).
 
-    Each image has its own run of rows, closed by a row that holds the latents; its row counter starts at `row[b]` and follows `next_rows`.
+    Each image has its own run of rows, closed by a row that holds the latents; its counter starts at `row[b]` and
+    follows `next_rows`.
 
     weights [T, 1 + H, K, 1, 1, 1]   columns: latents, G predictions, noise, clipped, history
     clip_weights [T, 1 + G, 1, 1, 1]   columns: latents, G predictions; scaled so that the clip is to [-1, 1]

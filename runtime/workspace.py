@@ -4,24 +4,44 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from ..engines.bundle import Bundle, GraphInfo, TensorInfo
+from ..engines.bundle import Bundle, GraphInfo, Stage, TensorInfo
 from ..engines.device import Array, Device, Event, Stream, Tensor
 from ..engines.engine import BoundEngine, Engine, shape_of, solve_sizes
 from ..engines.errors import BundleError
-from .loop import CapturedWork, DenoiseLoop, Mode
+from .loop import CapturedWork, DenoiseLoop, Mode, OpenEngine, shapes_of
 
-OpenEngine = Callable[[GraphInfo, Mapping[str, Sequence[int]]], Engine]
-"""Opens a graph's engine for given input shapes."""
+Release = Callable[[Stage], None]
+"""Closes the engines of a stage."""
 
 
-def allocate_outputs(device: Device, engine: Engine, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a new tensor for every output of an engine, shaped by its inputs."""
-    sizes = solve_sizes(engine.inputs, {name: tensor.shape for name, tensor in inputs.items()})
-    return {name: device.empty(shape_of(spec, sizes), spec.dtype) for name, spec in engine.outputs.items()}
+def allocate_outputs(device: Device, graph: GraphInfo, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a new tensor for every output of a graph, shaped by its inputs."""
+    sizes = solve_sizes({spec.name: spec for spec in graph.inputs}, shapes_of(inputs))
+    return {spec.name: device.empty(shape_of(spec, sizes), spec.dtype) for spec in graph.outputs}
+
+
+def run_once(
+    device: Device, engine: Engine, graph: GraphInfo, inputs: Mapping[str, Array], stream: Stream
+) -> dict[str, Array]:
+    """Run a graph once on host arrays and return its outputs on the host; nothing stays allocated."""
+    tensors = {name: device.empty(array.shape, array.dtype) for name, array in inputs.items()}
+    try:
+        tensors |= allocate_outputs(device, graph, tensors)
+        for name, array in inputs.items():
+            tensors[name].write(array, stream)
+        engine.bind(tensors).enqueue(stream)
+        return {spec.name: tensors[spec.name].read(stream) for spec in graph.outputs}
+    finally:
+        for tensor in tensors.values():
+            tensor.close()
 
 
 class Workspace:
-    """Everything that is allocated once for a shape and used again by the next request of that shape."""
+    """Everything that is allocated once for a shape and used again by the next request of that shape.
+
+    Graphs are wired by tensor name: what one writes, every later one reads. With `release`, engines are opened for
+    their stage and closed after it, so that one stage's weights are in memory at a time.
+    """
 
     def __init__(
         self,
@@ -30,37 +50,25 @@ class Workspace:
         open_engine: OpenEngine,
         token_ids: Mapping[str, Array],
         arrays: Mapping[str, Array],
+        release: Release | None = None,
     ) -> None:
-        """Wire the graphs by tensor name: what one writes, every later one reads."""
+        """Allocate all tensors and, unless engines are released after each stage, bind them."""
+        self._bundle, self._open, self._release = bundle, open_engine, release
         self._tensors: dict[str, Tensor] = {name: device.empty(ids.shape, ids.dtype) for name, ids in token_ids.items()}
-        self._owned: list[Tensor] = list(self._tensors.values())
+        self._prompt_graphs = [graph for graph in bundle.manifest.graphs if graph.stage == "prompt"]
+        for graph in self._prompt_graphs:
+            self._tensors |= allocate_outputs(device, graph, self._inputs(graph, graph.inputs))
+        denoiser, decoder = bundle.graph("denoiser"), bundle.graph("decoder")
+        conditioning = self._inputs(denoiser, [spec for spec in denoiser.inputs if spec.name not in arrays])
+        self.loop = DenoiseLoop(device, denoiser, arrays, conditioning)
+        self.pictures = allocate_outputs(device, decoder, {"latents": self.loop.latents(0)})
         self._prompt: list[BoundEngine] = []
-        for graph in _stage(bundle, "prompt"):
-            inputs = self._inputs(graph, graph.inputs)
-            engine = open_engine(graph, _shapes(inputs))
-            outputs = allocate_outputs(device, engine, inputs)
-            self._tensors |= outputs
-            self._owned += outputs.values()
-            self._prompt.append(engine.bind({**inputs, **outputs}))
+        self._decoders: list[BoundEngine] = []
         self._requests = CapturedWork()
-        self.loop = self._loop(device, bundle, open_engine, arrays)
-        latents = [self.loop.latents(parity) for parity in (0, 1)]
-        decoder = open_engine(bundle.graph("decoder"), {"latents": latents[0].shape})
-        self.pictures = allocate_outputs(device, decoder, {"latents": latents[0]})
-        self._owned += self.pictures.values()
-        self._decoders = [decoder.bind({"latents": tensor, **self.pictures}) for tensor in latents]
-
-    def _loop(
-        self, device: Device, bundle: Bundle, open_engine: OpenEngine, arrays: Mapping[str, Array]
-    ) -> DenoiseLoop:
-        graph, step_graph = bundle.graph("denoiser"), bundle.graph("step")
-        state = [t for t in graph.inputs if t.name in arrays]
-        conditioning = self._inputs(graph, [t for t in graph.inputs if t not in state])
-        shapes = {**_shapes(conditioning), **{t.name: arrays[t.name].shape for t in state}}
-        denoiser = open_engine(graph, shapes)
-        prediction = shape_of(denoiser.outputs["prediction"], solve_sizes(denoiser.inputs, shapes))
-        inputs = {t.name: prediction if t.name == "prediction" else arrays[t.name].shape for t in step_graph.inputs}
-        return DenoiseLoop(device, denoiser, open_engine(step_graph, inputs), arrays, conditioning)
+        if release is None:
+            self._bind_prompt()
+            self._bind_loop()
+            self._bind_decoder()
 
     def load(self, token_ids: Mapping[str, Array], arrays: Mapping[str, Array], stream: Stream) -> None:
         """Copy a request's token ids and loop arrays to the device."""
@@ -75,50 +83,75 @@ class Workspace:
 
         A request captured whole has no points between its stages: its time counts as denoising.
         """
-        if mode == "request" and on_step is None:
+        if mode == "request" and on_step is None and self._release is None:
             before = stream.record()
 
             def enqueue() -> None:
                 self._encode(stream)
                 self.loop.enqueue(steps, stream)
-                self._decode(steps, stream, decode)
+                if decode:
+                    self._decoders[steps % 2].enqueue(stream)
 
             self._requests.replay((steps, decode), enqueue, stream)
             after = stream.record()
             return [before, before, after, after]
         events = [stream.record()]
+        self._bind_prompt()
         self._encode(stream)
+        self._done("prompt", stream)
         events.append(stream.record())
+        self._bind_loop()
         self.loop.run(steps, stream, mode=mode, on_step=on_step)
+        self._done("step", stream)
         events.append(stream.record())
-        self._decode(steps, stream, decode)
+        if decode:
+            self._bind_decoder()
+            self._decoders[steps % 2].enqueue(stream)
+            self._done("end", stream)
         return [*events, stream.record()]
 
     def _encode(self, stream: Stream) -> None:
         for bound in self._prompt:
             bound.enqueue(stream)
 
-    def _decode(self, steps: int, stream: Stream, wanted: bool) -> None:
-        if wanted:
-            self._decoders[steps % 2].enqueue(stream)
+    def _bind_prompt(self) -> None:
+        for graph in self._prompt_graphs if not self._prompt else ():
+            inputs = self._inputs(graph, graph.inputs)
+            outputs = self._inputs(graph, graph.outputs)
+            self._prompt.append(self._open(graph, shapes_of(inputs)).bind({**inputs, **outputs}))
+
+    def _bind_loop(self) -> None:
+        self.loop.bind(self._open, self._bundle.graph("denoiser"), self._bundle.graph("step"))
+
+    def _bind_decoder(self) -> None:
+        graph = self._bundle.graph("decoder")
+        for parity in (0, 1) if not self._decoders else ():
+            inputs = {"latents": self.loop.latents(parity)}
+            self._decoders.append(self._open(graph, shapes_of(inputs)).bind({**inputs, **self.pictures}))
+
+    def _done(self, stage: Stage, stream: Stream) -> None:
+        """Let go of a stage's engines when they are not to stay."""
+        if self._release is None:
+            return
+        stream.synchronize()
+        if stage == "prompt":
+            self._prompt = []
+        elif stage == "step":
+            self.loop.unbind()
+        else:
+            self._decoders = []
+        self._release(stage)
 
     def close(self) -> None:
         """Free all memory; calling it again does nothing."""
         self._requests.close()
         self.loop.close()
-        for tensor in self._owned:
+        self._prompt, self._decoders = [], []
+        for tensor in (*self._tensors.values(), *self.pictures.values()):
             tensor.close()
-        self._owned = []
+        self._tensors, self.pictures = {}, {}
 
     def _inputs(self, graph: GraphInfo, specs: Sequence[TensorInfo]) -> dict[str, Tensor]:
         if missing := [spec.name for spec in specs if spec.name not in self._tensors]:
             raise BundleError(f"graph {graph.name} reads {missing[0]!r}, which no earlier graph of the bundle writes")
         return {spec.name: self._tensors[spec.name] for spec in specs}
-
-
-def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    return {name: tensor.shape for name, tensor in tensors.items()}
-
-
-def _stage(bundle: Bundle, stage: str) -> list[GraphInfo]:
-    return [graph for graph in bundle.manifest.graphs if graph.stage == stage]

@@ -1,4 +1,4 @@
-"""The command line: `latentrt export | generate | inspect | env`.
+"""The command line: `latentrt generate | export | inspect | verify | env`.
 
 Every error is one line on standard error. Exit codes: 0 done, 1 failed, 2 bad usage or request, 130 interrupted.
 """
@@ -10,11 +10,13 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
 
 import typer
 
 from ...engines.errors import LatentRTError, RequestError
-from . import bundle, env, generate
+from . import bundle, env, generate, verify
 
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 """Typer's base of all usage errors; releases differ in where it can be imported from."""
@@ -29,6 +31,7 @@ app = typer.Typer(
 app.command("generate")(generate.generate)
 app.command("export")(bundle.export)
 app.command("inspect")(bundle.inspect)
+app.command("verify")(verify.verify)
 app.command("env")(env.env)
 
 
@@ -38,9 +41,11 @@ def run(arguments: Sequence[str] | None = None) -> int:
     warnings.simplefilter("ignore")
     try:
         result = app(args=None if arguments is None else list(arguments), standalone_mode=False, prog_name="latentrt")
+        if result == 130:  # what Typer makes of an interrupt
+            raise KeyboardInterrupt
         return result if isinstance(result, int) else 0
     except UsageError as error:
-        return _fail(f"{error.format_message()} (see `latentrt --help`)", 2)  # type: ignore[attr-defined]
+        return _fail(f"{_describe(error, arguments)} (see `latentrt --help`)", 2)
     except RequestError as error:
         return _fail(str(error), 2)
     except LatentRTError as error:
@@ -56,6 +61,14 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return _fail("out of memory: use a smaller size, a smaller --count, or a machine with more memory", 1)
     except OSError as error:
         return _fail(f"{error.strerror or error}: {error.filename or ''}".rstrip(": "), 1)
+
+
+def _describe(error: Any, arguments: Sequence[str] | None) -> str:
+    """Return a usage error's text with the value that was given, which Typer leaves out."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    names = getattr(getattr(error, "param", None), "opts", [])
+    given = [value for name, value in pairwise(words) if name in names]
+    return error.format_message() + (f" from {given[-1]!r}" if given else "")
 
 
 def _fail(message: str, code: int) -> int:

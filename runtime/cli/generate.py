@@ -45,6 +45,7 @@ def generate(
     grid: Annotated[Path | None, typer.Option("--grid", help="Also write all pictures, labelled, as one PNG.")] = None,
     backend: Annotated[str, typer.Option("--backend", help="Backend (default: the fastest that works).")] = "auto",
     threads: Annotated[int | None, typer.Option("--threads", min=1, help="Processor threads.")] = None,
+    low_memory: Annotated[bool, typer.Option("--low-memory", help="Hold one stage's engines at a time.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print paths, seeds and timings as JSON.")] = False,
 ) -> None:
     """Turn prompts into pictures."""
@@ -63,7 +64,7 @@ def generate(
     options: dict[str, Any] = {} if threads is None else {"threads": threads}
     with (
         progress_bar("generating") as progress,
-        Pipeline.open(bundle or _embedded(), backend, progress=progress, **options) as pipe,
+        Pipeline.open(bundle or _embedded(), backend, low_memory=low_memory, progress=progress, **options) as pipe,
     ):
         opened = time.perf_counter()
         result = pipe(
@@ -128,11 +129,9 @@ def _write(
 def _embedded() -> Path:
     """Return the embedded model's bundle, exported at first use."""
     try:
-        from ...export.embedded import bundle_path, ensure_bundle
+        from ...export.embedded import ensure_bundle
     except ImportError as error:
         raise MissingExtraError("export", "the embedded model") from error
-    if not bundle_path().exists():
-        typer.echo("exporting the embedded model, once", err=True)
     with progress_bar("exporting the embedded model") as progress:
         return ensure_bundle(progress=progress)
 

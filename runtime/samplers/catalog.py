@@ -85,7 +85,7 @@ SAMPLERS: dict[str, Sampler] = {
     "DDIMScheduler": Sampler(
         discrete.ddim,
         discrete_schedule,
-        DISCRETE | CLIPPING | ZERO_SNR | {"set_alpha_to_one": True, "eta": 0.0},
+        DISCRETE | CLIPPING | ZERO_SNR | {"set_alpha_to_one": True},
         {"prediction_type": ANY_BUT_FLOW},
     ),
     "DDPMScheduler": Sampler(
@@ -193,7 +193,7 @@ SAMPLERS: dict[str, Sampler] = {
             "invert_sigmas": False,
             "shift_terminal": None,
         }
-        | {"time_shift_type": "exponential", "stochastic_sampling": False, "mu": None},
+        | {"time_shift_type": "exponential", "stochastic_sampling": False},
         {"invert_sigmas": (False,), "time_shift_type": ("exponential", "linear")},
     ),
 }

@@ -13,7 +13,7 @@ __all__ = ["deis"]
 
 
 def deis(schedule: Schedule, options: Options) -> StepTable:
-    """DEIS in log rho (Zhang and Chen 2023, equation 18): epsilon extrapolated as a polynomial of log rho; slots: past epsilons."""
+    """DEIS with polynomials in log rho (Zhang and Chen 2023, equation 18); slots: past epsilons."""
     level, order, n = levels(schedule, options), int(options["solver_order"]), len(schedule)
     short = options["lower_order_final"] and n < 15
     table = TableBuilder(history=order - 1)
@@ -31,16 +31,14 @@ def deis(schedule: Schedule, options: Options) -> StepTable:
 
 
 def log_polynomial_integrals(nodes: np.ndarray, first: float, last: float) -> list[float]:
-    """Integrate the Lagrange polynomials of `nodes` in y = log rho over rho: the integral of l_j(y) exp(y) dy from `first` to `last`.
+    """Integrate the Lagrange polynomials l_j(y) of `nodes`, y = log rho, over rho: l_j(y) exp(y) dy, `first` to `last`.
 
     A polynomial p times exp(y) has the antiderivative (p - p' + p'' - ..) exp(y).
     """
     integrals = []
     for j, node in enumerate(nodes):
         others = np.delete(nodes, j)
-        lagrange = np.poly1d(
-            np.poly(others - first) / np.prod(node - others)
-        )  # in y - first, where it is well conditioned
+        lagrange = np.poly1d(np.poly(others - first) / np.prod(node - others))  # of y - first: small numbers
         primitive = lagrange - lagrange.deriv() + lagrange.deriv(2)
         integrals.append(float(np.exp(first) * (primitive(last - first) * np.exp(last - first) - primitive(0))))
     return integrals

@@ -45,6 +45,8 @@ def dpm_multistep(schedule: Schedule, options: Options) -> StepTable:
             used = 1
         elif i == n - 2 and short:
             used = min(used, 2)
+        if level[i + 1] == level[i]:
+            used = 1  # a repeated final sigma: a step of no length, which higher orders would divide by
         differences = multistep_differences(now[:used], level[i + 1], level[i::-1][:used])
         midpoint = used == 2 and options["solver_type"] == "midpoint"
         latents = exponential_step(
@@ -56,7 +58,7 @@ def dpm_multistep(schedule: Schedule, options: Options) -> StepTable:
 
 
 def dpm_singlestep(schedule: Schedule, options: Options) -> StepTable:
-    """DPM-Solver(++) singlestep (Lu et al. 2022, algorithms 4 and 5): groups of up to `solver_order` rows start from one anchor.
+    """DPM-Solver(++) singlestep (Lu et al. 2022, algorithms 4 and 5): groups of `solver_order` rows share an anchor.
 
     Slots: the past converted predictions, then the anchor latents.
     """
@@ -109,13 +111,12 @@ def singlestep_differences(m: list[Form], t: Level, s: list[Level], options: Opt
 
 
 def singlestep_orders(n: int, options: Options) -> list[int]:
-    """Return the order of each row: 1, 2, .. repeated, lowered at the end so that n rows come out and a final sigma of zero is met."""
+    """Return the order of each row: 1, 2, .. repeated, and lowered at the end of a run that ends early or at zero."""
     order, to_zero = int(options["solver_order"]), options["final_sigmas_type"] == "zero"
     lower_final = options["lower_order_final"] or n % order != 0 or to_zero
     orders = [i % order + 1 for i in range(n)]
-    if lower_final and order > 1:
-        if n % order == 0:
-            orders[-order:] = [1, 2, 1][:order] if order == 3 else [1, 1]
+    if lower_final and n % order == 0 and order > 1:
+        orders[-order:] = [1, 2, 1] if order == 3 else [1, 1]
     if to_zero:
         orders[-1] = 1
     return orders
@@ -142,10 +143,11 @@ def converted(table: TableBuilder, level: Level, options: Options, *, data: bool
 def exponential_step(
     table: TableBuilder, start: Form, s: Level, t: Level, differences: list[Form], options: Options, *, midpoint: bool
 ) -> Form:
-    """Move `start` from level s to t: carry * x - scale * (phi1 D0 + phi2 D1 + phi3 D2) + spread * noise (Lu et al. 2022b, equation 9).
+    """Move `start` from level s to t: carry x - scale (phi1 D0 + phi2 D1 + phi3 D2) + spread * noise.
 
-    All four algorithms share this form; they differ in carry, scale and the argument z of the phi functions. `differences` are D0, D1, D2:
-    the converted prediction and its scaled derivatives in half log SNR. `midpoint` takes phi1 / 2 for phi2.
+    All four algorithms share this form (Lu et al. 2022b, equation 9); they differ in carry, scale and the argument z
+    of the phi functions. `differences` are D0, D1, D2: the converted prediction and its scaled derivatives in half log
+    SNR. `midpoint` takes phi1 / 2 for phi2.
     """
     h = t.half_log_snr - s.half_log_snr
     carry, scale, z, spread = {

@@ -62,12 +62,12 @@ def lms(schedule: Schedule, options: Options, order: int = 4) -> StepTable:
 
 
 def kdpm2(schedule: Schedule, options: Options) -> StepTable:
-    """DPM-Solver-2 in sigma: midpoint in log sigma (Karras et al. 2022, algorithm 2 without churn); slot: the step's first latents."""
+    """Midpoint method in log sigma (k-diffusion's sample_dpm_2, no churn); slot: the step's first latents."""
     return midpoint(schedule, options, ancestral_noise=False)
 
 
 def kdpm2_ancestral(schedule: Schedule, options: Options) -> StepTable:
-    """DPM-Solver-2 down to sigma_down, then fresh noise (k-diffusion's sample_dpm_2_ancestral)."""
+    """Midpoint method down to sigma_down, then fresh noise (k-diffusion's sample_dpm_2_ancestral)."""
     return midpoint(schedule, options, ancestral_noise=True)
 
 
@@ -88,7 +88,7 @@ def midpoint(schedule: Schedule, options: Options, ancestral_noise: bool) -> Ste
 
 
 def flow_euler(schedule: Schedule, options: Options) -> StepTable:
-    """Euler's method on a rectified flow (Liu et al. 2022); stochastic_sampling re-noises the clean estimate at every step."""
+    """Euler's method on a rectified flow (Liu et al. 2022); stochastic_sampling noises the clean estimate anew."""
     table, s = TableBuilder(), schedule.sigmas
     stochastic = bool(options["stochastic_sampling"])
     for i in range(schedule.start, len(schedule)):
@@ -120,7 +120,7 @@ def close_row(
     draw: bool = False,
     known_sigma: float | None = None,
 ) -> None:
-    """Close a row at `sigma`; the network sees unit variance. `known_sigma` is the noise of known latents where it differs."""
+    """Close a row at `sigma`; the network sees unit variance. `known_sigma`: the noise level of `known`."""
     known = (1.0, sigma if known_sigma is None else known_sigma)
     table.row(timestep, latents, history, known=known, input_scale=(sigma**2 + 1) ** -0.5, draw=draw)
 
@@ -132,7 +132,7 @@ def ancestral(sigma: float, sigma_next: float) -> tuple[float, float]:
 
 
 def lagrange_integrals(nodes: np.ndarray, first: float, last: float) -> list[float]:
-    """Integrate the Lagrange polynomials of `nodes` (at most four) from `first` to `last`, exactly, by two-point Gauss-Legendre."""
+    """Integrate the Lagrange polynomials of at most four `nodes`, exactly (two-point Gauss-Legendre)."""
     points = (first + last) / 2 + (last - first) / 2 * np.array([-1, 1]) / 3**0.5
     integrals = []
     for j, node in enumerate(nodes):

@@ -23,7 +23,7 @@ def pndm(schedule: Schedule, options: Options) -> StepTable:
     else:
         if len(schedule) < 4:
             raise RequestError(
-                f"PNDM with Runge-Kutta warm-up needs at least 4 steps, not {len(schedule)}: set skip_prk_steps or take more"
+                f"PNDM with Runge-Kutta warm-up needs at least 4 steps, not {len(schedule)}: take more, or use plms"
             )
         pairs = ascending[-4:].repeat(2) + np.tile([0, stride // 2], 4)
         runge_kutta = pairs[:-1].repeat(2)[1:-1][::-1]
@@ -39,12 +39,11 @@ def pndm(schedule: Schedule, options: Options) -> StepTable:
 
 
 class _Steps:
-    """The two kinds of PNDM rows. Slots: the last three predictions, the anchor latents, the running Runge-Kutta mean."""
+    """The two kinds of PNDM rows; slots: three past predictions, the anchor latents, the running Runge-Kutta mean."""
 
     def __init__(self, schedule: Schedule, options: Options, stride: int) -> None:
         self.alphas, self.options, self.stride = schedule.alphas_cumprod, options, stride
         self.table = TableBuilder(history=3 if options["skip_prk_steps"] else 5)
-        self.known_predictions = 0
 
     def transfer(self, latents: Form, t: int, t_next: int, prediction: Form) -> Form:
         """Move latents from t to t_next along a prediction (Liu et al. 2022, equation 11)."""
@@ -67,13 +66,11 @@ class _Steps:
         else:
             used, mean = mean + table.prediction / 6, table.zero
         t_next = t - (0 if i % 2 else self.stride // 2)
-        table.row(
-            t, self.transfer(anchor, anchor_t, t_next, used), [*past, anchor, mean], known=known_at(self.alphas[t])
-        )
-        self.known_predictions = i // 4 + 1
+        latents = self.transfer(anchor, anchor_t, t_next, used)
+        table.row(t, latents, [*past, anchor, mean], known=known_at(self.alphas[t]))
 
     def linear_multistep(self, i: int, t: int) -> None:
-        """Row i of the Adams-Bashforth part; without Runge-Kutta the second row repeats the first step with the mean of two predictions."""
+        """Row i of the Adams-Bashforth part; without Runge-Kutta it starts with Heun's method on the first step."""
         table, e = self.table, [self.table.prediction, *self.table.history[:3]]
         start, t_from, t_next = table.latents, t, t - self.stride
         history = e[:3]
@@ -82,10 +79,11 @@ class _Steps:
         elif i == 1:
             used, history = (e[0] + e[1]) / 2, [e[1]]
             start, t_from, t_next = table.history[2], t + self.stride, t
-        elif i == 2 and self.known_predictions == 0:
+        elif i == 2:
             used, history = (3 * e[0] - e[1]) / 2, e[:2]
-        elif i == 3 and self.known_predictions == 0:
+        elif i == 3:
             used = (23 * e[0] - 16 * e[1] + 5 * e[2]) / 12
         else:
             used = (55 * e[0] - 59 * e[1] + 37 * e[2] - 9 * e[3]) / 24
-        table.row(t, self.transfer(start, t_from, t_next, used), history, known=known_at(self.alphas[t]))
+        latents = self.transfer(start, t_from, t_next, used)
+        table.row(t, latents, history, known=known_at(self.alphas[t]))

@@ -13,7 +13,7 @@ __all__ = ["unipc"]
 
 
 def unipc(schedule: Schedule, options: Options) -> StepTable:
-    """UniPC (Zhao et al. 2023, algorithms 1 to 4); slots: the past converted predictions, then the last corrected latents."""
+    """UniPC (Zhao et al. 2023, algorithms 1 to 4); slots: past converted predictions, the last corrected latents."""
     level, order, n = levels(schedule, options), int(options["solver_order"]), len(schedule)
     table = TableBuilder(history=order + 1)
     used = 1
@@ -25,6 +25,8 @@ def unipc(schedule: Schedule, options: Options) -> StepTable:
             latents = unified_step(corrected, past[:used], level[i], level[i - 1 :: -1][:used], options, prediction)
         now = [prediction, *past]
         used = min(order, i - schedule.start + 1, n - i if options["lower_order_final"] else order)
+        if level[i + 1] == level[i]:
+            used = 1  # a repeated final sigma: a step of no length, which higher orders would divide by
         next_latents = unified_step(latents, now[:used], level[i + 1], level[i::-1][:used], options)
         known = (float(level[i].signal), float(level[i].noise))
         table.row(schedule.timesteps[i], next_latents, [*now[:order], latents], known=known)
@@ -34,7 +36,7 @@ def unipc(schedule: Schedule, options: Options) -> StepTable:
 def unified_step(
     start: Form, m: list[Form], t: Level, s: list[Level], options: Options, prediction: Form | None = None
 ) -> Form:
-    """Move `start` from level s[0] to t with the predictions m at s[0], s[1], ..; with the one at t this is the corrector (UniC)."""
+    """Move `start` from level s[0] to t with the predictions m at s[0], s[1], .. (UniP) or one more (UniC)."""
     data = bool(options["predict_x0"])
     h = t.half_log_snr - s[0].half_log_snr
     z = -h if data else h
@@ -52,7 +54,7 @@ def unified_step(
 
 
 def solved(ratios: list[np.float64], z: np.float64, base: np.float64) -> np.ndarray:
-    """Solve the order conditions sum_j a_j r_j^(k-1) = k! phi_(k+1)(z) / B(z), k = 1 .. (Zhao et al. 2023, equation 9)."""
+    """Solve sum_j a_j r_j^(k-1) = k! phi_(k+1)(z) / B(z) for k = 1, 2, .. (Zhao et al. 2023, equation 9)."""
     phi, factorial, right = np.expm1(z) / z - 1, 1, []
     for k in range(1, len(ratios) + 1):
         right.append(phi * factorial / base)

@@ -18,7 +18,7 @@ from latentrt.runtime.loop import Mode
 from PIL import Image
 
 PROMPTS = ["a red circle on a blue background", "a small star", "two rings"]
-QUICK: dict[str, Any] = {"num_inference_steps": 3, "guidance_scale": 4.0, "height": 64, "width": 64}
+QUICK: dict[str, Any] = {"sampler": "ddim", "num_inference_steps": 3, "guidance_scale": 4.0, "height": 64, "width": 64}
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +115,7 @@ def test_the_mask_keeps_what_it_does_not_cover(pipe: Pipeline) -> None:
     picture = np.stack([x, y, 255 - x], -1).astype(np.uint8)
     mask = np.zeros((64, 64), np.uint8)
     mask[:32] = 255
-    arguments: dict[str, Any] = {"image": picture, "seed": 4, "output_type": "latent", "sampler": "ddim"}
+    arguments: dict[str, Any] = {"image": picture, "seed": 4, "output_type": "latent"}
     kept = pipe(PROMPTS[0], mask_image=mask, **QUICK, **arguments).images
     nothing = pipe(PROMPTS[0], mask_image=np.zeros_like(mask), **QUICK, **arguments).images
     rows = kept.shape[2] // 2
@@ -229,3 +229,16 @@ def test_importing_the_runtime_imports_no_torch() -> None:
     code = "import sys, latentrt.runtime, latentrt.runtime.pipeline, latentrt.engines, latentrt.export\n"
     code += "print(sorted({'torch', 'diffusers', 'transformers'} & set(sys.modules)))"
     assert run_alone(code).strip() == "[]"
+
+
+def test_low_memory_gives_the_same_picture_with_fewer_engines_open(tiny_sd15_bundle: Path, pipe: Pipeline) -> None:
+    with Pipeline.open(tiny_sd15_bundle, "onnxruntime-cpu", threads=1, low_memory=True) as low:
+        opened: list[set[str]] = []
+
+        def look(low: Pipeline, step: int, timestep: float, values: dict[str, Any]) -> None:
+            opened.append({name for name, _ in low._engines})
+
+        for seed in (1, 2):
+            assert np.array_equal(generate(low, seed=seed, callback_on_step_end=look), generate(pipe, seed=seed))
+        assert opened == [{"denoiser", "step"}] * 6
+        assert low._engines == {}

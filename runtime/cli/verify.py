@@ -1,0 +1,71 @@
+"""`latentrt verify`: a bundle against the checkpoint it came from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ...engines.errors import MissingExtraError
+from .progress import progress_bar
+
+if TYPE_CHECKING:
+    from ...benchmarks.verify import Report
+
+
+def verify(
+    bundle: Annotated[Path, typer.Argument(help="A bundle.")],
+    against: Annotated[str, typer.Option("--against", help="The checkpoint: folder, hub id or .safetensors file.")],
+    backend: Annotated[str, typer.Option("--backend", help="Backend (default: the fastest that works).")] = "auto",
+    prompt: Annotated[str, typer.Option("--prompt", help="Prompt of the whole request.")] = "a red circle",
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Steps of the whole request.")] = 10,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the whole request.")] = 0,
+    threads: Annotated[int | None, typer.Option("--threads", min=1, help="Processor threads.")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="Tokenizer folder or hub id, for a single file.")] = None,
+    prediction_type: Annotated[str | None, typer.Option(help="What a single file's U-Net predicts.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Compare every graph and one whole request with PyTorch on this machine; exit 1 past the bound."""
+    try:
+        from ...benchmarks.verify import verify as run_verify
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("latentrt"):
+            raise
+        raise MissingExtraError("cpu,export,bench", "verifying a bundle") from error
+    options: dict[str, Any] = {} if threads is None else {"threads": threads}
+    with progress_bar("verifying") as progress:
+        report = run_verify(
+            bundle,
+            against,
+            backend=backend,
+            prompt=prompt,
+            steps=steps,
+            seed=seed,
+            tokenizer=tokenizer,
+            prediction_type=prediction_type,
+            progress=progress,
+            **options,
+        )
+    typer.echo(json.dumps(report.as_json(), indent=2) if as_json else "\n".join(_lines(report)))
+    if not report.within:
+        raise typer.Exit(1)
+
+
+def _lines(report: Report) -> list[str]:
+    lines = [f"{report.bundle} ({report.precision}) on {report.backend} against PyTorch fp32"]
+    lines.append(f"{'output':<28}{'max error':>12}{'relative':>12}{'cosine':>12}{'not finite':>12}{'bound':>10}")
+    for t in report.tensors:
+        numbers = f"{t.max_abs_error:>12.2e}{t.relative_error:>12.2e}{t.cosine:>12.8f}{t.nan_count:>12}{t.bound:>10.0e}"
+        lines.append(f"{t.tensor:<28}{numbers}{'' if t.within else '  past the bound'}")
+    if (request := report.request) is not None:
+        after = ", ".join(f"{error:.1e}" for error in request.steps)
+        lines.append(f"request: latents' relative error after each step: {after}")
+        quality = "equal pictures" if request.psnr is None else f"PSNR {request.psnr:.1f} dB"
+        lines.append(
+            f"request: {quality} (bound {request.bound:g}), SSIM {request.ssim:.5f}, "
+            f"max pixel difference {request.max_pixel_difference} of 255{'' if request.within else '  past the bound'}"
+        )
+    lines.append("within the bounds" if report.within else "past a bound")
+    return lines
