@@ -1,30 +1,30 @@
-"""The sampler's step as an ONNX graph: one row of a step table applied to latents, history and the network's prediction."""
+"""The sampler's step as an ONNX graph: one row of a step table, applied."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
-from onnx import ModelProto, NodeProto, TensorProto, checker, helper, numpy_helper
+from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, checker, helper, numpy_helper
 
 __all__ = ["step_graph"]
 
 OPSET = 20
 IR_VERSION = 9
-IMAGE = ["C", "h", "w"]
 
 
 def step_graph(precision: Literal["fp32", "fp16"], channels: int) -> ModelProto:
     """Return the step graph for a network of the given precision and number of latent channels.
 
-    B images, G branches, R = B G network rows, T table rows, H history slots, P = 1 + H lines, K = 3 + G + H columns, D noise tensors.
-    Table inputs and index inputs are what `runtime.step_table.pack` returns; everything but `prediction` and `next_model_input` is fp32:
+    B images, G branches, R = B G network rows, T table rows, H history slots, P = 1 + H lines, K = 3 + G + H columns,
+    D drawn noise tensors. Table and index inputs are what `runtime.step_table.pack` returns; `known` holds the latents
+    of a given image and their noise, which replace the result where `repaint` is false. In words:
 
-        latents' = weights[row] @ [latents, predictions, noise, clipped, history], blended with known latents outside `repaint`
+        latents', history' = weights[row] @ [latents, predictions, noise, clipped, history]
         row' = next_rows[row]; model_input' = input_scales[row'] latents'; timestep' = timesteps[row']
 
-    Products are summed by Mul and ReduceSum, not MatMul: backends may run a MatMul in TF32, which is too coarse for latents.
-    No output may share memory with an input.
+    Everything but `prediction` and `next_model_input` is fp32. Products are summed by Mul and ReduceSum, not MatMul:
+    backends may run a MatMul in TF32, which is too coarse for latents. No output may share memory with an input.
     """
     network = TensorProto.FLOAT16 if precision == "fp16" else TensorProto.FLOAT
     image: list[str | int] = [channels, "h", "w"]
@@ -55,7 +55,9 @@ def step_graph(precision: Literal["fp32", "fp16"], channels: int) -> ModelProto:
     ]
     constants = {"zero": 0, "axis1": [1], "axis2": [2], "from1": [1], "to_end": [2**31 - 1]}
     initializers = [numpy_helper.from_array(np.array(number, np.int64), name) for name, number in constants.items()]
-    initializers += [numpy_helper.from_array(np.float32(number), name) for name, number in (("low", -1), ("high", 1))]
+    initializers += [
+        numpy_helper.from_array(np.array(number, np.float32), name) for name, number in (("low", -1), ("high", 1))
+    ]
     graph = helper.make_graph(nodes(network), "step", inputs, outputs, initializers)
     model = helper.make_model(
         graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION, producer_name="latentrt"
@@ -67,8 +69,7 @@ def step_graph(precision: Literal["fp32", "fp16"], channels: int) -> ModelProto:
 def nodes(network: int) -> list[NodeProto]:
     """Return the nodes in execution order."""
     half = network == TensorProto.FLOAT16
-    gathered, scaled = ("prediction_half", "scaled") if half else ("predictions", "next_model_input_parts")
-    result = [
+    return [
         # the basis [B, K, C, h, w]
         node("Gather", ["prediction", "rows_of_image"], "predictions_raw" if half else "predictions"),
         *([node("Cast", ["predictions_raw"], "predictions", to=TensorProto.FLOAT)] if half else []),
@@ -101,14 +102,13 @@ def nodes(network: int) -> list[NodeProto]:
         node("Gather", ["timesteps", "next_row"], "timestep"),
         node("Gather", ["timestep", "image_of_row"], "next_timestep"),
     ]
-    return result
 
 
-def node(kind: str, inputs: list[str], output: str, **attributes: int) -> NodeProto:
+def node(kind: str, inputs: list[str], output: str, **attributes: Any) -> NodeProto:
     """Return a node named after its output."""
     return helper.make_node(kind, inputs, [output], name=output, **attributes)
 
 
-def value(name: str, shape: list[str | int], kind: int = TensorProto.FLOAT):  # type: ignore[no-untyped-def]
+def value(name: str, shape: list[str | int], kind: int = TensorProto.FLOAT) -> ValueInfoProto:
     """Return a typed graph input or output."""
     return helper.make_tensor_value_info(name, kind, shape)

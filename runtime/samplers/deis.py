@@ -8,6 +8,7 @@ from ..schedules import Options, Schedule
 from ..step_table import StepTable, TableBuilder
 from .dpm_solver import levels
 from .predictions import clean_and_noise
+from .quadrature import quadrature_factors
 
 __all__ = ["deis"]
 
@@ -22,23 +23,21 @@ def deis(schedule: Schedule, options: Options) -> StepTable:
         _, epsilon = clean_and_noise(options["prediction_type"], table.latents, table.prediction, s.signal, s.noise)
         now = [epsilon, *table.history]
         used = min(order, i - schedule.start + 1, n - i if short else order)
-        log_rhos = np.array([-past.half_log_snr for past in level[i::-1][:used]])
-        factors = log_polynomial_integrals(log_rhos, -s.half_log_snr, -t.half_log_snr)
+        log_rhos = [-past.half_log_snr for past in level[i::-1][:used]]
+        factors = log_rho_factors(log_rhos, log_rhos[0], -t.half_log_snr)
         moved = table.latents / s.signal + sum(factor * past for factor, past in zip(factors, now, strict=False))
         known = (float(s.signal), float(s.noise))
         table.row(schedule.timesteps[i], t.signal * moved, now[: order - 1], known=known)
     return table.table()
 
 
-def log_polynomial_integrals(nodes: np.ndarray, first: float, last: float) -> list[float]:
-    """Integrate the Lagrange polynomials l_j(y) of `nodes`, y = log rho, over rho: l_j(y) exp(y) dy, `first` to `last`.
+def log_rho_factors(nodes: list[np.float64], first: np.float64, last: np.float64) -> np.ndarray:
+    """Return the factors that integrate a polynomial in y = log rho, given at `nodes`, over rho from `first` to `last`.
 
-    A polynomial p times exp(y) has the antiderivative (p - p' + p'' - ..) exp(y).
+    The moments are those of u^k exp(u) over u = y - first from 0 to h, by parts; d rho = exp(y) dy.
     """
-    integrals = []
-    for j, node in enumerate(nodes):
-        others = np.delete(nodes, j)
-        lagrange = np.poly1d(np.poly(others - first) / np.prod(node - others))  # of y - first: small numbers
-        primitive = lagrange - lagrange.deriv() + lagrange.deriv(2)
-        integrals.append(float(np.exp(first) * (primitive(last - first) * np.exp(last - first) - primitive(0))))
-    return integrals
+    h = last - first
+    moments = [np.expm1(h)]
+    for k in range(1, len(nodes)):
+        moments.append(h**k * np.exp(h) - k * moments[-1])
+    return np.exp(first) * quadrature_factors([node - first for node in nodes], moments)

@@ -9,6 +9,7 @@ import numpy as np
 from ..schedules import Options, Schedule, timestep_at
 from ..step_table import StepTable, TableBuilder
 from .predictions import Form, clean_and_noise
+from .quadrature import quadrature_factors
 
 __all__ = ["euler", "euler_ancestral", "flow_euler", "heun", "kdpm2", "kdpm2_ancestral", "lms"]
 
@@ -55,7 +56,9 @@ def lms(schedule: Schedule, options: Options, order: int = 4) -> StepTable:
     for i in range(schedule.start, len(schedule)):
         slopes = [slope_at(table, s[i], options), *table.history]
         used = min(i + 1, order)
-        factors = lagrange_integrals(s[i - used + 1 : i + 1][::-1], s[i], s[i + 1])
+        h = s[i + 1] - s[i]
+        nodes = (s[i - used + 1 : i + 1][::-1] - s[i]) / h
+        factors = h * quadrature_factors(nodes, 1 / np.arange(1, used + 1))
         latents = table.latents + sum(factor * slope for factor, slope in zip(factors, slopes, strict=False))
         close_row(table, schedule.timesteps[i], s[i], latents, slopes[: order - 1])
     return table.table(first_sigma(schedule, options))
@@ -129,17 +132,6 @@ def ancestral(sigma: float, sigma_next: float) -> tuple[float, float]:
     """Split a step into (sigma_down, sigma_up) with sigma_down^2 + sigma_up^2 = sigma_next^2."""
     up = (sigma_next**2 * (sigma**2 - sigma_next**2) / sigma**2) ** 0.5
     return (sigma_next**2 - up**2) ** 0.5, up
-
-
-def lagrange_integrals(nodes: np.ndarray, first: float, last: float) -> list[float]:
-    """Integrate the Lagrange polynomials of at most four `nodes`, exactly (two-point Gauss-Legendre)."""
-    points = (first + last) / 2 + (last - first) / 2 * np.array([-1, 1]) / 3**0.5
-    integrals = []
-    for j, node in enumerate(nodes):
-        others = np.delete(nodes, j)
-        values = np.prod((points[:, None] - others) / (node - others), axis=1)
-        integrals.append(float(values.sum() * (last - first) / 2))
-    return integrals
 
 
 def first_sigma(schedule: Schedule, options: Options) -> float:

@@ -8,6 +8,7 @@ from ..schedules import Options, Schedule
 from ..step_table import StepTable, TableBuilder
 from .dpm_solver import Level, converted, levels
 from .predictions import Form
+from .quadrature import quadrature_factors
 
 __all__ = ["unipc"]
 
@@ -49,18 +50,16 @@ def unified_step(
     if not slopes:
         return step
     base = z if options["solver_type"] == "bh1" else np.expm1(z)
-    factors = np.array([0.5]) if len(m) == 1 or (len(m) == 2 and prediction is None) else solved(ratios, z, base)
+    halved = len(m) == 1 or (len(m) == 2 and prediction is None)  # the lowest order needs no system
+    factors = np.array([0.5]) if halved else quadrature_factors(ratios, moments(len(ratios), z, base))
     return step - scale * base * sum(factor * slope for factor, slope in zip(factors, slopes, strict=True))
 
 
-def solved(ratios: list[np.float64], z: np.float64, base: np.float64) -> np.ndarray:
-    """Solve sum_j a_j r_j^(k-1) = k! phi_(k+1)(z) / B(z) for k = 1, 2, .. (Zhao et al. 2023, equation 9)."""
+def moments(count: int, z: np.float64, base: np.float64) -> list[np.float64]:
+    """Return k! phi_(k+1)(z) / B(z), k = 1, 2, ..: the right side of Zhao et al. 2023, equation 9."""
     phi, factorial, right = np.expm1(z) / z - 1, 1, []
-    for k in range(1, len(ratios) + 1):
+    for k in range(1, count + 1):
         right.append(phi * factorial / base)
         factorial *= k + 1
         phi = phi / z - 1 / factorial
-    left = np.array([[ratio**k for ratio in ratios] for k in range(len(ratios))])
-    if not (np.isfinite(left).all() and np.isfinite(right).all()):
-        return np.full(len(ratios), np.nan)
-    return np.linalg.solve(left, np.array(right))
+    return right

@@ -1,9 +1,9 @@
 """Order of convergence on a problem with a closed-form solution.
 
 Data is normal, x0 ~ N(MEAN, SPREAD^2). Then latents x = signal * x0 + noise * epsilon stay normal, the best prediction
-is affine in x, and so is every row of a step table: mean and covariance of latents and history go through a run exactly,
-with or without fresh noise. What is left between the standard deviation at the end and the true one is the sampler's
-error.
+is affine in x, and so is every row of a step table: mean and covariance of latents and history go through a run
+exactly, with or without fresh noise. What is left between the standard deviation at the end and the true one is the
+sampler's error.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def error_after(table: StepTable, rows: int, kind: str, in_sigma: bool) -> tuple
 
 
 def order_of(cls: str, config: dict[str, Any], eta: float = 0.0) -> float:
-    """Return the order between two numbers of steps; trailing timesteps end elsewhere, so they stop at 4/5 of the way."""
+    """Return the order between two numbers of steps; runs on trailing timesteps stop at 4/5 of the way."""
     trailing = config.get("timestep_spacing") == "trailing"
     counts = (100, 200) if trailing else (163, 325)  # less the last step: whole groups of two and three
     errors = []
@@ -133,6 +133,6 @@ def test_ddim_with_noise_is_first_order() -> None:
     assert order_of("DDIM", TRAILING, eta=1.0) >= 0.95
 
 
-def test_the_third_order_stochastic_solver_is_only_as_good_as_diffusers() -> None:
-    """The term that diffusers adds to phi3 leaves first order; without it the table would beat the reference's pictures."""
+def test_the_third_order_stochastic_solver_is_as_good_as_diffusers() -> None:
+    """The one that diffusers adds to phi3 leaves first order; without it the pictures would differ from diffusers'."""
     assert 0.95 <= order_of(*solver("sde-dpmsolver++", 3)) < 1.5
