@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +13,7 @@ from ...engines.errors import MissingExtraError
 from .progress import progress_bar
 
 if TYPE_CHECKING:
+    from ...benchmarks.layers import LayerReport
     from ...benchmarks.verify import Report
 
 
@@ -25,6 +27,7 @@ def verify(
     threads: Annotated[int | None, typer.Option("--threads", min=1, help="Processor threads.")] = None,
     tokenizer: Annotated[str | None, typer.Option(help="Tokenizer folder or hub id, for a single file.")] = None,
     prediction_type: Annotated[str | None, typer.Option(help="What a single file's U-Net predicts.")] = None,
+    layers: Annotated[str | None, typer.Option(help="Also compare this graph node by node with ONNX Runtime.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Compare every graph and one whole request with PyTorch on this machine; exit 1 past the bound."""
@@ -48,9 +51,23 @@ def verify(
             progress=progress,
             **options,
         )
-    typer.echo(json.dumps(report.as_json(), indent=2) if as_json else "\n".join(_lines(report)))
+    inside = _layers(bundle, layers, report.backend) if layers else []
+    if as_json:
+        typer.echo(json.dumps(report.as_json() | {"layers": [asdict(layer) for layer in inside]}, indent=2))
+    else:
+        typer.echo("\n".join(_lines(report)))
+        worst = sorted(inside, key=lambda layer: (layer.nan_count, layer.relative_error), reverse=True)[:10]
+        for layer in sorted(worst, key=inside.index):
+            typer.echo(f"  {layer.tensor:<60}{layer.relative_error:>12.2e}{layer.nan_count:>8} not finite")
     if not report.within:
         raise typer.Exit(1)
+
+
+def _layers(bundle: Path, graph: str, backend: str) -> list[LayerReport]:
+    from ...benchmarks.layers import layer_errors
+    from ...engines.bundle import Bundle
+
+    return layer_errors(Bundle.open(bundle), graph, backend)
 
 
 def _lines(report: Report) -> list[str]:
