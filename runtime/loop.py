@@ -95,14 +95,14 @@ class DenoiseLoop:
         `on_step(i)` is called after step i was enqueued; with it, nothing larger than a step is captured.
         """
         if mode == "loop" and on_step is None:
-            self._captured.replay(steps, lambda: self.enqueue(steps, stream), stream)
+            self._captured.run(steps, lambda: self.enqueue(steps, stream), stream)
             return self.latents(steps)
         for index in range(steps):
             if mode == "eager":
                 self._enqueue_step(index % 2, stream)
             else:
                 parity = index % 2
-                self._captured.replay(f"step {parity}", partial(self._enqueue_step, parity, stream), stream)
+                self._captured.run(f"step {parity}", partial(self._enqueue_step, parity, stream), stream)
             if on_step is not None:
                 on_step(index)
         return self.latents(steps)
@@ -126,29 +126,42 @@ class DenoiseLoop:
 
 
 class CapturedWork:
-    """Captured graphs by key, at most `capacity` of them; the least recently used goes first."""
+    """Captured graphs by key, at most `capacity` of them; the least recently used goes first.
+
+    Work with a new key runs as it is, is captured the second time, and replayed from then on: GPU libraries allocate
+    and choose kernels in the first run of a binding, which a capture forbids, and a loop's state allows no dry run.
+    """
 
     def __init__(self, capacity: int = 8) -> None:
         self._capacity = capacity
-        self._graphs: OrderedDict[Hashable, Graph] = OrderedDict()
+        self._graphs: OrderedDict[Hashable, Graph | None] = OrderedDict()
 
-    def replay(self, key: Hashable, enqueue: Callable[[], None], stream: Stream) -> None:
-        """Replay the graph with this key, capturing what `enqueue` does first if there is none."""
-        graph = self._graphs.get(key)
+    def run(self, key: Hashable, enqueue: Callable[[], None], stream: Stream) -> None:
+        """Do what `enqueue` does: by calling it, or by replaying what it did."""
+        if key not in self._graphs:
+            self._graphs[key] = None
+            if len(self._graphs) > self._capacity:
+                _close(self._graphs.popitem(last=False)[1])
+            enqueue()
+            return
+        graph = self._graphs[key]
         if graph is None:
             with stream.capture() as capture:
                 enqueue()
             graph = self._graphs[key] = capture.finish()
-            if len(self._graphs) > self._capacity:
-                self._graphs.popitem(last=False)[1].close()
         self._graphs.move_to_end(key)
         graph.replay(stream)
 
     def close(self) -> None:
         """Free all graphs; calling it again does nothing."""
         for graph in self._graphs.values():
-            graph.close()
+            _close(graph)
         self._graphs.clear()
+
+
+def _close(graph: Graph | None) -> None:
+    if graph is not None:
+        graph.close()
 
 
 def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:

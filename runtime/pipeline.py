@@ -53,15 +53,17 @@ class Pipeline:
         bundle: Bundle,
         backend: Backend,
         *,
-        mode: Mode = "step",
+        mode: Mode | None = None,
         max_batch: int = 4,
         low_memory: bool = False,
         progress: Progress = _silent,
     ) -> None:
         """Open all engines that every request needs; see `open`."""
+        if mode not in (None, "eager") and not backend.captures:
+            raise RequestError(f"mode is {mode!r}: backend {backend.name} as opened cannot be captured; use eager")
         self.bundle = bundle
         self.backend = backend
-        self.mode: Mode = mode
+        self.mode: Mode = mode or ("step" if backend.captures else "eager")
         self.max_batch = max_batch
         self.low_memory = low_memory
         self._closed = False
@@ -81,7 +83,7 @@ class Pipeline:
         bundle: str | Path | Bundle,
         backend: str = "auto",
         *,
-        mode: Mode = "step",
+        mode: Mode | None = None,
         max_batch: int = 4,
         low_memory: bool = False,
         progress: Progress = _silent,
@@ -89,9 +91,9 @@ class Pipeline:
     ) -> Pipeline:
         """Open a bundle on a backend, building the engines that the cache does not have.
 
-        `max_batch` images are denoised together. `low_memory` opens the engines of a stage when it begins and closes
-        them when it ends: slower, with one stage's weights in memory at a time. `options` go to the backend
-        (`threads=`, `cache=`). Raises `BundleError`, `BackendUnavailableError` or `EngineError`.
+        `mode` says what is captured and replayed (default: steps, where the backend can). `max_batch` images are
+        denoised together. `low_memory` opens a stage's engines when it begins and closes them when it ends. `options`
+        go to the backend (`threads=`, `cache=`). Raises `BundleError`, `BackendUnavailableError` or `EngineError`.
         """
         opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         return cls(

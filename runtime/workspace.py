@@ -92,7 +92,7 @@ class Workspace:
                 if decode:
                     self._decoders[steps % 2].enqueue(stream)
 
-            self._requests.replay((steps, decode), enqueue, stream)
+            self._requests.run((steps, decode), enqueue, stream)
             after = stream.record()
             return [before, before, after, after]
         events = [stream.record()]

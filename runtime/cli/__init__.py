@@ -16,7 +16,7 @@ from typing import Any
 import typer
 
 from ...engines.errors import LatentRTError, RequestError
-from . import bundle, env, generate, verify
+from . import bench, bundle, env, generate, verify
 
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 """Typer's base of all usage errors; releases differ in where it can be imported from."""
@@ -32,6 +32,7 @@ app.command("generate")(generate.generate)
 app.command("export")(bundle.export)
 app.command("inspect")(bundle.inspect)
 app.command("verify")(verify.verify)
+app.add_typer(bench.app, name="bench")
 app.command("env")(env.env)
 
 

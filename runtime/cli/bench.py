@@ -1,0 +1,179 @@
+"""`latentrt bench`: measure workloads, write the report, compare two sets of records."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from ...engines.errors import MissingExtraError, RequestError
+
+if TYPE_CHECKING:
+    from ...benchmarks.records import Record
+
+
+class _WorkloadGroup(TyperGroup):
+    """A group whose command `run` needs no name: what is no command is a workload."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Find the command, `run` when the first word names none."""
+        known = bool(args) and (args[0] in self.commands or args[0].startswith("-"))
+        return super().resolve_command(ctx, args if known else ["run", *args])
+
+
+app = typer.Typer(cls=_WorkloadGroup, no_args_is_help=True, add_completion=False, rich_markup_mode=None)
+
+
+@app.callback()
+def bench() -> None:
+    """Measure latentrt beside what else could run: `latentrt bench WORKLOAD`, `bench report`, `bench compare A B`."""
+
+
+@app.command()
+def run(
+    workload: Annotated[str, typer.Argument(help="embedded, sd15-512, sd15-768 or sd21-768.")],
+    steps: Annotated[int | None, typer.Option("--steps", min=1, help="Denoising steps.")] = None,
+    batch: Annotated[int | None, typer.Option("--batch", min=1, help="Pictures in one request.")] = None,
+    size: Annotated[str | None, typer.Option("--size", metavar="WxH", help="Picture size in pixels.")] = None,
+    guidance: Annotated[float | None, typer.Option("--guidance", help="Guidance scale.")] = None,
+    precision: Annotated[
+        str | None, typer.Option("--precision", help="fp32 or fp16 (default: fp16 on a GPU, else fp32).")
+    ] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option("--checkpoint", help="Your own diffusers folder instead of random weights.")
+    ] = None,
+    contenders: Annotated[
+        str | None, typer.Option("--contenders", help="Beginnings of contenders' names, with commas (default: all).")
+    ] = None,
+    device: Annotated[str, typer.Option("--device", help="cpu, cuda, or auto.")] = "auto",
+    threads: Annotated[int | None, typer.Option("--threads", min=1, help="Processor threads (default: all).")] = None,
+    rounds: Annotated[int | None, typer.Option("--rounds", min=1, help="Measured requests of each.")] = None,
+    warmup: Annotated[int, typer.Option("--warmup", min=1, help="Requests before them.")] = 2,
+    quick: Annotated[bool, typer.Option("--quick", help="Few rounds, no cold processes, no scenarios.")] = False,
+    scaling: Annotated[
+        bool, typer.Option("--scaling", help="Study growth with steps, batch and size instead.")
+    ] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Export again, to measure it.")] = False,
+    memory: Annotated[float, typer.Option("--memory", help="GiB that all contenders may hold together.")] = 16.0,
+    slow: Annotated[
+        str | None,
+        typer.Option("--slow", help="GRAPH=SHARE: draw out a graph of latentrt, to see that a comparison finds it."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Records (default: benchmarks/results/MACHINE.jsonl).")
+    ] = None,
+) -> None:
+    """Measure a workload with every contender that is installed; append records and write a page beside them."""
+    from .generate import _size
+
+    with _bench_extra():
+        from ...benchmarks import bench as benchmark
+        from ...benchmarks import machine, records, report, workloads
+        from ...benchmarks import scaling as growth
+    width, height = _size(size)
+    chosen = machine.default_device() if device == "auto" else device
+    work = workloads.workload(workload).but(
+        steps=steps,
+        batch=batch,
+        width=width,
+        height=height,
+        guidance=guidance,
+        precision=workloads.precision(precision, chosen),
+    )
+    options = benchmark.Options(
+        device=chosen,
+        contenders=contenders.split(",") if contenders else None,
+        warmup=warmup,
+        rounds=rounds,
+        memory_limit=int(memory * 2**30),
+        checkpoint=checkpoint,
+        fresh=fresh,
+        slow=_shares(slow),
+        command=f"latentrt {shlex.join(sys.argv[1:])}",
+    )
+    if threads is not None:
+        options.threads = threads
+    if quick:
+        options.budget, options.cold, options.server_seconds, options.oracle = 8.0, 0, 0.0, 0
+    began = time.monotonic()
+
+    def say(line: str) -> None:
+        typer.echo(f"{time.monotonic() - began:6.1f} s  {line}", err=True)
+
+    found: list[Record] = growth.study(work, options, say) if scaling else benchmark.run(work, options, say)
+    path = output or records.RESULTS / f"{machine.machine_slug(found[0]['machine'])}.jsonl"
+    records.append(path, found)
+    typer.echo(report.text(found))
+    typer.echo(f"\nrecords: {path}\npage:    {report.write_page(records.read(path), path.with_suffix('.html'))}")
+
+
+@app.command("report")
+def write_report(
+    results: Annotated[
+        list[Path] | None, typer.Argument(help="Record files (default: all in benchmarks/results).")
+    ] = None,
+    readme: Annotated[Path, typer.Option("--readme", help="File whose measurements are replaced.")] = Path("README.md"),
+    check: Annotated[
+        bool, typer.Option("--check", help="Change nothing; exit 1 if the README is out of date.")
+    ] = False,
+) -> None:
+    """Write the README's tables, the plots and one self-contained page from records."""
+    with _bench_extra():
+        from ...benchmarks import records, report
+    paths = results or sorted(records.RESULTS.glob("*.jsonl"))
+    if not paths:
+        raise RequestError(f"no records in {records.RESULTS}: run `latentrt bench embedded` first")
+    found = [record for path in paths for record in records.read(path)]
+    current = report.update_readme(readme, found, write=not check)
+    if check:
+        raise typer.Exit(0 if current else 1)
+    for path in paths:
+        typer.echo(report.write_page(records.read(path), path.with_suffix(".html")))
+    for plot in report.write_plots(found, records.RESULTS / "plots"):
+        typer.echo(plot)
+    typer.echo(readme)
+
+
+@app.command()
+def compare(
+    before: Annotated[str, typer.Argument(metavar="A", help="Record file; FILE@RUN takes one run of it.")],
+    after: Annotated[str, typer.Argument(metavar="B", help="Record file of later runs.")],
+) -> None:
+    """Say what changed beyond noise from A to B; exit 1 when anything got worse."""
+    with _bench_extra():
+        from ...benchmarks import compare as comparison
+        from ...benchmarks import records
+    found = comparison.compare(records.read_run(before), records.read_run(after))
+    if not found.compared:
+        raise RequestError(f"{before} and {after} have no work and contender in common: nothing can be compared")
+    for line in comparison.lines(found):
+        typer.echo(line)
+    raise typer.Exit(1 if found.regressed else 0)
+
+
+@contextmanager
+def _bench_extra() -> Iterator[None]:
+    """Turn a missing package into the command that installs it."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("latentrt"):
+            raise
+        raise MissingExtraError("cpu,export,bench", "a benchmark") from error
+
+
+def _shares(text: str | None) -> dict[str, float]:
+    if text is None:
+        return {}
+    name, _, share = text.partition("=")
+    try:
+        return {name: float(share)}
+    except ValueError as error:
+        raise RequestError(f"slow is {text!r}: give GRAPH=SHARE, such as decoder=0.1") from error
