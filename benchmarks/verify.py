@@ -112,9 +112,9 @@ def verify(
     engines = open_backend(backend, **options)
     report = Report(str(opened.path), engines.name, manifest.precision)
     builders = graph_builders(checkpoint, manifest.tokenizers[0].max_length, manifest.precision)
-    for number, build in enumerate(builders):
+    for number, (name, build) in enumerate(builders.items()):
+        progress(name, number, len(builders) + 1)
         graph = build()
-        progress(graph.name, number, len(builders) + 1)
         report.tensors += _compare_graph(opened, engines, graph)
     progress("request", len(builders), len(builders) + 1)
     with Pipeline(opened, engines) as pipe:
