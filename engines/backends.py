@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol
 
-from . import onnxruntime_cpu
+from . import onnxruntime_cpu, onnxruntime_cuda, tensorrt
 from .bundle import Bundle, GraphInfo
 from .device import Device
 from .engine import Engine
-from .errors import BackendUnavailableError
+from .errors import BackendUnavailableError, RequestError
 
 Shapes = Mapping[str, Sequence[int]]
 
@@ -29,6 +31,10 @@ class Backend(Protocol):
     def dynamic(self) -> bool:
         """Whether one engine serves every shape; otherwise `open` needs the shapes that the engine is for."""
 
+    @property
+    def captures(self) -> bool:
+        """Whether its engines' work can be captured into graphs."""
+
     def open(self, bundle: Bundle, graph: GraphInfo, shapes: Shapes | None = None) -> Engine:
         """Open one graph of a bundle, building its engine first when the cache has none.
 
@@ -38,6 +44,9 @@ class Backend(Protocol):
 
 
 _BACKENDS: dict[str, tuple[Callable[[], str | None], Callable[..., Backend]]] = {
+    "tensorrt": (partial(tensorrt.unavailable_reason, "tensorrt"), partial(tensorrt.TensorRt, "tensorrt")),
+    "tensorrt-rtx": (partial(tensorrt.unavailable_reason, "tensorrt-rtx"), partial(tensorrt.TensorRt, "tensorrt-rtx")),
+    "onnxruntime-cuda": (onnxruntime_cuda.unavailable_reason, onnxruntime_cuda.OnnxRuntimeCuda),
     "onnxruntime-cpu": (onnxruntime_cpu.unavailable_reason, onnxruntime_cpu.OnnxRuntimeCpu),
 }
 
@@ -55,7 +64,8 @@ def unavailable_reasons() -> dict[str, str | None]:
 def open_backend(name: str = "auto", **options: Any) -> Backend:
     """Open a backend by name; `auto` takes the first that works here.
 
-    Raises `BackendUnavailableError` for an unknown name or one that cannot run on this machine.
+    Raises `BackendUnavailableError` for an unknown name or one that cannot run on this machine, and `RequestError` for
+    an option that the backend does not have.
     """
     if name == "auto":
         reasons = unavailable_reasons()
@@ -66,4 +76,8 @@ def open_backend(name: str = "auto", **options: Any) -> Backend:
         name = working[0]
     if name not in _BACKENDS:
         raise BackendUnavailableError(f"unknown backend {name!r}: choose auto, {', '.join(_BACKENDS)}")
-    return _BACKENDS[name][1](**options)
+    factory = _BACKENDS[name][1]
+    known = inspect.signature(factory).parameters
+    if unknown := [option for option in options if option not in known]:
+        raise RequestError(f"backend {name} has no option {unknown[0]!r}: it has {', '.join(known)}")
+    return factory(**options)

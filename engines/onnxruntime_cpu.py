@@ -43,6 +43,7 @@ class OnnxRuntimeCpu:
 
     name = "onnxruntime-cpu"
     dynamic = True
+    captures = True
 
     def __init__(self, *, cache: EngineCache | None = None, threads: int | None = None) -> None:
         if reason := unavailable_reason():

@@ -1,0 +1,133 @@
+"""latentrt as a contender; its variant is `BACKEND/MODE`."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+import time
+from collections import defaultdict
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+STAGES = ("tokenize", "encode", "prepare", "denoise", "decode")
+"""The stages of `runtime.result.Timings`."""
+
+
+class Contender:
+    """A pipeline of latentrt; also says how long each network ran, so that everything else can be told apart."""
+
+    def __init__(self, variant: str, options: dict[str, Any]) -> None:
+        """Open the bundle; `fresh_cache` names a folder to build the engines in first, so that the build is timed.
+
+        Engines that the ordinary cache does not have are built in `open`: a worker that only builds should run before.
+
+        `slow` maps a graph's name to a fraction by which each of its runs is drawn out: a test of the comparison.
+        """
+        began = time.perf_counter()
+        from importlib.metadata import version
+
+        from ..engines.cache import EngineCache
+        from ..engines.errors import RequestError
+        from ..runtime import image
+        from ..runtime.pipeline import Pipeline
+
+        self._png = image.encode_png
+        backend, _, mode = variant.partition("/")
+        if backend.startswith("onnxruntime"):
+            import onnxruntime  # noqa: F401
+        imported = time.perf_counter()
+        self._last: tuple[dict[str, Any], list[Any]] = {}, []
+        self._network_seconds: dict[str, float] = defaultdict(float)
+        self._slow = {name: float(share) for name, share in (options.get("slow") or {}).items()}
+        settings: dict[str, Any] = {"mode": mode or "step", "max_batch": options.get("max_batch", 4)}
+        if backend.endswith("cpu"):
+            settings["threads"] = options["threads"]
+            self._watch_networks()
+        elif self._slow:
+            raise RequestError("only engines on the CPU can be drawn out")
+        build = None
+        if folder := options.get("fresh_cache"):
+            start = time.perf_counter()
+            Pipeline.open(options["bundle"], backend, cache=EngineCache(Path(folder)), **settings).close()
+            build = time.perf_counter() - start
+            shutil.rmtree(folder, ignore_errors=True)
+        start = time.perf_counter()
+        self._pipe = Pipeline.open(options["bundle"], backend, **settings)
+        self.facts: dict[str, Any] = {
+            "import": imported - began,
+            "build": build,
+            "open": time.perf_counter() - start,
+            "versions": {name: version(name) for name in ("latentrt", "onnxruntime", "numpy")},
+            "options": {"backend": backend, **settings},
+        }
+
+    def _watch_networks(self) -> None:
+        """Add up what each graph's runs cost; two clock readings a run."""
+        from ..engines import onnxruntime_cpu
+
+        run = onnxruntime_cpu.OnnxRuntimeBinding._run
+
+        @functools.wraps(run)
+        def timed(binding: Any) -> None:
+            start = time.perf_counter()
+            run(binding)
+            end = time.perf_counter()
+            name = binding._engine.name
+            if name in self._slow:
+                end += self._slow[name] * (end - start)
+                while time.perf_counter() < end:
+                    pass
+            self._network_seconds[name] += end - start
+
+        onnxruntime_cpu.OnnxRuntimeBinding._run = timed  # type: ignore[method-assign, assignment]
+
+    def run(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Answer one request; see `worker.Contender`. Steps are told apart in the modes that have borders there."""
+        pipe = self._pipe
+        self._network_seconds.clear()
+        events: list[Any] = []
+
+        def progress(stage: str, done: int, total: int) -> None:
+            if done == 1:  # the first step of a batch ends: what lies before is not a step alone
+                events.clear()
+            events.append(pipe._stream.record())
+
+        watched = {"progress": progress} if pipe.mode in ("eager", "step") else {}
+        start = time.perf_counter()
+        result = self._generate(request, **watched)
+        done = time.perf_counter()
+        pixels = [np.asarray(picture) for picture in result.images]
+        for picture in pixels:
+            self._png(picture)
+        end = time.perf_counter()
+        self._last = request, pixels
+        timings, networks = result.timings, dict(self._network_seconds)
+        return {
+            "stages": {**{name: getattr(timings, name) for name in STAGES}, "png": end - done},
+            "steps": [b.milliseconds_since(a) / 1e3 for a, b in pairwise(events)],
+            "evaluations": timings.steps,
+            "total": end - start,
+            "networks": networks,
+        }
+
+    def save(self, file: Path, *, latents: bool) -> None:
+        """Write the last request's answer; the latents come from the same request once more."""
+        request, pixels = self._last
+        more = {"latents": self._generate(request, output_type="latent").images} if latents else {}
+        np.savez(file, images=np.stack(pixels), **more)
+
+    def _generate(self, request: dict[str, Any], **options: Any) -> Any:
+        return self._pipe(
+            request["prompt"],
+            height=request["height"],
+            width=request["width"],
+            num_inference_steps=request["steps"],
+            guidance_scale=request["guidance"],
+            num_images_per_prompt=request["batch"],
+            seed=request["seed"],
+            sampler=request["sampler"],
+            **options,
+        )

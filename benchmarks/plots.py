@@ -1,0 +1,101 @@
+"""Plots of records as PNG bytes: stages, the distribution of latency, and growth."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+from .records import Record
+
+matplotlib.use("Agg")
+
+STAGES = ("tokenize", "encode", "prepare", "denoise", "decode", "png")
+COLORS = ("#9aa5b1", "#e0a458", "#c8553d", "#2f6f9f", "#588157", "#6d597a")
+WIDTH = 8.0
+
+
+def section_plots(records: Sequence[Record], title: str) -> dict[str, bytes]:
+    """Return the plots of one section's records by name."""
+    if records[0]["kind"] == "scaling":
+        return {
+            f"growth-{axis.split()[0]}": growth(records, axis) for axis in dict.fromkeys(r["axis"] for r in records)
+        }
+    return {"stages": stages(records, title), "latency": distribution(records, title)}
+
+
+def stages(records: Sequence[Record], title: str) -> bytes:
+    """Draw one bar for each contender, its stages side by side."""
+    figure, axes = _axes(0.42 * len(records) + 1.3, title)
+    left = np.zeros(len(records))
+    names = [record["contender"]["title"] for record in records]
+    for stage, color in zip(STAGES, COLORS, strict=True):
+        widths = np.array([1e3 * record["seconds"][stage]["p50"] for record in records])
+        axes.barh(names, widths, left=left, color=color, label=stage, height=0.62)
+        left += widths
+    for row, width in enumerate(left):
+        axes.text(width, row, f" {width:,.0f}", va="center", fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.12 * left.max())
+    axes.set_xlabel("milliseconds (medians of each stage)")
+    figure.legend(ncols=len(STAGES), fontsize=8, frameon=False, loc="outside lower center")
+    return _png(figure)
+
+
+def distribution(records: Sequence[Record], title: str) -> bytes:
+    """Draw the share of requests answered within a time, for each contender."""
+    figure, axes = _axes(3.2, title)
+    for record in records:
+        values = np.sort(record["samples"]["total"]) * 1e3
+        axes.step(values, (np.arange(len(values)) + 1) / len(values), where="post", label=record["contender"]["title"])
+    axes.set_xlabel("milliseconds")
+    axes.set_ylabel("share of requests within")
+    axes.set_ylim(0, 1.02)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda x, _: f"{x:,.0f}"))
+    axes.xaxis.set_minor_formatter(matplotlib.ticker.FuncFormatter(lambda x, _: f"{x:,.0f}"))
+    axes.tick_params(axis="x", which="minor", labelsize=7)
+    axes.legend(fontsize=7, frameon=False)
+    return _png(figure)
+
+
+def growth(records: Sequence[Record], axis: str) -> bytes:
+    """Draw seconds against one axis, both logarithmic, with the fitted exponents."""
+    figure, axes = _axes(3.2, f"request against {axis}")
+    ticks: list[float] = []
+    for record in records:
+        if record["axis"] != axis:
+            continue
+        x = [point["x"] for point in record["points"]]
+        ticks = x
+        fit = record["fits"]["request"]
+        label = f"{record['contender']['title']}, exponent {fit['exponent']:.2f}"
+        axes.plot(x, [1e3 * point["seconds"] for point in record["points"]], "o-", label=label)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xticks(ticks, [f"{value:,.0f}" for value in ticks])
+    axes.minorticks_off()
+    axes.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda y, _: f"{y:,.0f}"))
+    axes.set_xlabel(axis)
+    axes.set_ylabel("milliseconds")
+    axes.legend(fontsize=7, frameon=False)
+    return _png(figure)
+
+
+def _axes(height: float, title: str) -> tuple[Figure, Any]:
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    axes = figure.subplots()
+    axes.set_title(title, fontsize=10, loc="left")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelsize=8)
+    return figure, axes
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130, metadata={"Software": None})
+    return buffer.getvalue()

@@ -1,0 +1,66 @@
+"""What a list of samples says: percentiles, spread, and how sure a ratio of two lists is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+
+
+def summarize(samples: Sequence[float]) -> dict[str, Any]:
+    """Return count, mean, minimum, p50, p90, p99 and the spread: interquartile range over median."""
+    values = np.asarray(samples, np.float64)
+    p25, p50, p75, p90, p99 = np.percentile(values, [25, 50, 75, 90, 99])
+    return {
+        "count": len(values),
+        "mean": float(values.mean()),
+        "min": float(values.min()),
+        "p50": float(p50),
+        "p90": float(p90),
+        "p99": float(p99),
+        "spread": float((p75 - p25) / p50) if p50 else 0.0,
+    }
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How much larger samples became, with a confidence interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def ratio(before: Sequence[float], after: Sequence[float], confidence: float = 0.99) -> Ratio:
+    """Return the typical `after / before` of positive samples: the median over all pairs (Hodges and Lehmann 1963).
+
+    The interval inverts the rank test of Mann and Whitney, so it holds for any shape of distribution; with few samples
+    it is the whole range of pairs.
+    """
+    pairs = np.sort(np.subtract.outer(np.log(after), np.log(before)), axis=None)
+    m, n = len(before), len(after)
+    reach = NormalDist().inv_cdf((1 + confidence) / 2) * math.sqrt(m * n * (m + n + 1) / 12)
+    cut = max(0, math.floor(m * n / 2 - reach))
+    value, low, high = np.exp([np.median(pairs), pairs[cut], pairs[-1 - cut]])
+    return Ratio(float(value), float(low), float(high))
+
+
+@dataclass(frozen=True)
+class PowerLaw:
+    """y = factor · x^exponent, fitted to logarithms; `error` is the exponent's standard error."""
+
+    factor: float
+    exponent: float
+    error: float
+
+
+def power_law(x: Sequence[float], y: Sequence[float]) -> PowerLaw:
+    """Fit a power law to at least three points by least squares of the logarithms."""
+    from scipy.stats import linregress
+
+    fit = linregress(np.log(x), np.log(y))
+    return PowerLaw(float(np.exp(fit.intercept)), float(fit.slope), float(fit.stderr))

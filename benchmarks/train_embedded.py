@@ -1,0 +1,118 @@
+"""Train the embedded model from nothing and write it as a diffusers checkpoint: `python -m latentrt.benchmarks.train_embedded`.
+
+Deterministic for one version of torch on one kind of processor; a killed run continues where its last save was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from .oracle import Score, score
+from .train_denoiser import new_scheduler, new_unet, train_denoiser
+from .train_text import new_text_encoder, train_text_encoder, write_tokenizer
+from .train_vae import new_vae, polish_decoder, train_vae
+
+log = logging.getLogger(__name__)
+
+CHECKPOINT = Path(__file__).parents[1] / "export" / "embedded" / "checkpoint"
+GUIDANCE = 3.0
+
+
+def save_checkpoint(
+    out: Path, vae: AutoencoderKL, encoder: CLIPTextModel, tokenizer: CLIPTokenizer, unet: torch.nn.Module
+) -> None:
+    """Replace the folder `out` with a diffusers checkpoint in half precision."""
+    fresh, old = out.with_name(out.name + ".new"), out.with_name(out.name + ".old")
+    for stale in (fresh, old):
+        shutil.rmtree(stale, ignore_errors=True)
+    copy = UNet2DConditionModel.from_config(unet.config)
+    copy.load_state_dict(unet.state_dict())
+    pipeline = StableDiffusionPipeline(
+        vae,
+        encoder,
+        tokenizer,
+        copy,
+        new_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(fresh)
+    for part, module in (("vae", vae), ("text_encoder", encoder), ("unet", copy)):
+        half = type(module).from_pretrained(fresh / part, torch_dtype=torch.float16)
+        half.save_pretrained(fresh / part)
+    # transformers opens a text encoder in the precision that its config names: without this it alone would be half.
+    config = fresh / "text_encoder" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
+    shutil.rmtree(fresh / "tokenizer")
+    write_tokenizer(fresh / "tokenizer")
+    for path in fresh.rglob("*.safetensors"):
+        path.chmod(0o644)
+    if out.exists():
+        out.rename(old)
+    fresh.rename(out)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def score_checkpoint(checkpoint: Path, count: int, guidance_scale: float = GUIDANCE, steps: int = 20) -> list[Score]:
+    """Score a checkpoint in diffusers, in full precision, on `count` held-out scenes of each kind."""
+    pipeline = StableDiffusionPipeline.from_pretrained(checkpoint, torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+
+    def generate(prompts: list[str], seeds: list[int]) -> np.ndarray:
+        noise = [torch.Generator().manual_seed(seed) for seed in seeds]
+        options = {"num_inference_steps": steps, "guidance_scale": guidance_scale, "generator": noise}
+        pictures: np.ndarray = pipeline(prompts, output_type="np", **options).images
+        return (pictures * 255).round().astype(np.uint8)
+
+    return [score(generate, kind, count) for kind in ("single", "pair")]
+
+
+def main() -> None:
+    """Train the tokenizer, the text encoder, the autoencoder and the denoiser, in this order, and score the result."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--work", type=Path, required=True, help="folder for the log and for resumable states")
+    parser.add_argument("--out", type=Path, default=CHECKPOINT, help="checkpoint folder to replace")
+    parser.add_argument("--threads", type=int, default=1, help="threads of PyTorch")
+    parser.add_argument("--score", type=int, default=200, help="held-out scenes of each kind to score at the end")
+    parser.add_argument("--score-only", action="store_true", help="score the checkpoint as it is")
+    arguments = parser.parse_args()
+    work: Path = arguments.work
+    work.mkdir(parents=True, exist_ok=True)
+    handlers = [logging.FileHandler(work / "train.log"), logging.StreamHandler()]
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", handlers=handlers)
+    torch.set_num_threads(arguments.threads)
+    if not arguments.score_only:
+        train(work, arguments.out)
+    for result in score_checkpoint(arguments.out, arguments.score):
+        log.info("score: %s", result)
+
+
+def train(work: Path, out: Path) -> None:
+    """Train all parts and write the checkpoint; states in `work` let a killed run continue."""
+    torch.manual_seed(0)
+    tokenizer = write_tokenizer(work / "tokenizer")
+    encoder, vae, unet = new_text_encoder(tokenizer), new_vae(), new_unet()
+    train_text_encoder(encoder, tokenizer, work)
+    train_vae(vae, work)
+    for part in (encoder, vae):
+        part.eval().requires_grad_(False)
+    polish_decoder(vae, work)
+
+    def save(step: int, average: torch.nn.Module) -> None:
+        save_checkpoint(out, vae, encoder, tokenizer, average)
+
+    train_denoiser(unet, vae, encoder, tokenizer, work, on_save=save)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""Export: checkpoint to bundle; the only place with PyTorch, diffusers and transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from ..engines.bundle import Precision
+from ..engines.errors import MissingExtraError
+
+__all__ = ["export_checkpoint"]
+
+Progress = Callable[[str, int, int], None]
+"""Called with a stage, the work done in it and the work in all."""
+
+
+def export_checkpoint(
+    source: str | Path,
+    out: str | Path,
+    *,
+    precision: Precision = "fp32",
+    revision: str | None = None,
+    replace: bool = False,
+    tokenizer: str | Path | None = None,
+    prediction_type: str | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """Turn a checkpoint into a bundle and return the bundle's folder.
+
+    `source` is a diffusers folder, a hub id (`revision` picks a branch, tag or commit), or a `.safetensors` file of the
+    original Stable Diffusion layout. Such a file holds no tokenizer and does not say what its U-Net predicts:
+    `tokenizer` names a folder or hub id that has one, and `prediction_type` is `epsilon` or `v_prediction`. Safety
+    checker and feature extractor are not part of a bundle. Nothing is left behind when an error is raised:
+    `CheckpointError`, `UnsupportedModelError`, `ExportError`, `StorageError`, `RequestError` or `MissingExtraError`.
+    """
+    try:
+        from .exporter import export
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("latentrt"):
+            raise
+        raise MissingExtraError("export", "exporting a checkpoint") from error
+    return export(
+        source,
+        Path(out),
+        precision=precision,
+        revision=revision,
+        replace=replace,
+        tokenizer=tokenizer,
+        prediction_type=prediction_type,
+        progress=progress or (lambda stage, done, total: None),
+    )

@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from latentrt.benchmarks import quality
+from latentrt.benchmarks.fidelity import fidelity, psnr, relative_error, ssim
+from latentrt.engines.errors import CheckpointError
+
+
+def test_relative_error_and_psnr_by_hand() -> None:
+    assert relative_error(np.array([3.0, 5.0]), np.array([3.0, 4.0])) == pytest.approx(1 / 5)
+    a, b = np.full((2, 2, 3), 10, np.uint8), np.full((2, 2, 3), 13, np.uint8)
+    assert psnr(a, b) == pytest.approx(20 * np.log10(255 / 3))
+    assert psnr(a, a) is None
+
+
+def test_ssim_is_one_for_equal_pictures_and_known_for_flat_ones() -> None:
+    rng = np.random.default_rng(0)
+    picture = rng.integers(0, 256, (32, 32, 3), np.uint8)
+    assert ssim(picture, picture) == pytest.approx(1)
+    a, b = np.full((16, 16, 3), 100, np.uint8), np.full((16, 16, 3), 110, np.uint8)
+    c1 = (0.01 * 255) ** 2  # flat pictures have no contrast: only the luminance term is left
+    assert ssim(a, b) == pytest.approx((2 * 100 * 110 + c1) / (100**2 + 110**2 + c1), rel=1e-6)
+
+
+def test_ssim_falls_with_noise() -> None:
+    rng = np.random.default_rng(0)
+    picture = np.tile(np.arange(0, 256, 4, np.uint8)[:, None, None], (1, 64, 3))
+    noisy = [np.clip(picture + rng.normal(0, s, picture.shape), 0, 255).astype(np.uint8) for s in (2, 20)]
+    assert 1 > ssim(noisy[0], picture) > ssim(noisy[1], picture) > 0
+
+
+def test_fidelity_of_saved_answers(tmp_path: Path) -> None:
+    images = np.zeros((1, 16, 16, 3), np.uint8)
+    np.savez(tmp_path / "a.npz", latents=np.ones((1, 4, 2, 2)), images=images)
+    images[0, 3, 4, 1] = 7
+    np.savez(tmp_path / "b.npz", latents=np.full((1, 4, 2, 2), 1.1), images=images)
+    found = fidelity(tmp_path / "b.npz", tmp_path / "a.npz")
+    assert found.latents_relative_error == pytest.approx(0.1)
+    assert found.max_pixel_difference == 7
+    assert found.ssim < 1
+
+
+def test_fid_by_hand() -> None:
+    a = np.array([[0.0, 0.0], [2.0, 0.0], [0.0, 4.0], [2.0, 4.0]])  # covariance diag(4/3, 16/3)
+    assert quality.fid(a, a) == pytest.approx(0, abs=1e-9)
+    assert quality.fid(a + 3, a) == pytest.approx(18)
+    # covariances C and 4C of the same mean: tr(C + 4C − 2·2C) = tr C
+    assert quality.fid(2 * (a - a.mean(0)), a - a.mean(0)) == pytest.approx(20 / 3)
+
+
+def test_fid_of_covariances_that_do_not_commute() -> None:
+    a, b = np.array([[2.0, 1.0], [1.0, 2.0]]), np.array([[3.0, 0.0], [0.0, 1.0]])
+    # tr (AB)^½ of 2×2: √(tr AB + 2 √det AB)
+    root = np.sqrt(np.trace(a @ b) + 2 * np.sqrt(np.linalg.det(a @ b)))
+    zero = np.zeros(2)
+    assert quality.fid_of_moments(zero, a, zero, b) == pytest.approx(4 + 4 - 2 * root)
+
+
+def test_inception_score_between_its_bounds() -> None:
+    sure = 1e3 * np.eye(4)
+    assert quality.inception_score(sure, splits=1)[0] == pytest.approx(4)  # sure, and every class once
+    assert quality.inception_score(np.zeros((6, 4)), splits=2) == pytest.approx((1, 0))  # never sure
+    assert quality.inception_score(np.tile(sure[:1], (6, 1)), splits=1)[0] == pytest.approx(1)  # always the same class
+
+
+def test_clip_and_pick_scores_by_hand() -> None:
+    images = np.array([[1.0, 0.0], [3.0, 4.0], [1.0, 0.0]])
+    texts = np.array([[2.0, 0.0], [1.0, 0.0], [-1.0, 0.0]])  # cosines 1, 0.6, −1
+    assert quality.clip_score(images, texts) == pytest.approx(100 * (1 + 0.6 + 0) / 3)
+    assert quality.pick_score(images, texts, scale=10) == pytest.approx(10 * (1 + 0.6 - 1) / 3)
+
+
+def test_scores_use_what_is_given() -> None:
+    def inception(pictures: quality.Pictures) -> tuple[quality.Floats, quality.Floats]:
+        return np.array([[0.0], [2.0]]), np.zeros((2, 3))
+
+    pictures = [np.zeros((4, 4, 3), np.uint8)] * 2
+    found = quality.scores(pictures, ["a", "b"], inception=inception, reference=(np.array([0.0]), np.array([[2.0]])))
+    assert found == pytest.approx({"inception_score": 1, "inception_score_std": 0, "fid": 1})
+
+
+def test_clip_folder_that_is_none_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    with pytest.raises(CheckpointError, match="holds no CLIP model"):
+        quality.ClipFeatures(tmp_path)

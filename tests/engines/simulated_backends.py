@@ -1,0 +1,187 @@
+"""The GPU backends on the simulated driver: their own code, with ONNX Runtime's CPU kernels in place of the libraries.
+
+A plan of the simulated TensorRT is the ONNX file itself. Its contexts are as strict as the real ones: shapes before
+scratch memory, scratch memory of the size that was asked for and zeroed by every run, all addresses set.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+from latentrt.engines import onnxruntime_cuda, planner, tensorrt
+from latentrt.engines.cache import EngineCache
+from latentrt.engines.cuda import CudaDevice
+from latentrt.engines.cuda_driver import Driver
+from latentrt.engines.errors import EngineError
+
+from .simulated_cuda import SimulatedDriver
+
+
+class Session:
+    """An ONNX Runtime session whose runs are work of a stream."""
+
+    def __init__(self, model: str | bytes, stream: int | None, driver: SimulatedDriver) -> None:
+        self.driver, self.stream = driver, stream
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = 1
+        self.real = InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        self.dtypes = {i.name: _dtype(i.type) for i in (*self.real.get_inputs(), *self.real.get_outputs())}
+        self.inputs = [i.name for i in self.real.get_inputs()]
+        self.outputs = [o.name for o in self.real.get_outputs()]
+
+    def run(self, stream: int, addresses: dict[str, tuple[int, tuple[int, ...]]]) -> None:
+        def work() -> None:
+            for pointer, _ in addresses.values():
+                self.driver.check_memory(pointer)
+            feeds = {n: self._view(n, *addresses[n]).copy() for n in self.inputs}
+            wanted = [name for name in self.outputs if name in addresses]
+            for name, value in zip(wanted, self.real.run(wanted, feeds), strict=True):
+                pointer, shape = addresses[name]
+                self._view(name, pointer, shape or value.shape)[...] = value
+
+        self.driver.launch(stream, work, "engine")
+
+    def _view(self, name: str, pointer: int, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
+        nbytes = int(np.prod(shape)) * self.dtypes[name].itemsize
+        raw = np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(pointer))
+        return raw.view(self.dtypes[name]).reshape(shape)
+
+    # what the CUDA backend of ONNX Runtime uses
+
+    def get_providers(self) -> list[str]:
+        return ["CUDAExecutionProvider"]
+
+    def io_binding(self) -> SimpleNamespace:
+        addresses: dict[str, tuple[int, tuple[int, ...]]] = {}
+
+        def bind(name: str, kind: str, gpu: int, dtype: Any, shape: tuple[int, ...], pointer: int) -> None:
+            assert kind == "cuda" and np.dtype(dtype) == self.dtypes[name]
+            addresses[name] = (pointer, tuple(shape))
+
+        return SimpleNamespace(bind_input=bind, bind_output=bind, addresses=addresses)
+
+    def run_with_iobinding(self, binding: Any, options: Any) -> None:
+        assert options.get_run_config_entry("disable_synchronize_execution_providers") == "1"
+        assert self.stream is not None
+        self.run(self.stream, dict(binding.addresses))
+
+
+class Context:
+    """An execution context of the simulated TensorRT."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.addresses: dict[str, int] = {}
+        self.scratch: tuple[int, int] | None = None
+        self.wanted: int | None = None
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        self.shapes[name], self.wanted = tuple(shape), None
+        return name in self.session.inputs
+
+    def set_tensor_address(self, name: str, pointer: int) -> bool:
+        self.addresses[name] = pointer
+        return name in self.session.dtypes
+
+    def update_device_memory_size_for_shapes(self) -> int:
+        assert set(self.shapes) == set(self.session.inputs)
+        self.wanted = 64 * sum(int(np.prod(shape)) for shape in self.shapes.values())
+        return self.wanted
+
+    def set_device_memory(self, pointer: int, nbytes: int) -> None:
+        assert self.wanted is not None and nbytes >= self.wanted and pointer % 256 == 0
+        self.scratch = (pointer, nbytes)
+
+    def execute_async_v3(self, stream: int) -> bool:
+        assert self.scratch is not None and set(self.addresses) == set(self.session.dtypes)
+        pointer, nbytes = self.scratch
+
+        def use_scratch() -> None:
+            self.session.driver.check_memory(pointer)
+            ctypes.memset(pointer, 0, nbytes)
+
+        self.session.driver.launch(stream, use_scratch, "scratch")
+        self.session.run(stream, {name: (p, self.shapes.get(name, ())) for name, p in self.addresses.items()})
+        return True
+
+
+class Library:
+    """Stands in for `tensorrt_builder.Library`."""
+
+    version = "0.simulated"
+
+    def __init__(self, driver: SimulatedDriver) -> None:
+        self.errors: list[str] = []
+        self.logger = None
+        strategy = SimpleNamespace(USER_MANAGED="user managed")
+
+        def deserialize(plan: bytes) -> Any:
+            session = Session(plan, None, driver)
+            return SimpleNamespace(create_execution_context=lambda how: Context(session))
+
+        runtime = SimpleNamespace(deserialize_cuda_engine=deserialize)
+        self.trt = SimpleNamespace(Runtime=lambda logger: runtime, ExecutionContextAllocationStrategy=strategy)
+
+    def failure(self, what: str) -> EngineError:
+        return EngineError(what)
+
+
+def tensorrt_backend(patch: pytest.MonkeyPatch, cache: EngineCache, **options: Any) -> tensorrt.TensorRt:
+    """Return the TensorRT backend on a simulated GPU."""
+    driver = SimulatedDriver()
+    library = Library(driver)
+
+    def build(library: Any, graph: Path, output: Path, *_: Any, **__: Any) -> dict[str, Any]:
+        shutil.copy(graph, output)
+        infos = [("input", i) for i in InferenceSession(str(graph)).get_inputs()]
+        infos += [("output", o) for o in InferenceSession(str(graph)).get_outputs()]
+        tensors = [
+            {"name": i.name, "mode": mode, "dtype": _dtype(i.type).name, "shape": list(i.shape)} for mode, i in infos
+        ]
+        return {"tensors": tensors}
+
+    patch.setattr(tensorrt, "unavailable_reason", lambda name: None)
+    patch.setattr(tensorrt, "CudaDevice", lambda gpu: CudaDevice(gpu, Driver(driver)))
+    patch.setattr(planner, "load_library", lambda name: library)
+    patch.setattr(planner, "build_plan", build)
+    return tensorrt.TensorRt("tensorrt", cache=cache, **options)
+
+
+def onnxruntime_backend(
+    patch: pytest.MonkeyPatch, cache: EngineCache, **options: Any
+) -> onnxruntime_cuda.OnnxRuntimeCuda:
+    """Return the ONNX Runtime CUDA backend on a simulated GPU."""
+    driver = SimulatedDriver()
+
+    def session(model: str, options: Any, providers: list[tuple[str, dict[str, str]]]) -> Session:
+        return Session(model, int(providers[0][1]["user_compute_stream"]), driver)
+
+    patch.setattr(onnxruntime_cuda, "unavailable_reason", lambda provider: None)
+    patch.setattr(onnxruntime_cuda, "CudaDevice", lambda gpu: CudaDevice(gpu, Driver(driver)))
+    patch.setattr(ort, "InferenceSession", session)
+    patch.setattr(ort, "preload_dlls", lambda: None, raising=False)
+    return onnxruntime_cuda.OnnxRuntimeCuda(cache=cache, **options)
+
+
+def simulated_driver(device: CudaDevice) -> SimulatedDriver:
+    """Return the driver below a simulated GPU."""
+    driver = device.activate()._module
+    assert isinstance(driver, SimulatedDriver)
+    return driver
+
+
+InferenceSession = ort.InferenceSession
+
+
+def _dtype(name: str) -> np.dtype[Any]:
+    names = {"float": "float32", "double": "float64"}
+    inner = name.removeprefix("tensor(").removesuffix(")")
+    return np.dtype(names.get(inner, inner))

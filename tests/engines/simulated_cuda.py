@@ -1,0 +1,323 @@
+"""A CUDA driver without a GPU: enough of `cuda.bindings.driver` to run the device layer, and stricter than a GPU.
+
+Device memory is host memory. Work waits in its stream until something synchronizes, so a copy out of memory that was
+changed or freed too early shows. A call without a current context, a wait inside a capture, work on freed memory and a
+capture that was not joined are errors; `live` counts what has not been freed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from enum import IntEnum
+from typing import Any
+
+Op = Callable[[], None]
+
+
+class CUresult(IntEnum):
+    CUDA_SUCCESS = 0
+    CUDA_ERROR_INVALID_VALUE = 1
+    CUDA_ERROR_OUT_OF_MEMORY = 2
+    CUDA_ERROR_INVALID_CONTEXT = 201
+    CUDA_ERROR_INVALID_HANDLE = 400
+    CUDA_ERROR_ILLEGAL_ADDRESS = 700
+    CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED = 900
+    CUDA_ERROR_STREAM_CAPTURE_INVALIDATED = 901
+    CUDA_ERROR_STREAM_CAPTURE_UNJOINED = 904
+
+
+class CUstreamCaptureMode(IntEnum):
+    CU_STREAM_CAPTURE_MODE_RELAXED = 2
+
+
+class CUdevice_attribute(IntEnum):
+    CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR = 75
+    CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR = 76
+
+
+class Failure(Exception):
+    def __init__(self, code: CUresult) -> None:
+        self.code = code
+
+
+class Capture:
+    def __init__(self) -> None:
+        self.ops: list[Op] = []
+        self.valid = True
+        self.unjoined: set[int] = set()
+
+
+class Mark:
+    """What one recording of an event stands for."""
+
+    def __init__(self, stream: int, capture: Capture | None) -> None:
+        self.stream, self.capture = stream, capture
+        self.time: float | None = None
+
+
+class SimulatedDriver:
+    """Stands in for the module `cuda.bindings.driver`; functions return (status, value) as there."""
+
+    CUstreamCaptureMode = CUstreamCaptureMode
+    CUdevice_attribute = CUdevice_attribute
+
+    def __init__(self, total_bytes: int = 1 << 30) -> None:
+        self.total_bytes = total_bytes
+        self.live: Counter[str] = Counter()
+        self.launched: list[str] = []
+        self._new = itertools.count(0x1000)
+        self._memory: dict[int, Any] = {}
+        self._pinned: dict[int, Any] = {}
+        self._queues: dict[int, list[Op]] = {}
+        self._captures: dict[int, Capture] = {}
+        self._events: dict[int, Mark | None] = {}
+        self._graphs: dict[int, list[Op]] = {}
+        self._thread = threading.local()
+
+    def __getattr__(self, name: str) -> Any:
+        """Return a driver function: the method `_name`, with its exceptions as status codes."""
+        if not name.startswith("cu"):
+            raise AttributeError(name)
+        method = getattr(self, f"_{name}")
+
+        def call(*arguments: Any) -> tuple[Any, ...]:
+            try:
+                value = method(*arguments)
+            except Failure as failure:
+                return (failure.code, None)
+            values = () if value is None else value if isinstance(value, tuple) else (value,)
+            return (CUresult.CUDA_SUCCESS, *values)
+
+        return call
+
+    # what a kernel launch is to the tests
+
+    def launch(self, stream: int, op: Op, label: str = "kernel") -> None:
+        """Enqueue `op` on a stream, or record it when the stream is captured."""
+
+        def run() -> None:
+            self.launched.append(label)
+            op()
+
+        self._submit(stream, run)
+
+    def check_memory(self, pointer: int) -> None:
+        """Raise when an address is not the start of live device memory."""
+        if pointer not in self._memory:
+            raise Failure(CUresult.CUDA_ERROR_ILLEGAL_ADDRESS)
+
+    # devices and contexts
+
+    def _cuInit(self, flags: int) -> None: ...
+    def _cuDriverGetVersion(self) -> int:
+        return 13000
+
+    def _cuDeviceGetCount(self) -> int:
+        return 1
+
+    def _cuDeviceGet(self, number: int) -> int:
+        return number
+
+    def _cuDeviceGetName(self, length: int, device: int) -> bytes:
+        return b"Simulated GPU\0\0"
+
+    def _cuDeviceGetAttribute(self, attribute: CUdevice_attribute, device: int) -> int:
+        return 8 if attribute.name.endswith("MAJOR") else 9
+
+    def _cuDevicePrimaryCtxRetain(self, device: int) -> int:
+        self.live["context"] += 1
+        return 7
+
+    def _cuDevicePrimaryCtxRelease(self, device: int) -> None:
+        self.live["context"] -= 1
+
+    def _cuCtxSetCurrent(self, context: int) -> None:
+        self._thread.current = context
+
+    def _cuCtxSynchronize(self) -> None:
+        self._context()
+        if self._captures:
+            self._fail(CUresult.CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED)
+        for stream in list(self._queues):
+            self._drain(stream)
+
+    def _cuGetErrorString(self, status: CUresult) -> bytes:
+        return status.name.lower().replace("_", " ").encode()
+
+    # memory
+
+    def _cuMemAlloc(self, nbytes: int) -> int:
+        self._context()
+        if nbytes > self.total_bytes - sum(map(len, self._memory.values())):
+            raise Failure(CUresult.CUDA_ERROR_OUT_OF_MEMORY)
+        return self._allocate(self._memory, nbytes, "memory")
+
+    def _cuMemFree(self, pointer: int) -> None:
+        self._free(self._memory, pointer, "memory")
+
+    def _cuMemHostAlloc(self, nbytes: int, flags: int) -> int:
+        return self._allocate(self._pinned, nbytes, "pinned")
+
+    def _cuMemFreeHost(self, pointer: int) -> None:
+        self._free(self._pinned, pointer, "pinned")
+
+    def _cuMemGetInfo(self) -> tuple[int, int]:
+        return self.total_bytes - sum(map(len, self._memory.values())), self.total_bytes
+
+    def _cuMemcpyHtoDAsync(self, target: int, source: int, nbytes: int, stream: int) -> None:
+        self._submit(stream, lambda: self._copy(target, source, nbytes, self._memory, self._pinned))
+
+    def _cuMemcpyDtoHAsync(self, target: int, source: int, nbytes: int, stream: int) -> None:
+        self._submit(stream, lambda: self._copy(target, source, nbytes, self._pinned, self._memory))
+
+    # streams and events
+
+    def _cuStreamCreate(self, flags: int) -> int:
+        self._context()
+        self.live["stream"] += 1
+        handle = next(self._new)
+        self._queues[handle] = []
+        return handle
+
+    def _cuStreamDestroy(self, stream: int) -> None:
+        self._drain(stream)
+        del self._queues[stream]
+        self.live["stream"] -= 1
+
+    def _cuStreamSynchronize(self, stream: int) -> None:
+        if stream in self._captures:
+            self._fail(CUresult.CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED)
+        self._drain(stream)
+
+    def _cuEventCreate(self, flags: int) -> int:
+        self._context()
+        self.live["event"] += 1
+        handle = next(self._new)
+        self._events[handle] = None
+        return handle
+
+    def _cuEventDestroy(self, event: int) -> None:
+        del self._events[event]
+        self.live["event"] -= 1
+
+    def _cuEventRecord(self, event: int, stream: int) -> None:
+        capture = self._captures.get(stream)
+        mark = self._events[event] = Mark(stream, capture)
+        if capture is not None:
+            capture.unjoined.discard(stream)
+        else:
+            self._submit(stream, lambda: setattr(mark, "time", time.perf_counter()))
+
+    def _cuStreamWaitEvent(self, stream: int, event: int, flags: int) -> None:
+        mark = self._events[event]
+        assert mark is not None
+        if mark.capture is not None:
+            self._captures[stream] = mark.capture
+        else:
+            self._submit(stream, lambda: self._reach(mark))
+
+    def _cuEventSynchronize(self, event: int) -> None:
+        mark = self._events[event]
+        if mark is None or mark.capture is not None:
+            raise Failure(CUresult.CUDA_ERROR_INVALID_VALUE)
+        self._reach(mark)
+
+    def _cuEventElapsedTime(self, start: int, end: int) -> float:
+        times = [mark.time if (mark := self._events[event]) else None for event in (start, end)]
+        if times[0] is None or times[1] is None:
+            raise Failure(CUresult.CUDA_ERROR_INVALID_HANDLE)
+        return (times[1] - times[0]) * 1e3
+
+    # graphs
+
+    def _cuStreamBeginCapture(self, stream: int, mode: CUstreamCaptureMode) -> None:
+        assert isinstance(mode, CUstreamCaptureMode)
+        self._captures[stream] = Capture()
+
+    def _cuStreamEndCapture(self, stream: int) -> int:
+        capture = self._captures[stream]
+        self._captures = {s: c for s, c in self._captures.items() if c is not capture}
+        if not capture.valid:
+            raise Failure(CUresult.CUDA_ERROR_STREAM_CAPTURE_INVALIDATED)
+        if capture.unjoined - {stream}:
+            raise Failure(CUresult.CUDA_ERROR_STREAM_CAPTURE_UNJOINED)
+        return self._graph(capture.ops, "graph")
+
+    def _cuGraphInstantiate(self, graph: int, flags: int) -> int:
+        return self._graph(self._graphs[graph], "executable")
+
+    def _cuGraphUpload(self, graph: int, stream: int) -> None: ...
+    def _cuGraphLaunch(self, graph: int, stream: int) -> None:
+        self._context()
+        for op in self._graphs[graph]:
+            self._submit(stream, op)
+
+    def _cuGraphDestroy(self, graph: int) -> None:
+        del self._graphs[graph]
+        self.live["graph"] -= 1
+
+    def _cuGraphExecDestroy(self, graph: int) -> None:
+        del self._graphs[graph]
+        self.live["executable"] -= 1
+
+    # inside
+
+    def _context(self) -> None:
+        if getattr(self._thread, "current", None) is None:
+            raise Failure(CUresult.CUDA_ERROR_INVALID_CONTEXT)
+
+    def _fail(self, code: CUresult) -> None:
+        for capture in self._captures.values():
+            capture.valid = False
+        raise Failure(code)
+
+    def _submit(self, stream: int, op: Op) -> None:
+        self._context()
+        if stream not in self._queues:
+            raise Failure(CUresult.CUDA_ERROR_INVALID_HANDLE)
+        capture = self._captures.get(stream)
+        if capture is None:
+            self._queues[stream].append(op)
+        else:
+            capture.ops.append(op)
+            capture.unjoined.add(stream)
+
+    def _drain(self, stream: int) -> None:
+        queue = self._queues[stream]
+        while queue:
+            queue.pop(0)()
+
+    def _reach(self, mark: Mark) -> None:
+        while mark.time is None:
+            self._queues[mark.stream].pop(0)()
+
+    def _graph(self, ops: list[Op], kind: str) -> int:
+        self.live[kind] += 1
+        handle = next(self._new)
+        self._graphs[handle] = list(ops)
+        return handle
+
+    def _allocate(self, table: dict[int, Any], nbytes: int, kind: str) -> int:
+        memory = (ctypes.c_uint8 * (nbytes + 256))()
+        ctypes.memset(memory, 0xAB, nbytes + 256)
+        pointer = -(-ctypes.addressof(memory) // 256) * 256
+        table[pointer] = memory
+        self.live[kind] += 1
+        return pointer
+
+    def _free(self, table: dict[int, Any], pointer: int, kind: str) -> None:
+        if pointer not in table:
+            raise Failure(CUresult.CUDA_ERROR_INVALID_VALUE)
+        memory = table.pop(pointer)
+        ctypes.memset(memory, 0xDD, len(memory))
+        self.live[kind] -= 1
+
+    def _copy(self, target: int, source: int, nbytes: int, to: dict[int, Any], of: dict[int, Any]) -> None:
+        if target not in to or source not in of:
+            raise Failure(CUresult.CUDA_ERROR_ILLEGAL_ADDRESS)
+        ctypes.memmove(target, source, nbytes)

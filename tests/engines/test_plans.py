@@ -1,0 +1,177 @@
+"""Which plan serves which shapes, what makes a plan another one, and what is said when none fits."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from latentrt.engines.backends import open_backend
+from latentrt.engines.bundle import Bundle, TensorInfo
+from latentrt.engines.cache import EngineCache
+from latentrt.engines.errors import EngineError, RequestError, ShapeError
+from latentrt.engines.plan import PlanOptions, Profile, plan_key, profile_for
+from latentrt.engines.planner import check_tensors
+
+from .simulated_backends import tensorrt_backend
+from .small_bundles import graph_info, linear_bundle, proto, write_bundle
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Bundle:
+    return linear_bundle(tmp_path / "bundle")
+
+
+def test_a_profile_covers_what_lies_between_its_shapes() -> None:
+    profile = Profile.of({"x": (2, 8, 8)}, {"x": (4, 8, 16)}, {"x": (1, 8, 12)})
+    assert profile.ranges == {"x": ((1, 8, 8), (2, 8, 8), (4, 8, 16))}
+    assert not profile.static and Profile.of({"x": (1,)}).static
+    for shape, fits in {(1, 8, 8): True, (3, 8, 9): True, (5, 8, 8): False, (1, 8, 17): False, (1, 8): False}.items():
+        assert profile.covers({"x": shape}) == fits, shape
+    assert not profile.covers({"x": (1, 8, 8), "y": (1,)})
+    assert str(profile) == "x 1x8x8 to 4x8x16"
+
+
+def test_a_graph_without_weights_takes_tables_of_any_length(tmp_path: Path) -> None:
+    from onnx import helper
+
+    row = TensorInfo(name="row", dtype="int64", shape=("B",))
+    table, value = (
+        TensorInfo(name=n, dtype="float32", shape=s) for n, s in (("table", ("T", "K")), ("value", ("B", "K")))
+    )
+    info = graph_info("step", [row, table], [value])
+    graph = proto(info, [helper.make_node("Gather", ["table", "row"], ["value"])], {})
+    heavy_info = graph_info("heavy", [row, table], [value])
+    weights = {"unused": np.zeros(1 << 15, np.float32)}
+    heavy = proto(heavy_info, [helper.make_node("Gather", ["table", "row"], ["value"])], weights)
+    bundle = write_bundle(tmp_path, (info, graph), (heavy_info, heavy))
+
+    def profile(name: str, rows: int) -> Profile:
+        return profile_for(bundle, bundle.graph(name), {"row": (2,), "table": (rows, 20)})
+
+    assert profile("step", 21) == profile("step", 51)
+    assert profile("step", 21).covers({"row": (2,), "table": (900, 20)})
+    assert not profile("step", 21).covers({"row": (3,), "table": (900, 20)})  # an output has this size
+    assert not profile("step", 21).covers({"row": (2,), "table": (900, 21)})
+    assert profile("step", 5).static and profile("heavy", 21).static
+    with pytest.raises(ShapeError, match="needs the shape of its input 'table'"):
+        profile_for(bundle, info, {"row": (2,)})
+
+
+KEY = {
+    "backend": "tensorrt",
+    "version": "10.13",
+    "target": {"gpu": "A", "driver": "13.0"},
+    "profile": Profile.of({"x": (2, 8)}),
+    "options": PlanOptions(),
+}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"backend": "tensorrt-rtx"},
+        {"version": "10.14"},
+        {"target": {"gpu": "B", "driver": "13.0"}},
+        {"target": {"gpu": "A", "driver": "13.1"}},
+        {"profile": Profile.of({"x": (3, 8)})},
+        {"profile": Profile.of({"x": (2, 8)}, {"x": (3, 8)})},
+        {"options": PlanOptions(optimization_level=5)},
+        {"options": PlanOptions(workspace=1 << 20)},
+        {"options": PlanOptions(hardware="ampere_plus")},
+        {"options": PlanOptions(weight_streaming=True)},
+    ],
+    ids=str,
+)
+def test_whatever_changes_a_plan_is_a_miss_and_nothing_else_is(
+    bundle: Bundle, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    cache, graph = EngineCache(tmp_path / "cache"), bundle.graph("first")
+    cache.get("first", plan_key(bundle, graph, **KEY), lambda folder: {})  # type: ignore[arg-type]
+    again = Bundle.open(bundle.path)
+    assert cache.find("first", plan_key(again, again.graph("first"), **KEY))  # type: ignore[arg-type]
+    assert cache.find("first", plan_key(bundle, graph, **{**KEY, **change})) is None
+    changed = linear_bundle(tmp_path / "changed")
+    files = {**changed.manifest.files, "first.onnx": replace_hash(changed)}
+    changed.manifest = changed.manifest.model_copy(update={"files": files})
+    assert cache.find("first", plan_key(changed, graph, **KEY)) is None  # type: ignore[arg-type]
+
+
+def replace_hash(bundle: Bundle) -> Any:
+    return bundle.manifest.files["first.onnx"].model_copy(update={"sha256": "0" * 64})
+
+
+def test_a_dynamic_plan_serves_the_shapes_it_covers(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, graph = EngineCache(tmp_path / "cache"), bundle.graph("first")
+    backend = tensorrt_backend(monkeypatch, cache)
+    dynamic = backend.planner.build(bundle, graph, profile_for(bundle, graph, {"x": (2, 8)}, {"x": (4, 8)}))
+    assert backend.planner.plan(bundle, graph, {"x": (3, 8)}).folder == dynamic.folder
+    outside = backend.planner.plan(bundle, graph, {"x": (5, 8)})
+    assert outside.folder != dynamic.folder and outside.profile.static
+    own = backend.planner.build(bundle, graph, profile_for(bundle, graph, {"x": (3, 8)}))
+    assert backend.planner.plan(bundle, graph, {"x": (3, 8)}).folder == own.folder
+
+    engines = [backend.open(bundle, graph, {"x": (rows, 8)}) for rows in (2, 4)]
+    with pytest.raises(ShapeError, match="engine first is for x 2x8 to 4x8"):
+        engines[0].bind({name: backend.device.empty((5, 8), np.float32) for name in "xy"})
+    engines[0].close()
+    engines[1].bind({name: backend.device.empty((4, 8), np.float32) for name in "xy"})
+
+
+def test_a_missing_plan_says_what_there_is_and_how_to_build(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, graph = EngineCache(tmp_path / "cache"), bundle.graph("first")
+    backend = tensorrt_backend(monkeypatch, cache, build=False)
+    command = f"`latentrt build {bundle.path} --backend tensorrt --batch 2`"
+    with pytest.raises(EngineError) as none:
+        backend.open(bundle, graph, {"x": (2, 8)})
+    assert str(none.value) == f"no tensorrt plan of first fits x 2x8: the cache has none. Build it with {command}"
+
+    planner = backend.planner
+    profile = profile_for(bundle, graph, {"x": (1, 8)})
+    planner.build(bundle, graph, profile)
+    gpu, planner.target = planner.target, {"gpu": "Other GPU", "compute_capability": "9.0", "driver": "13.0"}
+    planner.build(bundle, graph, profile)
+    planner.target, version = gpu, planner.library.version
+    planner.library.version = "10.12"
+    planner.build(bundle, graph, profile)
+    planner.library.version, planner.options = version, replace(planner.options, optimization_level=1)
+    planner.build(bundle, graph, profile)
+    planner.options = PlanOptions()
+    with pytest.raises(EngineError) as some:
+        backend.open(bundle, graph, {"x": (2, 8)})
+    message = str(some.value)
+    assert "\n" not in message and message.endswith(command)
+    for part in (
+        "x 1x8",
+        "compute capability 9.0, driver 13.0, gpu Other GPU (wanted: compute capability 8.9, driver 13.0, gpu Sim",
+        "tensorrt 10.12 (installed: 0.simulated)",
+        "other build options",
+    ):
+        assert part in message
+
+
+def test_a_plan_whose_tensors_are_not_the_manifest_s_is_refused(bundle: Bundle) -> None:
+    graph = bundle.graph("second")
+    tensors = [{"name": t.name, "mode": "input", "dtype": t.dtype, "shape": [-1] * len(t.shape)} for t in graph.inputs]
+    tensors += [{"name": t.name, "mode": "output", "dtype": t.dtype, "shape": [-1, 8]} for t in graph.outputs]
+    check_tensors(graph, tensors)
+    for change, message in (
+        ({"dtype": "int32"}, "input order of graph second is int32.* in the plan and int64"),
+        ({"name": "other"}, "input order of graph second is missing"),
+        ({"shape": [1, 2]}, "input order"),
+    ):
+        with pytest.raises(EngineError, match=message):
+            check_tensors(graph, [tensors[0], {**tensors[1], **change}, tensors[2]])
+    with pytest.raises(EngineError, match="a tensor 'extra' that the manifest lacks"):
+        check_tensors(graph, [*tensors, {**tensors[2], "name": "extra"}])
+
+
+def test_an_option_that_a_backend_does_not_have_is_named() -> None:
+    with pytest.raises(RequestError, match="backend tensorrt has no option 'threads': it has cache, gpu, build"):
+        open_backend("tensorrt", threads=2)

@@ -1,0 +1,118 @@
+"""The export as a whole: all or nothing, the same bytes every time, and nothing heavy until it is called."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from latentrt.engines.bundle import MANIFEST
+from latentrt.engines.errors import CheckpointError, ExportError, StorageError
+from latentrt.export import export_checkpoint
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("onnxscript")
+pytest.importorskip("diffusers")
+
+from latentrt.engines.bundle import sha256_of  # noqa: E402
+from latentrt.export import exporter, onnx_writer, parity  # noqa: E402
+from latentrt.export.graph import decoder_graph, text_encoder_graph  # noqa: E402
+from latentrt.export.sources import open_checkpoint  # noqa: E402
+
+
+def test_importing_the_package_is_cheap() -> None:
+    heavy = "{'torch', 'diffusers', 'transformers', 'onnx', 'onnxruntime'}"
+    code = f"import latentrt.export, sys; sys.exit(bool({heavy} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_failed_parity_leaves_nothing(
+    tiny_sd15_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(parity.BOUNDS, "fp32", 1e-12)
+    with pytest.raises(ExportError, match=r"text_encoder differs .* 1e-12 is allowed for fp32"):
+        export_checkpoint(tiny_sd15_checkpoint, tmp_path / "bundle")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_failed_export_keeps_the_old_bundle(tmp_path: Path) -> None:
+    bundle = tmp_path / "bundle"
+    bundle.mkdir()
+    (bundle / MANIFEST).write_text("old")
+    with pytest.raises(CheckpointError, match="does not exist"):
+        export_checkpoint(tmp_path / "nothing", bundle, replace=True)
+    assert [file.name for file in tmp_path.rglob("*")] == ["bundle", MANIFEST]
+    assert (bundle / MANIFEST).read_text() == "old"
+
+
+def test_existing_output_is_not_replaced_unasked(tiny_sd15_checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="already exists"):
+        export_checkpoint(tiny_sd15_checkpoint, tmp_path)
+
+
+def test_progress_counts_to_the_end(
+    tiny_sd15_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exporter, "write_graph", lambda build, folder, precision: step(folder))
+    step = lambda folder: exporter.write_step_graph(folder, "fp32", 4).model_copy(update={"name": str(len(seen))})  # noqa: E731
+    seen: list[tuple[str, int, int]] = []
+    out = export_checkpoint(tiny_sd15_checkpoint, tmp_path / "b", progress=lambda *each: seen.append(each))
+    assert out == tmp_path / "b"
+    assert [done for _, done, _ in seen] == list(range(7))
+    assert {total for _, _, total in seen} == {6}
+    assert seen[2][0] == "exporting denoiser"
+
+
+@pytest.mark.parametrize("name", ["text_encoder", "decoder"])
+def test_the_same_checkpoint_gives_the_same_bytes(
+    tiny_sd15_checkpoint: Path, tiny_sd15_bundle: Path, tmp_path: Path, name: str
+) -> None:
+    checkpoint = open_checkpoint(tiny_sd15_checkpoint)
+    if name == "decoder":
+        graph = decoder_graph(checkpoint.load_vae())
+    else:
+        graph = text_encoder_graph(checkpoint.load_text_encoder(), 77, "fp32")
+    files = onnx_writer.save_model(onnx_writer.onnx_model(graph), tmp_path / f"{name}.onnx")
+    assert [sha256_of(file) for file in files] == [sha256_of(tiny_sd15_bundle / f"{name}.onnx")]
+
+
+def test_large_weights_are_external(
+    tiny_sd15_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnx_writer, "EXTERNAL_BYTES", 1000)
+    checkpoint = open_checkpoint(tiny_sd15_checkpoint)
+    graph = exporter.write_graph(
+        lambda: text_encoder_graph(checkpoint.load_text_encoder(), 77, "fp32"), tmp_path, "fp32"
+    )
+    assert graph.files == ("text_encoder.onnx", "text_encoder.onnx.data")
+    assert (tmp_path / "text_encoder.onnx").stat().st_size < 60_000
+    assert graph.parity is not None
+
+
+class Fixed(torch.nn.Module):
+    """A network that fixes the batch of its example."""
+
+    def forward(self, latents):  # type: ignore[no-untyped-def]
+        first, second, third = latents.chunk(3)
+        return (torch.cat([first, second, third]) > 0).to(torch.uint8), latents
+
+
+def test_a_fixed_batch_is_an_error(tiny_sd15_checkpoint: Path) -> None:
+    graph = decoder_graph(open_checkpoint(tiny_sd15_checkpoint).load_vae())
+    with pytest.raises(ExportError, match="decoder"):
+        onnx_writer.onnx_model(exporter.replace_fields(graph, module=Fixed()))
+
+
+def test_a_wrong_number_is_an_error(tiny_sd15_checkpoint: Path, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(tiny_sd15_checkpoint)
+    graph = text_encoder_graph(checkpoint.load_text_encoder(), 77, "fp32")
+    cases = parity.reference_cases(graph)
+    file = onnx_writer.save_model(onnx_writer.onnx_model(graph), tmp_path / "graph.onnx")[0]
+    assert parity.check_parity("graph", file, cases, "fp32").relative_error < 1e-5
+    wrong = [(inputs, [output * 1.001 for output in outputs]) for inputs, outputs in cases]
+    with pytest.raises(ExportError, match=r"by 0\.001 \(relative\) where 0\.0001"):
+        parity.check_parity("graph", file, wrong, "fp32")
+    infinite = [(inputs, [output / 0 for output in outputs]) for inputs, outputs in cases]
+    with pytest.raises(ExportError, match=r"by (inf|nan)"):
+        parity.check_parity("graph", file, infinite, "fp16")
