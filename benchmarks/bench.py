@@ -97,6 +97,7 @@ def run(work: Workload, options: Options, say: Say) -> list[Record]:
         say("cold processes, from shell to PNG")
         for name, cold in measure_cold(names, work, model, options.device, options.threads, options.cold).items():
             extras[name]["cold"] = cold
+    bundle = Bundle.open(model.bundle)
     common = {
         "run": uuid.uuid4().hex[:12],
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -107,10 +108,9 @@ def run(work: Workload, options: Options, say: Say) -> list[Record]:
         "conditions": _conditions(plan, names, watch),
         "workload": work.as_request(),
         "model": {"weights": model.weights, "bytes": model.weight_bytes, "export_seconds": model.export_seconds}
-        | {"export_peak_bytes": model.export_peak_bytes},
+        | {"export_peak_bytes": model.export_peak_bytes, "sampler": bundle.manifest.scheduler["_class_name"]},
         "ceiling": ceiling,
     }
-    bundle = Bundle.open(model.bundle)
     records = []
     for candidate in found:
         who = {"name": candidate.name, "title": candidate.title}

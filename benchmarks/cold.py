@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,10 @@ image.save(output)
 """The shortest script that does with diffusers what `latentrt generate` does."""
 
 
-def commands(work: Workload, model: Model, device: str, threads: int, output: Path) -> dict[str, list[str]]:
-    """Return the whole command of each contender that has one."""
+def commands(
+    names: Sequence[str], work: Workload, model: Model, device: str, threads: int, output: Path
+) -> dict[str, list[str]]:
+    """Return whole commands: that of the first of latentrt's contenders in `names`, and that of diffusers."""
     latentrt = Path(sys.executable).with_name("latentrt")
     entry = (
         [str(latentrt)]
@@ -37,19 +40,19 @@ def commands(work: Workload, model: Model, device: str, threads: int, output: Pa
     ours = [*entry, "generate", work.prompt, "--bundle", str(model.bundle), "--output", str(output)]
     ours += ["--seed", str(work.seed), "--steps", str(work.steps), "--guidance", str(work.guidance)]
     ours += ["--size", f"{work.width}x{work.height}", "--threads", str(threads)]
-    ours += ["--sampler", work.sampler] if work.sampler else []
     dtype = "float16" if work.precision == "fp16" else "float32"
     theirs = [sys.executable, "-c", SCRIPT.format(threads=threads), str(model.checkpoint), str(output), work.prompt]
     theirs += [device, dtype, str(work.steps), str(work.guidance), str(work.height), str(work.width), str(work.seed)]
-    backend = "onnxruntime-cpu" if device == "cpu" else "onnxruntime-cuda"
-    found = {f"latentrt/{backend}/step": [*ours, "--backend", backend], "diffusers/eager": theirs}
-    if work.sampler:  # diffusers has no names for samplers that one line of a script could use
-        del found["diffusers/eager"]
+    found = {}
+    if first := next((name for name in names if name.startswith("latentrt/")), None):
+        found[first] = [*ours, "--backend", first.split("/")[1]]
+    if "diffusers/eager" in names:
+        found["diffusers/eager"] = theirs
     return found
 
 
 def measure_cold(
-    names: list[str], work: Workload, model: Model, device: str, threads: int, repeats: int
+    names: Sequence[str], work: Workload, model: Model, device: str, threads: int, repeats: int
 ) -> dict[str, dict[str, Any]]:
     """Run whole commands by turns; return seconds from shell to PNG and peak resident bytes for each contender.
 
@@ -57,7 +60,7 @@ def measure_cold(
     """
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "picture.png"
-        chosen = {n: c for n, c in commands(work, model, device, threads, output).items() if n in names}
+        chosen = commands(names, work, model, device, threads, output)
         seconds: dict[str, list[float]] = {name: [] for name in chosen}
         peaks = dict.fromkeys(chosen, 0)
         for turn in range(-1, repeats):

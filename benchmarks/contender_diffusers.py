@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import functools
 import io
+import os
 import time
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from ..engines.cache import home
 
 
 class Contender:
@@ -18,6 +21,10 @@ class Contender:
     def __init__(self, variant: str, options: dict[str, Any]) -> None:
         """Load the checkpoint; fp16 and channels_last on a GPU, where attention is PyTorch's fused kernel as well."""
         began = time.perf_counter()
+        if variant == "compile":
+            cache = home() / "torch-compile"
+            compiled_before = cache.exists()
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache)
         import diffusers
         import torch
         import transformers
@@ -27,6 +34,7 @@ class Contender:
         self._torch = torch
         self._device = options["device"]
         self._build: float | None = None
+        self.versions: dict[str, str] = {}
         torch.set_num_threads(options["threads"])
         self.settings: dict[str, Any] = {"device": self._device, "precision": options["precision"]}
         imported = time.perf_counter()
@@ -34,11 +42,12 @@ class Contender:
         self._pipe.set_progress_bar_config(disable=True)
         if variant == "compile":
             self._compile()
+            self.settings["compile_cache"] = "warm" if compiled_before else "cold"
         self.facts: dict[str, Any] = {
             "import": imported - began,
             "build": self._build,
             "open": time.perf_counter() - imported - (self._build or 0.0),
-            "versions": {m.__name__: m.__version__ for m in (torch, diffusers, transformers)},
+            "versions": {m.__name__: m.__version__ for m in (torch, diffusers, transformers)} | self.versions,
             "options": self.settings,
         }
         self._marks: dict[str, Any] = {}

@@ -128,6 +128,5 @@ class Contender:
             guidance_scale=request["guidance"],
             num_images_per_prompt=request["batch"],
             seed=request["seed"],
-            sampler=request["sampler"],
             **options,
         )

@@ -18,14 +18,13 @@ class Contender(contender_diffusers.Contender):
     def __init__(self, variant: str, options: dict[str, Any]) -> None:
         """Load the checkpoint, convert and compile; the conversion is the `build` time."""
         super().__init__(variant, options)
-        import openvino
-
-        self.facts["versions"] |= {"openvino": openvino.__version__}
         self.settings |= {"performance_hint": "LATENCY", "inference_precision": "f32", "shapes": "static"}
 
     def _load(self, options: dict[str, Any]) -> Any:
+        import openvino
         import torch
 
+        self.versions["openvino"] = openvino.__version__
         pipe = super()._load(options)
         start = time.perf_counter()
         rows, batch = 2 * options["batch"], options["batch"]

@@ -12,6 +12,8 @@ class Contender(contender_diffusers.Contender):
     """An `ORTStableDiffusionPipeline`; it is a diffusers pipeline, so the same clock fits."""
 
     def _load(self, options: dict[str, Any]) -> Any:
+        from importlib.metadata import version
+
         import onnxruntime
         from optimum.onnxruntime import ORTStableDiffusionPipeline
 
@@ -22,5 +24,7 @@ class Contender(contender_diffusers.Contender):
         pipe = ORTStableDiffusionPipeline.from_pretrained(
             options["checkpoint"], export=True, provider=provider, session_options=session, safety_checker=None
         )
+        self.settings["provider"] = provider
+        self.versions |= {name: version(name) for name in ("optimum-onnx", "onnxruntime")}
         self._build = time.perf_counter() - start
         return pipe

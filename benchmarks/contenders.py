@@ -10,6 +10,7 @@ from typing import get_args
 from ..engines.backends import unavailable_reasons
 from ..engines.errors import RequestError
 from ..runtime.loop import Mode
+from .process import interpreter
 
 REFERENCE = "diffusers/eager"
 """The contender whose answers are the reference when it runs in fp32."""
@@ -40,7 +41,7 @@ def candidates(device: str) -> list[Candidate]:
     others = [
         Candidate("diffusers/eager", "diffusers", torch),
         Candidate("diffusers/compile", "diffusers + torch.compile", torch or _no_compiler(device)),
-        Candidate("optimum", "ONNX Runtime through Optimum", _missing("optimum.onnxruntime")),
+        Candidate("optimum", "ONNX Runtime through Optimum", _optimum_missing()),
     ]
     if device == "cpu":
         openvino = _missing("openvino") or torch
@@ -69,9 +70,17 @@ def _missing(*modules: str) -> str | None:
         except ModuleNotFoundError:
             found = False
         if not found:
-            package = {"optimum.onnxruntime": "optimum-onnx"}.get(module, module)
-            return f"{package} is not installed"
+            return f"{module} is not installed"
     return None
+
+
+def _optimum_missing() -> str | None:
+    if interpreter("optimum") is not None or _missing("optimum.onnxruntime") is None:
+        return None
+    return (
+        "optimum-onnx is not installed; it wants an older transformers than ours, so install it with latentrt in a "
+        "virtual environment of its own and name its interpreter in LATENTRT_BENCH_PYTHON_OPTIMUM"
+    )
 
 
 def _no_compiler(device: str) -> str | None:

@@ -22,6 +22,7 @@ Generate = Callable[[list[str], list[int]], np.ndarray]
 COLOR_TOLERANCE = 60.0  # RGB distance; the nearest two palette colors are 93 apart
 BORDER = 5  # pixels
 FLAT_BORDER = 0.9  # least share of border pixels within COLOR_TOLERANCE of the background
+ONE_COLOR = 0.7  # least share of an object's pixels within COLOR_TOLERANCE of its color
 SMALLEST_OBJECT = 100  # pixels
 LEAST_OVERLAP = 0.72  # intersection over union with the best template
 _COLOR_VALUES = np.array([PALETTE[name] for name in COLORS], np.float32)
@@ -134,13 +135,14 @@ def _nearest_color(value: np.ndarray) -> str | None:
 
 def _identify(pixels: np.ndarray, region: np.ndarray, ground: np.ndarray) -> tuple[Object, np.ndarray] | None:
     """The object in a region, and its centroid (x, y) in pixels; None where color or shape is none of ours."""
-    depth = ndimage.distance_transform_cdt(region)
-    value = np.median(pixels[depth >= min(3, depth.max())], axis=0)
+    contrast = _distance(pixels, ground)
+    # The third of the region that is farthest from the background's color: thin parts of a soft picture have no core.
+    value = np.median(pixels[region & (contrast >= np.quantile(contrast[region], 2 / 3))], axis=0)
     color = _nearest_color(value)
     # How far a pixel is from the background towards the object's color: 0.5 is where the edge runs.
     axis = value - ground
     mask = region & (((pixels - ground) @ axis) > 0.5 * (axis @ axis))
-    if color is None or not mask.any():
+    if color is None or np.mean(_distance(pixels[mask], value) < COLOR_TOLERANCE) < ONE_COLOR:
         return None
     rows, columns = np.nonzero(mask)
     centre = np.array([columns.mean(), rows.mean()])

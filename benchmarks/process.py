@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -98,9 +99,17 @@ def run_process(command: Sequence[str], *, threads: int | None = None, show: boo
         return Finished(seconds, peak, output.read().decode(errors="replace"))
 
 
+def interpreter(contender: str) -> str | None:
+    """Return the interpreter that the environment names for a contender, such as `LATENTRT_BENCH_PYTHON_OPTIMUM`.
+
+    For contenders whose packages want other versions than ours. latentrt must be installed there as well.
+    """
+    return os.environ.get(f"LATENTRT_BENCH_PYTHON_{contender.partition('/')[0].upper()}")
+
+
 def worker_command(contender: str) -> list[str]:
-    """Return the command that starts a contender's worker."""
-    return [sys.executable, "-m", "latentrt.benchmarks.worker", contender]
+    """Return the command that starts a contender's worker, in an interpreter of its own where one is named."""
+    return [interpreter(contender) or sys.executable, "-m", "latentrt.benchmarks.worker", contender]
 
 
 class Worker:
@@ -155,16 +164,15 @@ class Worker:
 
     def close(self) -> None:
         """End the process; calling it again does nothing."""
-        if self._process.poll() is None:
-            assert self._process.stdin
-            try:
-                self._process.stdin.close()
-                self._process.wait(10)
-            except (OSError, subprocess.TimeoutExpired):
-                self._process.kill()
-                self._process.wait()
-        if self._process.stdout:
-            self._process.stdout.close()
+        assert self._process.stdin and self._process.stdout
+        with contextlib.suppress(BrokenPipeError):  # it may have died with a command unread
+            self._process.stdin.close()
+        try:
+            self._process.wait(10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._process.stdout.close()
         self._errors.close()
 
     def __enter__(self) -> Worker:

@@ -5,7 +5,7 @@ The formulas work on features in numpy; the networks that make the features are 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..engines.errors import CheckpointError, MissingExtraError
+from ..engines.errors import CheckpointError, MissingExtraError, RequestError
 
 Floats = npt.NDArray[np.floating[Any]]
 Pictures = Sequence[npt.NDArray[np.uint8]]
@@ -34,8 +34,10 @@ def fid(features: Floats, reference: Floats) -> float:
 def fid_of_moments(mean_a: Floats, cov_a: Floats, mean_b: Floats, cov_b: Floats) -> float:
     """Return the Fréchet distance of two Gaussians, given means [D] and covariances [D, D]."""
     cov_a, cov_b = np.atleast_2d(cov_a), np.atleast_2d(cov_b)
-    # tr (Σ₁Σ₂)^½ is the sum of the roots of the product's eigenvalues, which are real and not negative
-    roots = np.sqrt(np.maximum(np.linalg.eigvals(cov_a @ cov_b).real, 0))
+    # Σ₁Σ₂ has the eigenvalues of Σ₁^½ Σ₂ Σ₁^½, which is symmetric: no complex square root of a matrix is needed
+    values, vectors = np.linalg.eigh(cov_a)
+    root_a = vectors * np.sqrt(np.maximum(values, 0)) @ vectors.T
+    roots = np.sqrt(np.maximum(np.linalg.eigvalsh(root_a @ cov_b @ root_a), 0))
     return float(np.sum((mean_a - mean_b) ** 2) + np.trace(cov_a) + np.trace(cov_b) - 2 * roots.sum())
 
 
@@ -80,6 +82,8 @@ class ClipFeatures:
 
     def __init__(self, folder: Path, device: str = "cpu") -> None:
         """Load network and processor; raises `CheckpointError` when the folder does not hold them."""
+        if not (folder / "config.json").is_file():
+            raise CheckpointError(f"{folder} holds no CLIP model: give a local folder with config.json and weights")
         try:
             import torch
             from transformers import CLIPModel, CLIPProcessor
@@ -140,6 +144,28 @@ def inception_features(weights: Path, device: str = "cpu") -> Callable[[Pictures
         return np.concatenate(pools), np.concatenate(logits)
 
     return run
+
+
+def draw(bundle: Path, prompts: Sequence[str], steps: int | None, seed: int) -> list[npt.NDArray[np.uint8]]:
+    """Return one picture [H, W, 3] for each prompt; picture i has seed `seed + i`."""
+    from ..runtime.pipeline import Pipeline
+
+    with Pipeline.open(bundle) as pipe:
+        return [np.asarray(p) for p in pipe(prompts, num_inference_steps=steps, seed=seed).images]
+
+
+def bounds(found: Mapping[str, float]) -> dict[str, bool]:
+    """Return, for each score that MLPerf bounds for SDXL, whether it is within; meant for its 5,000 prompts."""
+    return {name: low <= found[name] <= high for name, (low, high) in MLPERF_SDXL.items() if name in found}
+
+
+def moments(file: Path) -> tuple[Floats, Floats]:
+    """Return mean and covariance from an .npz file with `mu` and `sigma`, the form that pytorch-fid writes."""
+    try:
+        with np.load(file) as data:
+            return data["mu"], data["sigma"]
+    except (OSError, ValueError, KeyError) as error:
+        raise RequestError(f"{file} cannot be read as statistics: give an .npz file with mu and sigma") from error
 
 
 def scores(

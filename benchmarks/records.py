@@ -64,7 +64,7 @@ def key_of(record: Record) -> tuple[str, ...]:
     """Return what makes two records comparable: the work, who did it, and with how many threads."""
     work = record["workload"]
     size = f"{work['width']}x{work['height']}, {work['steps']} steps, batch {work['batch']}"
-    options = f"guidance {work['guidance']:g}, {work['sampler'] or 'default sampler'}, {work['precision']}"
+    options = f"guidance {work['guidance']:g}, {work['precision']}"
     who = (record["contender"]["name"], f"{record['conditions']['threads']} threads")
     return (work["name"], size, options, *who, record.get("axis", ""))
 

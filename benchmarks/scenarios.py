@@ -16,6 +16,8 @@ import numpy.typing as npt
 Floats = npt.NDArray[np.float64]
 
 ARRIVALS = 20_000
+FEWEST = 5
+"""Requests below which a real run at the rate would say nothing."""
 HEADROOM = 0.98
 """The real requests arrive at this share of the simulated rate: it lies on the edge of the bound."""
 
@@ -42,7 +44,7 @@ def server(service: Sequence[float], bound: float, duration: float, run: Callabl
     """Return the highest rate of Poisson arrivals that keeps the 99th percentile of latency within `bound` seconds.
 
     `service` are measured service times; `run()` answers one request. The rate is confirmed with real requests for
-    about `duration` seconds; with too few of them for a percentile, `confirmed` speaks for what was seen.
+    about `duration` seconds; where these would be too few to say anything, `confirmed` is None.
     """
     rng = np.random.default_rng(0)
     drawn = rng.choice(np.asarray(service, np.float64), ARRIVALS)
@@ -50,9 +52,12 @@ def server(service: Sequence[float], bound: float, duration: float, run: Callabl
     rate = highest_rate(drawn, gaps, bound)
     report: dict[str, Any] = {"bound_seconds": bound, "simulated_rate": rate}
     if rate == 0:
-        return {**report, "rate": 0.0}
+        return {**report, "rate": 0.0, "confirmed": None}
     offered = HEADROOM * rate
-    latencies = _serve(gaps[: max(1, int(duration * offered))] / offered, run)
+    requests = int(duration * offered)
+    if requests < FEWEST:
+        return {**report, "rate": offered, "confirmed": None}
+    latencies = _serve(gaps[:requests] / offered, run)
     p99 = float(np.percentile(latencies, 99))
     confirmed = {"rate": offered, "requests": len(latencies), "p99_seconds": p99, "met": p99 <= bound}
     return {**report, "rate": offered, "confirmed": confirmed}

@@ -79,7 +79,7 @@ def conditions(record: Record) -> str:
     threads = "1 thread" if state["threads"] == 1 else f"{state['threads']} threads"
     parts = [f"{where}, {threads} pinned, {machine['memory_gib']:g} GiB, {machine['system']}"]
     if "model" in record:
-        parts.append(f"weights: {record['model']['weights']}")
+        parts.append(f"weights: {record['model']['weights']}; sampler: {record['model']['sampler']}")
     if "turns" in state:
         rounds = record["seconds"]["total"]["count"]
         parts.append(f"{rounds} rounds after {state['warmup']} warm-up requests, by turns: {state['turns']}")
@@ -172,7 +172,7 @@ def scenario_table(group: Sequence[Record]) -> Table:
         if not found:
             continue
         offline, server = found["Offline"], found.get("Server")
-        seen = server.get("confirmed") if server else None
+        seen = server["confirmed"] if server else None
         met = f"{seen['p99_seconds']:.2f} s in {seen['requests']} requests" if seen else DASH
         rows.append(
             [

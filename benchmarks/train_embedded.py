@@ -1,4 +1,4 @@
-"""Train the embedded model from nothing and write it as a diffusers checkpoint: `python -m latentrt.benchmarks.train_embedded`.
+"""Train the embedded model and write it as a diffusers checkpoint: `python -m latentrt.benchmarks.train_embedded`.
 
 Deterministic for one version of torch on one kind of processor; a killed run continues where its last save was.
 """

@@ -19,7 +19,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Workload:
-    """One request, and the model that it goes to; sizes are pixels, `sampler` None is the checkpoint's own."""
+    """One request, and the model that it goes to; sizes are pixels, the sampler is the checkpoint's own."""
 
     name: str
     family: str
@@ -32,7 +32,6 @@ class Workload:
     """Seconds within which 99 of 100 requests of the Server scenario must be answered."""
     batch: int = 1
     seed: int = 0
-    sampler: str | None = None
     precision: Precision = "fp32"
 
     def but(self, **changes: Any) -> Workload:

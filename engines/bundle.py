@@ -57,6 +57,8 @@ class GraphInfo(_Strict):
     inputs: tuple[TensorInfo, ...]
     outputs: tuple[TensorInfo, ...]
     opset: int
+    precision: Precision | None = None
+    """Number format inside the graph; an fp16 bundle keeps a VAE that would overflow in fp32."""
     parity: Parity | None = None
 
 

@@ -20,10 +20,6 @@ BUILDER = 1
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Sequence[int]]
 
-TABLE_ROWS = (16, 64, 1024)
-"""Lengths of a table, in a graph that holds no weights, that one plan serves: shortest, tuned for, longest."""
-_NO_WEIGHTS = 1 << 16
-
 
 @dataclass(frozen=True)
 class Profile:
@@ -60,35 +56,17 @@ class Profile:
         )
 
 
-def profile_for(bundle: Bundle, graph: GraphInfo, *shapes: Shapes) -> Profile:
+def profile_for(graph: GraphInfo, *shapes: Shapes) -> Profile:
     """Return the profile of a plan for input shapes; several sets of shapes give a dynamic one.
 
-    A graph without weights (a sampler's step) is the same work for tables of any length, so one plan serves them: sizes
-    from 16 on that none of its outputs has are left open up to 1024.
+    Raises `ShapeError` when an input has no shape or shapes contradict the graph.
     """
     inputs = {spec.name: spec for spec in graph.inputs}
-    if missing := [name for name in inputs if name not in shapes[0]]:
-        raise ShapeError(f"graph {graph.name} needs the shape of its input {missing[0]!r} to be built")
-    shapes = tuple({name: each[name] for name in inputs} for each in shapes)
     for each in shapes:
+        if missing := [name for name in inputs if name not in each]:
+            raise ShapeError(f"graph {graph.name} needs the shape of its input {missing[0]!r} to be built")
         solve_sizes(inputs, each)
-    profile = Profile.of(*shapes)
-    if sum(bundle.manifest.files[name].size for name in graph.files) > _NO_WEIGHTS:
-        return profile
-    kept = {size for spec in graph.outputs for size in spec.shape}
-    shortest, tuned, longest = TABLE_ROWS
-    ranges = {}
-    for name, (low, best, high) in profile.ranges.items():
-        loose = [
-            isinstance(symbol, str) and symbol not in kept and shortest <= size <= longest
-            for symbol, size in zip(inputs[name].shape, best, strict=True)
-        ]
-        ranges[name] = (_replace(low, loose, shortest), _replace(best, loose, tuned), _replace(high, loose, longest))
-    return Profile(ranges)
-
-
-def _replace(shape: Shape, where: Sequence[bool], size: int) -> Shape:
-    return tuple(size if replaced else n for replaced, n in zip(where, shape, strict=True))
+    return Profile.of(*({name: each[name] for name in inputs} for each in shapes))
 
 
 @dataclass(frozen=True)

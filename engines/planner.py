@@ -63,7 +63,7 @@ class Planner:
 
         Raises `EngineError` when the build fails, or when there is none and `build` is false.
         """
-        profile = profile_for(bundle, graph, shapes)
+        profile = profile_for(graph, shapes)
         key = self._key(bundle, graph, profile)
         if folder := self.cache.find(graph.name, key):
             return Plan.open(folder)

@@ -38,7 +38,8 @@ def export_checkpoint(
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("latentrt"):
             raise
-        raise MissingExtraError("export", "exporting a checkpoint") from error
+        extra = "cpu" if error.name == "onnxruntime" else "export"  # exported graphs are checked on the CPU
+        raise MissingExtraError(extra, "exporting a checkpoint") from error
     return export(
         source,
         Path(out),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +75,8 @@ class Checkpoint:
     revision: str | None = None
     pad_id: int | None = None
     """The padding token, where it is not the tokenizer's own."""
-    guidance_scale: float = 7.5
-    """The default that the bundle gets."""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """Defaults of a request that the bundle's manifest gets, where they are not the usual ones."""
 
     def check(self) -> None:
         """Raise `UnsupportedModelError` for an architecture whose graphs would not fit the contracts."""

@@ -17,6 +17,7 @@ WEIGHTS = {  # component: (its class, the stem of its weight files)
     "vae": ("AutoencoderKL", "diffusion_pytorch_model"),
 }
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
+DEFAULTS = ("default_guidance_scale", "default_num_inference_steps")
 VARIANTS = ("", ".fp16")
 """Weight files by preference: full precision, else the half-precision variant."""
 
@@ -53,19 +54,20 @@ def open_folder(folder: Path, name: str, revision: str | None = None) -> Checkpo
         scheduler=scheduler,
         files=files,
         revision=revision,
-        guidance_scale=_guidance_scale(folder, index),
+        defaults=_defaults(folder, index),
     )
 
 
-def _guidance_scale(folder: Path, index: dict[str, Any]) -> float:
-    """Return what `_latentrt` in the index, a key that diffusers ignores, gives as default, else the usual 7.5."""
-    try:
-        return float(index.get("_latentrt", {}).get("default_guidance_scale", 7.5))
-    except (AttributeError, TypeError, ValueError) as error:
+def _defaults(folder: Path, index: dict[str, Any]) -> dict[str, float]:
+    """Return the table `_latentrt` of the index, a key that diffusers ignores, after checking it."""
+    table = index.get("_latentrt", {})
+    if not isinstance(table, dict) or not all(
+        key in DEFAULTS and isinstance(value, int | float) and value >= 0 for key, value in table.items()
+    ):
         raise CheckpointError(
-            f"{folder / 'model_index.json'}: _latentrt is {index['_latentrt']!r}; "
-            'give {"default_guidance_scale": NUMBER} or leave it out'
-        ) from error
+            f"{folder / 'model_index.json'}: _latentrt is {table!r}; give numbers for {' and '.join(DEFAULTS)}"
+        )
+    return table
 
 
 def weight_files(folder: Path, part: str) -> list[Path]:

@@ -26,6 +26,7 @@ from ..engines.bundle import (
     write_manifest,
 )
 from . import Progress
+from .activations import HALF_LIMIT, largest_activation
 from .checkpoint import Checkpoint
 from .graph import (
     Graph,
@@ -43,6 +44,9 @@ from .step_graph import step_graph
 from .tokenizer import write_tokenizer
 
 TOOLS = ("torch", "onnx", "onnxscript", "diffusers", "transformers")
+
+FLOAT_AT_THE_BORDER = ("decoder", "image_encoder")
+"""Graphs whose inputs and outputs are not in the bundle's precision, so that they may keep fp32 inside."""
 
 log = logging.getLogger(__name__)
 
@@ -88,8 +92,7 @@ def export(
                 tokenizers=(tokens,),
                 latent=_latent_info(checkpoint),
                 scheduler=dict(checkpoint.scheduler),
-                default_guidance_scale=checkpoint.guidance_scale,
-                default_num_inference_steps=int(checkpoint.extras.get("default_num_inference_steps", 50)),
+                **checkpoint.defaults,
                 files=describe_files(folder),
                 source=_provenance(checkpoint),
                 tools={tool: metadata.version(tool) for tool in TOOLS},
@@ -116,7 +119,11 @@ def write_graph(build: Callable[[], Graph], folder: Path, precision: Precision) 
     """
     graph = build()
     log.info("exporting %s", graph.name)
-    cases = reference_cases(graph)
+    with largest_activation(graph.module) as peak:
+        cases = reference_cases(graph)
+    if precision == "fp16" and graph.name in FLOAT_AT_THE_BORDER and peak() > HALF_LIMIT:
+        log.warning("%s reaches activations of %.3g, too large for fp16: it stays in fp32", graph.name, peak())
+        precision = "fp32"
     if precision == "fp16":
         graph.module.half()
     files = save_model(onnx_model(graph), folder / f"{graph.name}.onnx")
@@ -131,6 +138,7 @@ def write_graph(build: Callable[[], Graph], folder: Path, precision: Precision) 
         inputs=graph.inputs,
         outputs=graph.outputs,
         opset=OPSET,
+        precision=precision,
         parity=parity,
     )
 

@@ -23,13 +23,13 @@ OPSET = 23
 EXTERNAL_BYTES = 64 << 20
 """Weights above this go to `<graph>.onnx.data`, below they stay in the graph's file."""
 
-log = logging.getLogger(__name__)
-
 TRACE_SIZES = (3, 24, 40)
 """Batch, latent height and latent width while tracing: never 1, which would be taken for a constant."""
 
 MAX_ROWS = 63
 """Largest batch that one trace is valid for: from 64 on diffusers copies tensors, which changes nothing in ONNX."""
+
+log = logging.getLogger(__name__)
 
 
 def onnx_model(graph: Graph) -> ir.Model:
@@ -43,11 +43,11 @@ def onnx_model(graph: Graph) -> ir.Model:
     try:
         model = _converted(graph, shortcut=True)
     except Exception as error:  # the exporter's errors share no base class
-        log.info("graph %s needs the full decomposition (%s)", graph.name, _last_line(error))
+        log.info("graph %s needs the full decomposition (%s)", graph.name, _reason(error))
         try:
             model = _converted(graph, shortcut=False)
         except Exception as error:
-            raise ExportError(f"graph {graph.name} cannot be traced ({_last_line(error)})") from error
+            raise ExportError(f"graph {graph.name} cannot be traced ({_reason(error)})") from error
     if model.opset_imports[""] != OPSET:
         raise ExportError(f"graph {graph.name} came out in opset {model.opset_imports['']}, not {OPSET}")
     for value, tensor in zip([*model.graph.inputs, *model.graph.outputs], graph.inputs + graph.outputs, strict=True):
@@ -189,8 +189,8 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _last_line(error: BaseException) -> str:
-    """Return what the innermost cause says; the exporter wraps it in advice to file a report."""
+def _reason(error: BaseException) -> str:
+    """Return the first line of the innermost cause; the exporter wraps it in advice to file a report."""
     while error.__cause__ is not None:
         error = error.__cause__
     return (str(error).strip() or type(error).__name__).splitlines()[0]

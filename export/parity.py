@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime as ort
 import torch
 
 from ..engines.bundle import Parity, Precision
-from ..engines.errors import ExportError, MissingExtraError
+from ..engines.errors import ExportError
 from .graph import Graph
 
 CHECK_SIZES = ((1, 16, 8), (4, 8, 16))
@@ -58,11 +59,11 @@ def check_parity(name: str, file: Path, cases: Sequence[Case], precision: Precis
     return Parity(max_abs_error=worst_absolute, relative_error=worst_relative)
 
 
+@np.errstate(invalid="ignore")  # infinities give NaN, which no bound accepts
 def _errors(output: np.ndarray, reference: np.ndarray) -> tuple[float, float]:
     """Return the largest absolute and the relative root-mean-square error."""
     exact = reference.astype(np.float64)
-    with np.errstate(invalid="ignore"):  # infinities give NaN, which no bound accepts
-        difference = np.abs(output.astype(np.float64) - exact)
+    difference = np.abs(output.astype(np.float64) - exact)
     if reference.dtype == np.uint8:  # values at a rounding edge may fall on either side
         difference, exact = np.maximum(difference - 1, 0) / 255, exact / 255
     root_mean_square = np.sqrt(np.mean(np.square(difference)))
@@ -75,10 +76,6 @@ def _nan_last(value: float) -> float:
 
 def _session(file: Path) -> Any:
     """Open a graph without optimizations and without repacking its weights, so that they stay memory-mapped."""
-    try:
-        import onnxruntime as ort
-    except ImportError as error:
-        raise MissingExtraError("cpu", "checking exported graphs") from error
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = torch.get_num_threads()

@@ -158,6 +158,40 @@ def compare(
     raise typer.Exit(1 if found.regressed else 0)
 
 
+@app.command()
+def quality(
+    bundle: Annotated[Path, typer.Argument(help="A bundle.")],
+    prompt_file: Annotated[Path, typer.Option("--prompts", help="File with one prompt a line.")],
+    clip: Annotated[Path | None, typer.Option("--clip", help="Local CLIP folder, for the CLIP score.")] = None,
+    pick: Annotated[Path | None, typer.Option("--pickscore", help="Local PickScore folder.")] = None,
+    inception: Annotated[Path | None, typer.Option("--inception", help="FID Inception weights, a .pth file.")] = None,
+    reference: Annotated[
+        Path | None, typer.Option("--reference", help="Inception statistics of real pictures (.npz), for FID.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option("--steps", min=1, help="Denoising steps.")] = None,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the first picture.")] = 0,
+) -> None:
+    """Score pictures of a list of prompts with networks you have: CLIP score, PickScore, FID, Inception Score."""
+    from .generate import _prompts
+
+    if not (clip or pick or inception):
+        raise RequestError("no score was asked for: give --clip, --pickscore or --inception with local weights")
+    prompts = _prompts(None, prompt_file)
+    with _bench_extra():
+        from ...benchmarks import quality as scoring
+    networks: dict[str, Any] = {
+        "clip": scoring.ClipFeatures(clip) if clip else None,
+        "pick": scoring.ClipFeatures(pick) if pick else None,
+        "inception": scoring.inception_features(inception) if inception else None,
+        "reference": scoring.moments(reference) if reference else None,
+    }
+    found = scoring.scores(scoring.draw(bundle, prompts, steps, seed), prompts, **networks)
+    within = scoring.bounds(found)
+    for name, value in found.items():
+        bound = f"  MLPerf SDXL: {'within' if within[name] else 'outside'} the bounds" if name in within else ""
+        typer.echo(f"{name:<20}{value:>12.4f}{bound}")
+
+
 @contextmanager
 def _bench_extra() -> Iterator[None]:
     """Turn a missing package into the command that installs it."""

@@ -138,11 +138,11 @@ def _plans(
     for name in shapes[0]:
         graph = bundle.graph(name)
         if dynamic:
-            yield graph, profile_for(bundle, graph, *(each[name] for each in shapes)), " or ".join(map(str, requests))
+            yield graph, profile_for(graph, *(each[name] for each in shapes)), " or ".join(map(str, requests))
             continue
         seen = []
         for request, each in zip(requests, shapes, strict=True):
-            profile = profile_for(bundle, graph, each[name])
+            profile = profile_for(graph, each[name])
             if profile not in seen:
                 seen.append(profile)
                 yield graph, profile, str(request)

@@ -85,8 +85,9 @@ def _lines(bundle: Bundle) -> list[str]:
     ]
     for graph in manifest.graphs:
         size = _size(sum(manifest.files[name].size for name in graph.files))
+        inside = f", {graph.precision} inside" if graph.precision not in (None, manifest.precision) else ""
         parity = f", error against PyTorch {graph.parity.relative_error:.1e}" if graph.parity else ""
-        lines.append(f"  {graph.name} (once per {_STAGES[graph.stage]}): {size}, opset {graph.opset}{parity}")
+        lines.append(f"  {graph.name} (once per {_STAGES[graph.stage]}): {size}, opset {graph.opset}{inside}{parity}")
         for arrow, tensors in (("<-", graph.inputs), ("->", graph.outputs)):
             lines += [f"    {arrow} {t.name} {t.dtype}[{', '.join(map(str, t.shape))}]" for t in tensors]
         lines += [f"    {name} sha256 {manifest.files[name].sha256}" for name in graph.files]

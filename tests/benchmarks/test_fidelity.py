@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from latentrt.benchmarks import quality
 from latentrt.benchmarks.fidelity import fidelity, psnr, relative_error, ssim
-from latentrt.engines.errors import CheckpointError
+from latentrt.engines.errors import CheckpointError, RequestError
+from latentrt.runtime import cli
 
 
 def test_relative_error_and_psnr_by_hand() -> None:
@@ -82,7 +83,70 @@ def test_scores_use_what_is_given() -> None:
     assert found == pytest.approx({"inception_score": 1, "inception_score_std": 0, "fid": 1})
 
 
+def test_mlperf_bounds_judge_only_what_was_scored() -> None:
+    assert quality.bounds({"fid": 23.5, "pick_score": 1.0}) == {"fid": True}
+    assert quality.bounds({"fid": 22.9, "clip_score": 31.9}) == {"fid": False, "clip_score": False}
+
+
+def test_statistics_file_is_read_or_refused(tmp_path: Path) -> None:
+    np.savez(tmp_path / "s.npz", mu=np.zeros(2), sigma=np.eye(2))
+    assert quality.moments(tmp_path / "s.npz")[1].tolist() == [[1, 0], [0, 1]]
+    (tmp_path / "t.npz").write_bytes(b"no zip")
+    with pytest.raises(RequestError, match="with mu and sigma"):
+        quality.moments(tmp_path / "t.npz")
+
+
+def test_quality_command_scores_pictures_with_local_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Clip:
+        scale = 2.0
+
+        def __init__(self, folder: Path) -> None:
+            assert folder == tmp_path
+
+        def __call__(self, pictures: quality.Pictures, prompts: list[str]) -> tuple[quality.Floats, quality.Floats]:
+            assert len(pictures) == len(prompts) == 2
+            return np.array([[1.0, 0.0], [0.6, 0.8]]), np.array([[1.0, 0.0], [1.0, 0.0]])
+
+    monkeypatch.setattr(quality, "ClipFeatures", Clip)
+    monkeypatch.setattr(quality, "draw", lambda bundle, prompts, steps, seed: [np.zeros((8, 8, 3), np.uint8)] * 2)
+    (tmp_path / "prompts").write_text("a\nb\n")
+    arguments = ["bench", "quality", "bundle", "--prompts", str(tmp_path / "prompts")]
+    assert cli.run([*arguments, "--clip", str(tmp_path), "--pickscore", str(tmp_path)]) == 0
+    out = capsys.readouterr().out.split()
+    assert out == ["clip_score", "80.0000", "MLPerf", "SDXL:", "outside", "the", "bounds", "pick_score", "1.6000"]
+    assert cli.run(arguments) == 2
+
+
 def test_clip_folder_that_is_none_is_refused(tmp_path: Path) -> None:
-    pytest.importorskip("transformers")
     with pytest.raises(CheckpointError, match="holds no CLIP model"):
         quality.ClipFeatures(tmp_path)
+
+
+def test_clip_features_of_a_local_folder(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    from latentrt.benchmarks.random_checkpoint import write_tokenizer
+
+    size = write_tokenizer(tmp_path / "clip")
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = small | {"vocab_size": size, "eos_token_id": size - 1, "bos_token_id": size - 2, "pad_token_id": size - 1}
+    torch.manual_seed(0)
+    config = transformers.CLIPConfig(
+        text_config=text, vision_config=small | {"image_size": 32, "patch_size": 8}, projection_dim=8
+    )
+    transformers.CLIPModel(config).save_pretrained(tmp_path / "clip")
+    square = {"height": 32, "width": 32}
+    transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=square).save_pretrained(tmp_path / "clip")
+    clip = quality.ClipFeatures(tmp_path / "clip")
+    rng = np.random.default_rng(0)
+    pictures = [rng.integers(0, 256, (40, 32, 3), np.uint8) for _ in range(3)]
+    images, texts = clip(pictures, ["a circle", "a star", "a circle"], batch=2)
+    assert images.shape == texts.shape == (3, 8)
+    assert np.linalg.norm(images, axis=1) == pytest.approx(1, abs=1e-5)
+    assert texts[0] == pytest.approx(texts[2], abs=1e-6)
+    assert not np.allclose(texts[0], texts[1])
+    assert clip.scale == pytest.approx(np.exp(2.6592), rel=1e-4)  # the initial logit scale of CLIP
+    found = quality.scores(pictures, ["a circle", "a star", "a circle"], clip=clip, pick=clip)
+    assert found["pick_score"] == pytest.approx(clip.scale * quality.cosine(images, texts).mean(), rel=1e-5)

@@ -70,6 +70,11 @@ def test_what_is_no_scene_is_not_recognised() -> None:
     assert recognise(half) is None
 
 
+def test_an_object_of_two_colors_is_not_recognised() -> None:
+    red, blue = draw([Scene((Object(color, "circle", "large"),), "white") for color in ("red", "blue")])
+    assert recognise(np.concatenate([red[:64], blue[64:]])) is None
+
+
 def test_the_size_is_measured() -> None:
     for size in ("small", "medium", "large"):
         scene = Scene((Object("green", "star", size),), "pink")

@@ -116,7 +116,10 @@ def some_records() -> list[dict[str, Any]]:
 def test_text_says_what_the_records_say(some_records: list[dict[str, Any]]) -> None:
     text = report.text(some_records)
     assert "### embedded: 128×128, 20 steps, fp32" in text
-    assert "Test CPU, 2 cores, 2 threads pinned, 8 GiB, Linux; weights: random; 20 rounds after 2 warm-up" in text
+    assert (
+        "Test CPU, 2 cores, 2 threads pinned, 8 GiB, Linux; weights: random; sampler: PNDMScheduler; 20 rounds after 2"
+        in text
+    )
     assert "2026-01-02; `latentrt bench embedded`" in text
     assert "Not measured: ONNX Runtime through Optimum: optimum-onnx is not installed." in text
     p50 = some_records[2]["seconds"]["total"]["p50"] * 1e3

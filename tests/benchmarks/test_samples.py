@@ -55,7 +55,13 @@ def test_highest_rate_is_zero_when_service_alone_is_too_slow() -> None:
 
 def test_server_without_a_possible_rate_runs_no_requests() -> None:
     found = server([2.0, 2.0, 2.0], 1.0, 10.0, lambda: pytest.fail("no request should be sent"))
-    assert found == {"bound_seconds": 1.0, "simulated_rate": 0.0, "rate": 0.0}
+    assert found == {"bound_seconds": 1.0, "simulated_rate": 0.0, "rate": 0.0, "confirmed": None}
+
+
+def test_server_does_not_wait_for_requests_that_are_too_rare() -> None:
+    found = server([1.0, 1.0, 1.0], 1.1, 10.0, lambda: pytest.fail("no request should be sent"))
+    assert 0 < found["rate"] < 0.5
+    assert found["confirmed"] is None
 
 
 def test_server_confirms_its_rate_with_requests() -> None:

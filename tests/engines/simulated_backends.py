@@ -171,13 +171,6 @@ def onnxruntime_backend(
     return onnxruntime_cuda.OnnxRuntimeCuda(cache=cache, **options)
 
 
-def simulated_driver(device: CudaDevice) -> SimulatedDriver:
-    """Return the driver below a simulated GPU."""
-    driver = device.activate()._module
-    assert isinstance(driver, SimulatedDriver)
-    return driver
-
-
 InferenceSession = ort.InferenceSession
 
 

@@ -2,7 +2,8 @@
 
 Device memory is host memory. Work waits in its stream until something synchronizes, so a copy out of memory that was
 changed or freed too early shows. A call without a current context, a wait inside a capture, work on freed memory and a
-capture that was not joined are errors; `live` counts what has not been freed.
+capture that was not joined are errors; `live` counts what has not been freed. (One file, since it stands in for one
+module.)
 """
 
 from __future__ import annotations

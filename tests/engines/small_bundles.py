@@ -43,10 +43,10 @@ def write_bundle(folder: Path, *graphs: tuple[GraphInfo, onnx.GraphProto]) -> Bu
     return Bundle.open(folder)
 
 
-def graph_info(name: str, inputs: Sequence[TensorInfo], outputs: Sequence[TensorInfo], opset: int = 23) -> GraphInfo:
+def graph_info(name: str, inputs: Sequence[TensorInfo], outputs: Sequence[TensorInfo]) -> GraphInfo:
     """Return the manifest entry of a graph that runs in the end stage."""
     return GraphInfo(
-        name=name, stage="end", files=(f"{name}.onnx",), inputs=tuple(inputs), outputs=tuple(outputs), opset=opset
+        name=name, stage="end", files=(f"{name}.onnx",), inputs=tuple(inputs), outputs=tuple(outputs), opset=23
     )
 
 

@@ -1,4 +1,4 @@
-"""What every device and every backend must do: one module, run on all that this machine has.
+"""What every device and every backend must do: one module however long, so that all of it runs on all of them.
 
 The GPU backends also run here on a simulated driver, which executes their own code for memory, order and capture with
 ONNX Runtime's CPU kernels; that says nothing about CUDA or TensorRT. On a GPU the same tests run with `-m gpu`.
@@ -240,7 +240,7 @@ def test_engines_follow_each_other_and_read_what_is_there_when_they_run(
 
 
 def test_captured_engines_give_the_bits_of_eager_ones(backend: Backend, stream: Stream, bundle: Bundle) -> None:
-    if not getattr(backend, "captures", True):
+    if not backend.captures:
         pytest.skip(f"{backend.name} was opened without captured graphs")
     tensors = tensors_of(backend, stream, x=random(2, 8), order=np.array([0, 0]))
     chain = [
@@ -293,7 +293,7 @@ def test_what_is_written_next_does_not_reach_what_was_enqueued_before(
 def test_engines_of_different_sizes_do_not_disturb_each_other(backend: Backend, stream: Stream, bundle: Bundle) -> None:
     """The larger engine comes second and runs between a capture of the smaller one and its replay."""
     small, large = tensors_of(backend, stream, 2), tensors_of(backend, stream, 64)
-    captures = getattr(backend, "captures", True)
+    captures = backend.captures
     one = Bound(backend, bundle, "first", pick(small, "x y"))
     one.run.enqueue(stream)
     graph = None

@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 from latentrt.engines.backends import open_backend
-from latentrt.engines.bundle import Bundle, TensorInfo
+from latentrt.engines.bundle import Bundle
 from latentrt.engines.cache import EngineCache
 from latentrt.engines.errors import EngineError, RequestError, ShapeError
 from latentrt.engines.plan import PlanOptions, Profile, plan_key, profile_for
 from latentrt.engines.planner import check_tensors
 
 from .simulated_backends import tensorrt_backend
-from .small_bundles import graph_info, linear_bundle, proto, write_bundle
+from .small_bundles import linear_bundle
 
 
 @pytest.fixture
@@ -34,30 +34,13 @@ def test_a_profile_covers_what_lies_between_its_shapes() -> None:
     assert str(profile) == "x 1x8x8 to 4x8x16"
 
 
-def test_a_graph_without_weights_takes_tables_of_any_length(tmp_path: Path) -> None:
-    from onnx import helper
-
-    row = TensorInfo(name="row", dtype="int64", shape=("B",))
-    table, value = (
-        TensorInfo(name=n, dtype="float32", shape=s) for n, s in (("table", ("T", "K")), ("value", ("B", "K")))
-    )
-    info = graph_info("step", [row, table], [value])
-    graph = proto(info, [helper.make_node("Gather", ["table", "row"], ["value"])], {})
-    heavy_info = graph_info("heavy", [row, table], [value])
-    weights = {"unused": np.zeros(1 << 15, np.float32)}
-    heavy = proto(heavy_info, [helper.make_node("Gather", ["table", "row"], ["value"])], weights)
-    bundle = write_bundle(tmp_path, (info, graph), (heavy_info, heavy))
-
-    def profile(name: str, rows: int) -> Profile:
-        return profile_for(bundle, bundle.graph(name), {"row": (2,), "table": (rows, 20)})
-
-    assert profile("step", 21) == profile("step", 51)
-    assert profile("step", 21).covers({"row": (2,), "table": (900, 20)})
-    assert not profile("step", 21).covers({"row": (3,), "table": (900, 20)})  # an output has this size
-    assert not profile("step", 21).covers({"row": (2,), "table": (900, 21)})
-    assert profile("step", 5).static and profile("heavy", 21).static
-    with pytest.raises(ShapeError, match="needs the shape of its input 'table'"):
-        profile_for(bundle, info, {"row": (2,)})
+def test_a_profile_needs_every_shape_and_shapes_that_agree(bundle: Bundle) -> None:
+    graph = bundle.graph("second")
+    assert profile_for(graph, {"y": (2, 8), "order": (2,), "unused": (1,)}) == Profile.of({"y": (2, 8), "order": (2,)})
+    with pytest.raises(ShapeError, match="needs the shape of its input 'order'"):
+        profile_for(graph, {"y": (2, 8)})
+    with pytest.raises(ShapeError, match="order has shape"):
+        profile_for(graph, {"y": (2, 8), "order": (3,)})
 
 
 KEY = {
@@ -108,11 +91,11 @@ def test_a_dynamic_plan_serves_the_shapes_it_covers(
 ) -> None:
     cache, graph = EngineCache(tmp_path / "cache"), bundle.graph("first")
     backend = tensorrt_backend(monkeypatch, cache)
-    dynamic = backend.planner.build(bundle, graph, profile_for(bundle, graph, {"x": (2, 8)}, {"x": (4, 8)}))
+    dynamic = backend.planner.build(bundle, graph, profile_for(graph, {"x": (2, 8)}, {"x": (4, 8)}))
     assert backend.planner.plan(bundle, graph, {"x": (3, 8)}).folder == dynamic.folder
     outside = backend.planner.plan(bundle, graph, {"x": (5, 8)})
     assert outside.folder != dynamic.folder and outside.profile.static
-    own = backend.planner.build(bundle, graph, profile_for(bundle, graph, {"x": (3, 8)}))
+    own = backend.planner.build(bundle, graph, profile_for(graph, {"x": (3, 8)}))
     assert backend.planner.plan(bundle, graph, {"x": (3, 8)}).folder == own.folder
 
     engines = [backend.open(bundle, graph, {"x": (rows, 8)}) for rows in (2, 4)]
@@ -133,7 +116,7 @@ def test_a_missing_plan_says_what_there_is_and_how_to_build(
     assert str(none.value) == f"no tensorrt plan of first fits x 2x8: the cache has none. Build it with {command}"
 
     planner = backend.planner
-    profile = profile_for(bundle, graph, {"x": (1, 8)})
+    profile = profile_for(graph, {"x": (1, 8)})
     planner.build(bundle, graph, profile)
     gpu, planner.target = planner.target, {"gpu": "Other GPU", "compute_capability": "9.0", "driver": "13.0"}
     planner.build(bundle, graph, profile)

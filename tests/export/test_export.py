@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
-from latentrt.engines.bundle import MANIFEST
+from latentrt.engines.bundle import MANIFEST, Bundle
 from latentrt.engines.errors import CheckpointError, ExportError, StorageError
 from latentrt.export import export_checkpoint
 
@@ -25,6 +28,17 @@ def test_importing_the_package_is_cheap() -> None:
     heavy = "{'torch', 'diffusers', 'transformers', 'onnx', 'onnxruntime'}"
     code = f"import latentrt.export, sys; sys.exit(bool({heavy} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(("module", "extra"), [("torch", "export"), ("onnxruntime", "cpu")])
+def test_missing_libraries_are_named_at_once(tmp_path: Path, module: str, extra: str) -> None:
+    code = (
+        f"import sys; sys.modules[{module!r}] = None; from latentrt.export import export_checkpoint as e; e('a', 'b')"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("latentrt.engines.errors.MissingExtraError")
+    assert f"pip install 'latentrt[{extra}]'" in last
 
 
 def test_failed_parity_leaves_nothing(
@@ -51,17 +65,23 @@ def test_existing_output_is_not_replaced_unasked(tiny_sd15_checkpoint: Path, tmp
         export_checkpoint(tiny_sd15_checkpoint, tmp_path)
 
 
-def test_progress_counts_to_the_end(
+def test_progress_and_the_defaults_of_the_index(
     tiny_sd15_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(exporter, "write_graph", lambda build, folder, precision: step(folder))
     step = lambda folder: exporter.write_step_graph(folder, "fp32", 4).model_copy(update={"name": str(len(seen))})  # noqa: E731
     seen: list[tuple[str, int, int]] = []
-    out = export_checkpoint(tiny_sd15_checkpoint, tmp_path / "b", progress=lambda *each: seen.append(each))
+    source = Path(shutil.copytree(tiny_sd15_checkpoint, tmp_path / "source"))
+    index = json.loads((source / "model_index.json").read_text())
+    table = {"default_guidance_scale": 4.5, "default_num_inference_steps": 20}
+    (source / "model_index.json").write_text(json.dumps(index | {"_latentrt": table}))
+    out = export_checkpoint(source, tmp_path / "b", progress=lambda *each: seen.append(each))
     assert out == tmp_path / "b"
     assert [done for _, done, _ in seen] == list(range(7))
     assert {total for _, _, total in seen} == {6}
     assert seen[2][0] == "exporting denoiser"
+    manifest = Bundle.open(out).manifest
+    assert (manifest.default_guidance_scale, manifest.default_num_inference_steps) == (4.5, 20)
 
 
 @pytest.mark.parametrize("name", ["text_encoder", "decoder"])
@@ -113,6 +133,6 @@ def test_a_wrong_number_is_an_error(tiny_sd15_checkpoint: Path, tmp_path: Path) 
     wrong = [(inputs, [output * 1.001 for output in outputs]) for inputs, outputs in cases]
     with pytest.raises(ExportError, match=r"by 0\.001 \(relative\) where 0\.0001"):
         parity.check_parity("graph", file, wrong, "fp32")
-    infinite = [(inputs, [output / 0 for output in outputs]) for inputs, outputs in cases]
+    infinite = [(inputs, [np.full_like(output, np.inf) for output in outputs]) for inputs, outputs in cases]
     with pytest.raises(ExportError, match=r"by (inf|nan)"):
         parity.check_parity("graph", file, infinite, "fp16")

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -112,12 +109,12 @@ def test_sharded_weights(folder: Path) -> None:
     assert all(torch.equal(expected[key], value) for key, value in weights_of(checkpoint).items())
 
 
-def test_default_guidance_scale_beside_what_diffusers_reads(folder: Path) -> None:
+def test_defaults_of_a_request_beside_what_diffusers_reads(folder: Path) -> None:
     from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 
-    assert open_checkpoint(folder).guidance_scale == 7.5
-    edit_json(folder / "model_index.json", _latentrt={"default_guidance_scale": 4})
-    assert open_checkpoint(folder).guidance_scale == 4.0
+    assert open_checkpoint(folder).defaults == {}
+    edit_json(folder / "model_index.json", _latentrt={"default_guidance_scale": 4.5, "default_num_inference_steps": 20})
+    assert open_checkpoint(folder).defaults == {"default_guidance_scale": 4.5, "default_num_inference_steps": 20}
     assert StableDiffusionPipeline.from_pretrained(str(folder)).unet is not None
 
 
@@ -134,10 +131,10 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], type[LatentRTError], str]] =
     "no index": (lambda f: (f / "model_index.json").unlink(), CheckpointError, r"model_index\.json is missing"),
     "broken index": (lambda f: (f / "model_index.json").write_text("{"), CheckpointError, "cannot be read as JSON"),
     "index is a list": (lambda f: (f / "model_index.json").write_text("[]"), CheckpointError, "JSON object"),
-    "bad guidance scale": (
+    "bad defaults": (
         lambda f: edit_json(f / "model_index.json", _latentrt=4.0),
         CheckpointError,
-        r"_latentrt is 4\.0; give",
+        r"_latentrt is 4\.0; give numbers for default_guidance_scale and",
     ),
     "other pipeline": (
         lambda f: edit_json(f / "model_index.json", _class_name="FluxPipeline"),
@@ -247,61 +244,3 @@ def test_tokenizer_folder_that_is_none(tmp_path: Path) -> None:
         tokenizer_folder(tmp_path / "nothing")
     with pytest.raises(CheckpointError, match=r"has no tokenizer\.json or vocab\.json"):
         tokenizer_folder(tmp_path)
-
-
-HUB_SCRIPT = """
-import json, sys
-from latentrt.engines.errors import CheckpointError
-from latentrt.export.sources import open_checkpoint, tokenizer_folder
-answers = []
-for name, revision in json.loads(sys.argv[1]):
-    try:
-        checkpoint = open_checkpoint(name, revision)
-        answers.append([checkpoint.name, checkpoint.revision, sorted(checkpoint.files)])
-    except CheckpointError as error:
-        answers.append(str(error))
-try:
-    answers.append(tokenizer_folder("org/model").name)
-    tokenizer_folder("org/nothing")
-except CheckpointError as error:
-    answers.append(str(error))
-print(json.dumps(answers))
-"""
-
-
-def test_hub_cache_without_a_network(tiny_sd15_checkpoint: Path, tmp_path: Path) -> None:
-    """HF_HOME names the cache and HF_HUB_OFFLINE forbids the network; both are read when the library is imported."""
-    first, second, third = ("a" * 40, "b" * 40, "c" * 40)
-    repository = tmp_path / "hub" / "models--org--model"
-    for commit in (first, second, third):
-        shutil.copytree(tiny_sd15_checkpoint, repository / "snapshots" / commit)
-    half = "unet/diffusion_pytorch_model.fp16.safetensors"
-    (repository / "snapshots" / second / UNET).rename(repository / "snapshots" / second / half)
-    (repository / "snapshots" / third / UNET).rename(repository / "snapshots" / third / "unet/pytorch_model.bin")
-    (repository / "refs").mkdir()
-    for name, commit in {"main": first, "half": second, "pickled": third}.items():
-        (repository / "refs" / name).write_text(commit)
-    asked = [
-        ("org/model", None),
-        ("org/model", "half"),
-        ("org/model", "pickled"),
-        ("org/model", "v9"),
-        ("org/no", None),
-    ]
-    result = subprocess.run(
-        [sys.executable, "-c", HUB_SCRIPT, json.dumps(asked)],
-        env=os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "hub")},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    main, variant, pickled, revision, absent, tokenizer, no_tokenizer = json.loads(result.stdout.splitlines()[-1])
-    assert main[:2] == ["org/model", first]
-    assert UNET in main[2]
-    assert variant[1] == second
-    assert half in variant[2]
-    assert "no .safetensors weights for unet" in pickled
-    assert "org/model at revision v9 is no local path and not in the local cache" in revision
-    assert "org/no is no local path and not in the local cache" in absent
-    assert tokenizer == "tokenizer"
-    assert "pass --tokenizer" in no_tokenizer

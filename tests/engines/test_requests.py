@@ -1,0 +1,73 @@
+"""Whole requests through the GPU backends: on a simulated driver here, and on a GPU with `-m gpu`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from latentrt.engines.backends import open_backend, unavailable_reasons
+from latentrt.engines.bundle import Bundle
+from latentrt.engines.cache import EngineCache
+from latentrt.runtime.loop import Mode
+from latentrt.runtime.pipeline import Pipeline
+
+from .simulated_backends import onnxruntime_backend, tensorrt_backend
+from .simulated_cuda import SimulatedDriver
+
+REQUESTS: list[dict[str, Any]] = [
+    {"prompt": "a red star", "seed": 1},
+    {"prompt": "a blue dog", "seed": 2, "guidance_scale": 3.0, "sampler": "euler_a"},
+    {"prompt": "a cat", "seed": 3, "negative_prompt": "dog"},
+]
+
+
+def pictures(pipe: Pipeline) -> np.ndarray[Any, Any]:
+    return np.stack([np.asarray(pipe(**r, num_inference_steps=4, output_type="np").images) for r in REQUESTS])
+
+
+@pytest.fixture(scope="module")
+def cpu_pictures(tiny_sd15_bundle: Path) -> np.ndarray[Any, Any]:
+    with Pipeline.open(tiny_sd15_bundle, "onnxruntime-cpu", threads=1) as pipe:
+        return pictures(pipe)
+
+
+@pytest.fixture(
+    params=["simulated tensorrt", "simulated onnxruntime-cuda"]
+    + [pytest.param(name, marks=pytest.mark.gpu) for name in ("tensorrt", "tensorrt-rtx", "onnxruntime-cuda")]
+)
+def backend(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> Any:
+    cache = EngineCache(tmp_path_factory.getbasetemp() / "plans of the GPU backends")
+    if request.param == "simulated tensorrt":
+        return tensorrt_backend(monkeypatch, EngineCache(tmp_path_factory.mktemp("simulated")))
+    if request.param == "simulated onnxruntime-cuda":
+        return onnxruntime_backend(monkeypatch, cache, graphs="ours")
+    if reason := unavailable_reasons()[request.param]:
+        pytest.skip(reason)
+    return open_backend(request.param, cache=cache)
+
+
+@pytest.mark.parametrize("mode", ["step", "loop", "request", "low memory"])
+def test_captured_requests_give_the_bits_of_eager_ones(
+    tiny_sd15_bundle: Path, cpu_pictures: np.ndarray[Any, Any], backend: Any, mode: str
+) -> None:
+    if not backend.captures:
+        pytest.skip(f"{backend.name} was opened without captured graphs")
+    bundle = Bundle.open(tiny_sd15_bundle)
+    driver = backend.device.activate()._module
+    live = driver.live if isinstance(driver, SimulatedDriver) else None
+    captured: Mode = "step" if mode == "low memory" else mode  # type: ignore[assignment]
+    results = []
+    for each in (captured, "eager"):
+        with Pipeline(bundle, backend, mode=each, low_memory=mode == "low memory") as pipe:
+            results.append(pictures(pipe))
+            if live is not None and each != "eager" and mode != "low memory":
+                assert live["executable"] > 0
+        assert backend.device.memory_in_use() == 0
+        assert live is None or not any(live[kind] for kind in ("memory", "pinned", "graph", "executable"))
+    assert results[0].tobytes() == results[1].tobytes()
+    if live is not None:  # the kernels are the CPU's; what a GPU's are off by is measured by `latentrt verify`
+        np.testing.assert_allclose(results[0], cpu_pictures, atol=1e-3)
