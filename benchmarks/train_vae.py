@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 STEPS = 2800
 POOL = 3000  # scenes drawn once; crops are taken at random
-POLISH_STEPS, POLISH_NOISE = 5000, 0.15  # the most noise, relative to latents of unit variance
+POLISH_STEPS, POLISH_NOISE = 10_000, 0.15  # the most noise, relative to latents of unit variance
 POLISH_L1, EDGE_WEIGHT = 0.5, 4.0  # extra weight of 4×4 cells with an edge
 CROP, CROPS = 64, 8  # pixels, crops a step: the world is local, and a crop costs a quarter of a picture
 WHOLE = 2  # whole pictures a step: as many pixels

@@ -78,6 +78,8 @@ def open_backend(name: str = "auto", **options: Any) -> Backend:
         raise BackendUnavailableError(f"unknown backend {name!r}: choose auto, {', '.join(_BACKENDS)}")
     factory = _BACKENDS[name][1]
     known = inspect.signature(factory).parameters
+    if "progress" not in known:  # builds that take seconds report none
+        options.pop("progress", None)
     if unknown := [option for option in options if option not in known]:
         raise RequestError(f"backend {name} has no option {unknown[0]!r}: it has {', '.join(known)}")
     return factory(**options)

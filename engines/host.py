@@ -33,7 +33,9 @@ class HostTensor:
         """Copy an array of this shape and dtype into the tensor."""
         if array.shape != self.shape or array.dtype != self.dtype:
             raise ShapeError(f"cannot write {array.dtype}{list(array.shape)} to {self.dtype}{list(self.shape)}")
-        _host(stream).submit(lambda: np.copyto(self.array, array))
+        queue = _host(stream)
+        values = array.copy() if queue.capturing else array  # a replay writes what was captured
+        queue.submit(lambda: np.copyto(self.array, values))
 
     def read(self, stream: Stream) -> Array:
         """Return a copy of the contents."""
@@ -102,6 +104,11 @@ class HostStream:
 
     def __init__(self) -> None:
         self._capture: HostCapture | None = None
+
+    @property
+    def capturing(self) -> bool:
+        """Whether work is being recorded instead of run."""
+        return self._capture is not None
 
     def submit(self, call: Callable[[], object]) -> None:
         """Run `call` now, or record it when capturing."""

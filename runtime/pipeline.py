@@ -98,7 +98,7 @@ class Pipeline:
         opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         return cls(
             opened,
-            open_backend(backend, **options),
+            open_backend(backend, progress=progress, **options),
             mode=mode,
             max_batch=max_batch,
             low_memory=low_memory,

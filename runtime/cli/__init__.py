@@ -1,4 +1,4 @@
-"""The command line: `latentrt generate | export | inspect | verify | env`.
+"""The command line: `latentrt generate | export | build | inspect | verify | bench | env`.
 
 Every error is one line on standard error. Exit codes: 0 done, 1 failed, 2 bad usage or request, 130 interrupted.
 """
@@ -16,7 +16,7 @@ from typing import Any
 import typer
 
 from ...engines.errors import LatentRTError, RequestError
-from . import bench, bundle, env, generate, verify
+from . import bench, build, bundle, env, generate, verify
 
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 """Typer's base of all usage errors; releases differ in where it can be imported from."""
@@ -30,6 +30,7 @@ app = typer.Typer(
 )
 app.command("generate")(generate.generate)
 app.command("export")(bundle.export)
+app.command("build")(build.build)
 app.command("inspect")(bundle.inspect)
 app.command("verify")(verify.verify)
 app.add_typer(bench.app, name="bench")

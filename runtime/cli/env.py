@@ -14,7 +14,7 @@ from ...engines.backends import unavailable_reasons
 from ...engines.cache import EngineCache, home
 
 _PACKAGES = ["latentrt", "numpy", "pillow", "tokenizers", "pydantic", "typer"]
-_PACKAGES += ["onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx", "cuda-core", "cuda-bindings"]
+_PACKAGES += ["onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx", "cuda-bindings"]
 _PACKAGES += ["onnx", "onnxscript", "torch", "diffusers", "transformers", "safetensors", "polygraphy"]
 
 

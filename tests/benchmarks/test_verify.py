@@ -53,7 +53,7 @@ def test_another_checkpoint_is_past_the_bound_and_the_wrong_graph_is_named(
     arguments = ["verify", str(tiny_sd15_bundle), "--against", str(other), "--steps", "3", "--threads", "1"]
     assert run(arguments) == 1
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines if "past the bound" in line][0] == "denoiser.prediction"
+    assert next(line for line in lines if "past the bound" in line).split()[0] == "denoiser.prediction"
     assert lines[-1] == "past a bound"
 
 

@@ -177,13 +177,13 @@ def test_ctrl_c_stops_a_build(tmp_path: Path) -> None:
         reported.append((what, done, total))
         if len(reported) == 3:
             _thread.interrupt_main()
-            time.sleep(0.3)
+            time.sleep(1)
 
     builder = planner(tmp_path / "cache")
     builder._progress = interrupt
     with pytest.raises(KeyboardInterrupt):
         builder.plan(bundle, bundle.graph("vision"), shapes(2, 16))
-    assert len(reported) == 3  # the builder stopped at the step after the interrupt
+    assert len(reported) < 10  # of about a hundred: the builder stopped at its next step
     assert all(what.startswith("vision: ") and 1 <= done <= total for what, done, total in reported)
     assert builder.cache.entries() == [] and not list((tmp_path / "cache/.building").iterdir())
     builder._progress = None
