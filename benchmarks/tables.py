@@ -68,7 +68,8 @@ def work_title(record: Record) -> str:
     """Return what was done, in a line."""
     work = record["workload"]
     batch = "" if work["batch"] == 1 else f", batch {work['batch']}"
-    steps = "" if record["kind"] == "scaling" else f", {work['steps']} steps"
+    plural = "step" if work["steps"] == 1 else "steps"
+    steps = "" if record["kind"] == "scaling" else f", {work['steps']} {plural}"
     return f"{work['name']}: {work['width']}×{work['height']}{steps}{batch}, {work['precision']}"
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -40,14 +40,13 @@ def new_unet() -> UNet2DConditionModel:
     )
 
 
-def new_scheduler() -> PNDMScheduler:
+def new_scheduler() -> DPMSolverMultistepScheduler:
     """Stable Diffusion's schedule with a larger last beta: flat backgrounds need a last sigma above 15, here 45."""
-    return PNDMScheduler(
+    return DPMSolverMultistepScheduler(
         beta_start=0.00085,
         beta_end=0.018,
         beta_schedule="scaled_linear",
-        skip_prk_steps=True,
-        set_alpha_to_one=False,
+        timestep_spacing="leading",
         steps_offset=1,
     )
 

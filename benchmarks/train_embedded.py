@@ -10,6 +10,7 @@ import json
 import logging
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,12 +20,12 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from .oracle import Score, score
 from .train_denoiser import new_scheduler, new_unet, train_denoiser
 from .train_text import new_text_encoder, train_text_encoder, write_tokenizer
-from .train_vae import new_vae, polish_decoder, train_vae
+from .train_vae import new_vae, polish_decoder, shrink_activations, train_vae
 
 log = logging.getLogger(__name__)
 
 CHECKPOINT = Path(__file__).parents[1] / "export" / "embedded" / "checkpoint"
-GUIDANCE = 3.0
+GUIDANCE, STEPS = 3.0, 20  # what the scores were best with
 
 
 def save_checkpoint(
@@ -50,9 +51,13 @@ def save_checkpoint(
     for part, module in (("vae", vae), ("text_encoder", encoder), ("unet", copy)):
         half = type(module).from_pretrained(fresh / part, torch_dtype=torch.float16)
         half.save_pretrained(fresh / part)
+    defaults = {"default_guidance_scale": GUIDANCE, "default_num_inference_steps": STEPS}
+    edit_json(fresh / "model_index.json", {"_latentrt": defaults})
+    edit_json(fresh / "scheduler" / "scheduler_config.json", {"lambda_min_clipped": None})  # -Infinity is no JSON
+    edit_json(fresh / "unet" / "config.json", {"_name_or_path": None})
+    edit_json(fresh / "vae" / "config.json", {"_name_or_path": None, "force_upcast": False})
     # transformers opens a text encoder in the precision that its config names: without this it alone would be half.
-    config = fresh / "text_encoder" / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
+    edit_json(fresh / "text_encoder" / "config.json", {"dtype": "float32"})
     shutil.rmtree(fresh / "tokenizer")
     write_tokenizer(fresh / "tokenizer")
     for path in fresh.rglob("*.safetensors"):
@@ -63,7 +68,15 @@ def save_checkpoint(
     shutil.rmtree(old, ignore_errors=True)
 
 
-def score_checkpoint(checkpoint: Path, count: int, guidance_scale: float = GUIDANCE, steps: int = 20) -> list[Score]:
+def edit_json(file: Path, changes: dict[str, Any]) -> None:
+    """Set keys of a JSON object in a file; None removes a key."""
+    table = json.loads(file.read_text()) | changes
+    for key in [key for key, value in changes.items() if value is None]:
+        del table[key]
+    file.write_text(json.dumps(table, indent=2) + "\n")
+
+
+def score_checkpoint(checkpoint: Path, count: int, guidance_scale: float = GUIDANCE, steps: int = STEPS) -> list[Score]:
     """Score a checkpoint in diffusers, in full precision, on `count` held-out scenes of each kind."""
     pipeline = StableDiffusionPipeline.from_pretrained(checkpoint, torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
@@ -88,7 +101,7 @@ def main() -> None:
     arguments = parser.parse_args()
     work: Path = arguments.work
     work.mkdir(parents=True, exist_ok=True)
-    handlers = [logging.FileHandler(work / "train.log"), logging.StreamHandler()]
+    handlers: list[logging.Handler] = [logging.FileHandler(work / "train.log"), logging.StreamHandler()]
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", handlers=handlers)
     torch.set_num_threads(arguments.threads)
     if not arguments.score_only:
@@ -107,6 +120,7 @@ def train(work: Path, out: Path) -> None:
     for part in (encoder, vae):
         part.eval().requires_grad_(False)
     polish_decoder(vae, work)
+    shrink_activations(vae)
 
     def save(step: int, average: torch.nn.Module) -> None:
         save_checkpoint(out, vae, encoder, tokenizer, average)

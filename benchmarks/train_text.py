@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,7 +41,7 @@ def byte_symbols() -> list[str]:
 def learn_merges(words: Counter[str]) -> list[tuple[str, str]]:
     """Byte-pair merges, most frequent first, until every word is one token; ties go to the smaller pair."""
     spelled = {word: [*word[:-1], word[-1] + "</w>"] for word in words}
-    merges = []
+    merges: list[tuple[str, str]] = []
     while True:
         pairs: Counter[tuple[str, str]] = Counter()
         for word, parts in spelled.items():
@@ -132,7 +133,7 @@ def train_text_encoder(encoder: CLIPTextModel, tokenizer: CLIPTokenizer, folder:
     probes = torch.nn.Linear(encoder.config.hidden_size, sum(ANSWERS.values()))
     both = torch.nn.ModuleDict({"encoder": encoder, "probes": probes})
 
-    def logits(model: torch.nn.Module, prompts: list[str], length: int) -> tuple[torch.Tensor, ...]:
+    def logits(model: Any, prompts: list[str], length: int) -> tuple[torch.Tensor, ...]:
         ids = token_ids(tokenizer, prompts)[:, :length]
         hidden = model["encoder"](ids).last_hidden_state  # [B, L, E]
         end = (ids == tokenizer.eos_token_id).int().argmax(1)

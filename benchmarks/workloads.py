@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -103,8 +104,10 @@ def ensure_model(w: Workload, *, checkpoint: Path | None = None, fresh: bool = F
 
         checkpoint, bundle, weights = CHECKPOINT, bundle_path(w.precision), "trained, embedded"
     elif checkpoint is not None:
-        bundle = home() / "bundles" / f"{checkpoint.name}-{w.precision}"
-        weights = str(checkpoint.name)
+        if not checkpoint.is_dir():
+            raise RequestError(f"checkpoint {checkpoint} is no folder: give a diffusers checkpoint")
+        bundle = home() / "bundles" / f"{checkpoint.name}-{w.precision}-{_state(checkpoint)}"
+        weights = checkpoint.name
     else:
         checkpoint = home() / "checkpoints" / f"{w.family}-random"
         bundle = home() / "bundles" / f"{w.family}-random-{w.precision}"
@@ -126,6 +129,14 @@ def ensure_model(w: Workload, *, checkpoint: Path | None = None, fresh: bool = F
     )
     say(f"exported in {done.seconds:.0f} s, peak memory {done.peak_bytes / 2**30:.2f} GiB")
     return Model(checkpoint, bundle, weights, done.seconds, done.peak_bytes)
+
+
+def _state(folder: Path) -> str:
+    """Return a digest of names, sizes and times of a folder's files: reading gigabytes of weights would take long."""
+    digest = hashlib.sha256()
+    for file in sorted(p for p in folder.rglob("*") if p.is_file()):
+        digest.update(f"{file.relative_to(folder)} {file.stat().st_size} {file.stat().st_mtime_ns}\n".encode())
+    return digest.hexdigest()[:16]
 
 
 def _python(code: str, *arguments: str) -> Finished:

@@ -29,7 +29,8 @@ Stage = Literal["prompt", "image", "schedule", "step", "end"]
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # Infinity is written as such: scheduler configs hold it, and null would be another value.
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants")
 
 
 class TensorInfo(_Strict):

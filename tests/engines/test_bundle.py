@@ -62,6 +62,13 @@ def test_a_good_bundle_opens_and_checks(bundle: Path) -> None:
     assert opened.has_graph("denoiser") and not opened.has_graph("decoder")
 
 
+def test_an_infinite_scheduler_option_survives(bundle: Path) -> None:
+    manifest = Bundle.open(bundle).manifest
+    scheduler = {"_class_name": "DPMSolverMultistepScheduler", "lambda_min_clipped": -float("inf")}
+    write_manifest(bundle, manifest.model_copy(update={"scheduler": scheduler}))
+    assert Bundle.open(bundle).manifest.scheduler == scheduler
+
+
 def test_the_digest_follows_every_file_of_the_graph(bundle: Path) -> None:
     before = Bundle.open(bundle)
     (bundle / "denoiser.onnx.data").write_bytes(b"WEIGHTS")
