@@ -18,7 +18,7 @@ import numpy as np
 
 from ..engines.bundle import Bundle
 from ..engines.cache import home
-from ..engines.errors import RequestError
+from ..engines.errors import EngineError, RequestError
 from . import contenders, machine, method, roofline, scenarios
 from .cold import measure_cold
 from .fidelity import fidelity
@@ -26,7 +26,7 @@ from .method import Measured, Plan
 from .process import Worker, run_process
 from .records import Record
 from .samples import summarize
-from .workloads import Model, Say, Workload, ensure_model
+from .workloads import Say, Workload, ensure_model
 
 ORACLE_PICTURES = 40
 NETWORKS = {"text_encoder": "encode", "denoiser": "denoise", "decoder": "decode"}
@@ -67,11 +67,7 @@ def run(work: Workload, options: Options, say: Say) -> list[Record]:
         raise RequestError("; ".join(f"{c.name}: {c.missing}" for c in found))
     say("measuring the machine's ceiling")
     ceiling = _ceiling(work, options)
-    build = None
     extras: dict[str, dict[str, Any]] = {name: {} for name in names}
-    if ours := next((name for name in names if name.startswith("latentrt/")), None):
-        say("building engines in an empty cache")
-        build = _build(ours, work, model, options)
     with tempfile.TemporaryDirectory() as folder:
         plan = Plan(
             work,
@@ -87,12 +83,15 @@ def run(work: Workload, options: Options, say: Say) -> list[Record]:
             say=say,
             meter=machine.DeviceMeter.open() if options.device == "cuda" else None,
         )
+        build = _build(names, plan)
         plan.after = lambda worker, measured: _scenarios(worker, measured, plan, options, extras[measured.name])
         measured = method.measure(names, plan)
         reference = _reference(measured, plan)
         for name, entry in measured.items():
             if reference is not None and entry.answer is not None:
                 extras[name]["fidelity"] = fidelity(entry.answer, reference).as_record()
+            if name.startswith("latentrt/") and entry.facts:
+                entry.facts["build"] = build
     if options.cold:
         say("cold processes, from shell to PNG")
         for name, cold in measure_cold(names, work, model, options.device, options.threads, options.cold).items():
@@ -107,25 +106,32 @@ def run(work: Workload, options: Options, say: Say) -> list[Record]:
         "machine": machine.describe_machine(),
         "conditions": _conditions(plan, names, watch),
         "workload": work.as_request(),
-        "model": {"weights": model.weights, "bytes": model.weight_bytes, "export_seconds": model.export_seconds}
-        | {"export_peak_bytes": model.export_peak_bytes, "sampler": bundle.manifest.scheduler["_class_name"]},
+        "model": {
+            "weights": model.weights,
+            "bytes": model.weight_bytes,
+            "sampler": bundle.manifest.scheduler["_class_name"],
+            "export_seconds": model.export_seconds,
+            "export_peak_bytes": model.export_peak_bytes,
+        },
         "ceiling": ceiling,
     }
-    records = []
-    for candidate in found:
-        who = {"name": candidate.name, "title": candidate.title}
-        seen = measured.get(candidate.name)
-        if seen is None or seen.failure is not None:
-            reason = candidate.missing or (seen.failure if seen else None)
-            records.append({"kind": "missing", **common, "contender": who, "reason": reason})
-            continue
-        if candidate.ours:
-            seen.facts["build"] = build
-        body = describe(seen, work, bundle, ceiling)
-        records.append(
-            {"kind": "latency", **common, "contender": who | body.pop("who"), **body, **extras[candidate.name]}
-        )
-    return records
+    return [_record(c, measured.get(c.name), common, extras.get(c.name, {}), bundle, work) for c in found]
+
+
+def _record(
+    candidate: contenders.Candidate,
+    seen: Measured | None,
+    common: dict[str, Any],
+    extra: dict[str, Any],
+    bundle: Bundle,
+    work: Workload,
+) -> Record:
+    who = {"name": candidate.name, "title": candidate.title}
+    if seen is None or seen.failure is not None:
+        reason = seen.failure if seen else candidate.missing
+        return {"kind": "missing", **common, "contender": who, "reason": reason}
+    body = describe(seen, work, bundle, common["ceiling"])
+    return {"kind": "latency", **common, "contender": who | body.pop("who"), **body, **extra}
 
 
 def describe(entry: Measured, work: Workload, bundle: Bundle, ceiling: dict[str, Any]) -> dict[str, Any]:
@@ -187,12 +193,18 @@ def _ceiling(work: Workload, options: Options) -> dict[str, Any]:
     return found
 
 
-def _build(name: str, work: Workload, model: Model, options: Options) -> float:
-    """Return the seconds that building all engines takes; the ordinary cache is filled as well."""
+def _build(names: Sequence[str], plan: Plan) -> float | None:
+    """Return the seconds in which latentrt builds all engines in an empty cache; the ordinary one is filled as well."""
+    ours = next((name for name in names if name.startswith("latentrt/")), None)
+    if ours is None:
+        return None
+    plan.say("building engines in an empty cache")
     folder = home() / "engines" / f".bench-{os.getpid()}"
-    with Worker(name, options.threads) as worker:
-        plan = Plan(work, model, options.device, options.threads, folder)
-        return float(worker.prepare(**plan.options(), fresh_cache=str(folder))["build"])
+    try:
+        with Worker(ours, plan.threads) as worker:
+            return float(worker.prepare(**plan.options(), fresh_cache=str(folder))["build"])
+    except EngineError:  # it will fail again where it is measured, and be reported there
+        return None
 
 
 def _scenarios(worker: Worker, entry: Measured, plan: Plan, options: Options, extra: dict[str, Any]) -> None:

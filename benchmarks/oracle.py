@@ -1,8 +1,8 @@
 """Judge pictures of drawn scenes by their pixels: what is on them, and whether that is what the prompt asked for.
 
 No network takes part. The background is the color of the border; what differs from it falls into connected
-components; each has the palette color nearest to its interior, and the shape whose template, drawn at the same
-centre and area, overlaps it best. A pair's relation comes from the centroids.
+components; each has the palette color nearest to its purest pixels, and the shape whose template, drawn at the same
+centre and area, overlaps it best. A disk with a hole is a ring. A pair's relation comes from the centroids.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ FLAT_BORDER = 0.9  # least share of border pixels within COLOR_TOLERANCE of the 
 ONE_COLOR = 0.7  # least share of an object's pixels within COLOR_TOLERANCE of its color
 SMALLEST_OBJECT = 100  # pixels
 LEAST_OVERLAP = 0.72  # intersection over union with the best template
+RING_HOLE = 0.1  # least share of a ring's disk that is hole; it is drawn as 0.28
+SOLID = tuple(shape for shape in SHAPES if shape != "ring")
 _COLOR_VALUES = np.array([PALETTE[name] for name in COLORS], np.float32)
 
 
@@ -144,17 +146,22 @@ def _identify(pixels: np.ndarray, region: np.ndarray, ground: np.ndarray) -> tup
     mask = region & (((pixels - ground) @ axis) > 0.5 * (axis @ axis))
     if color is None or np.mean(_distance(pixels[mask], value) < COLOR_TOLERANCE) < ONE_COLOR:
         return None
+    # Hollow and solid objects are told apart first: the walls of small rings vary too much for a template.
+    filled = ndimage.binary_fill_holes(mask)
+    hollow = 1 - mask.sum() / filled.sum() > RING_HOLE
+    mask = filled if hollow else mask
     rows, columns = np.nonzero(mask)
     centre = np.array([columns.mean(), rows.mean()])
     y, x = np.mgrid[: mask.shape[0], : mask.shape[1]]
     overlaps = {}
-    for shape in SHAPES:
+    for shape in SOLID:
         template = coverage(shape, x - centre[0], y - centre[1], (mask.sum() / _unit_area(shape)) ** 0.5) > 0.5
         overlaps[shape] = (template & mask).sum() / (template | mask).sum()
     shape = max(overlaps, key=lambda name: overlaps[name])
-    if overlaps[shape] < LEAST_OVERLAP:
+    if overlaps[shape] < LEAST_OVERLAP or (hollow and shape != "circle"):
         return None
     radius = (mask.sum() / _unit_area(shape)) ** 0.5
+    shape = "ring" if hollow else shape
     size = min(RADIUS, key=lambda name: abs(RADIUS[name] - radius))
     return Object(color, shape, size), centre
 

@@ -20,9 +20,9 @@ STEPS = (5, 10, 20, 40)
 BATCHES = (1, 2, 4, 8)
 SIDES = (0.5, 1.0, 1.5, 2.0)
 """Image sides, as multiples of the workload's."""
-SWEEPS = ((1, 1), (2, 2), (3, 3), (4, 4))
+SWEEPS = ((1, 1), (2, 1), (2, 2), (4, 2))
 """Prompts and seeds of each."""
-REPEATS = 5
+REPEATS = 3
 
 
 def points(work: Workload, axis: str) -> Iterator[tuple[float, dict[str, Any]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -148,9 +149,9 @@ def roofline_table(group: Sequence[Record]) -> Table:
         entries = [record["roofline"][network] for record in shown]
         one = entries[0]
         asks = [f"{one['operations'] / 1e9:,.4g}", f"{one['bytes'] / 2**20:,.4g}", _ms(one["limit_seconds"])]
-        rows.append([network, *asks, *(f"{_ms(e['seconds'])} ({e['share_of_limit']:.0%})" for e in entries)])
+        rows.append([network, *asks, *map(_reached, entries)])
     ceiling, first = group[0]["ceiling"], shown[0]["roofline"]
-    lacking = min(NETWORKS, key=lambda name: first[name]["share_of_limit"])
+    lacking = min(NETWORKS, key=lambda name: first[name]["share_of_limit"] or math.inf)
     note = (
         f"Milliseconds a run, and the share of the machine's limit: {ceiling['flops'] / 1e9:,.0f} GFLOP/s and "
         f"{ceiling['bytes'] / 1e9:,.1f} GB/s, the fastest matrix product and copy in the same run. "
@@ -158,6 +159,11 @@ def roofline_table(group: Sequence[Record]) -> Table:
     )
     head = ["graph", "GFLOP", "MiB", "limit", *(record["contender"]["title"] for record in shown)]
     return Table("Share of the hardware's limit", head, rows, note)
+
+
+def _reached(entry: dict[str, Any]) -> str:
+    share = entry["share_of_limit"]  # None for a request captured whole: its networks have no times of their own
+    return DASH if share is None else f"{_ms(entry['seconds'])} ({share:.0%})"
 
 
 def _partition(group: Sequence[Record]) -> tuple[list[Record], list[Record]]:

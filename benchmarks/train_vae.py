@@ -22,6 +22,7 @@ POLISH_L1, EDGE_WEIGHT = 0.5, 4.0  # extra weight of 4×4 cells with an edge
 CROP, CROPS = 64, 8  # pixels, crops a step: the world is local, and a crop costs a quarter of a picture
 WHOLE = 2  # whole pictures a step: as many pixels
 L1_WEIGHT, KL_WEIGHT = 0.1, 1e-5  # against a mean squared error over values in [-1, 1]
+SETTLE = 400  # steps with two norm groups and half the rate: with one group from the start, colors take twice as long
 GUIDE_FLOOR = 0.05  # least weight of the pull of three latent channels towards the mean colors of their cells
 
 
@@ -73,6 +74,7 @@ def train_vae(vae: AutoencoderKL, folder: Path, steps: int = STEPS) -> None:
         return crops
 
     def loss(step: int) -> torch.Tensor:
+        set_norm_groups(vae, 2 if step < SETTLE else 1)
         values = pictures_to_values(batch(step))
         generator = torch.Generator().manual_seed(step)
         with torch.autocast("cpu", torch.bfloat16):
@@ -90,6 +92,7 @@ def train_vae(vae: AutoencoderKL, folder: Path, steps: int = STEPS) -> None:
 
     def report(step: int, average: torch.nn.Module) -> None:
         assert isinstance(average, AutoencoderKL)
+        set_norm_groups(average, 2 if step <= SETTLE else 1)
         with torch.no_grad():
             latents = average.encode(pictures_to_values(held)).latent_dist
             decoded = average.decode(latents.mean).sample.clamp(-1, 1)
@@ -101,13 +104,21 @@ def train_vae(vae: AutoencoderKL, folder: Path, steps: int = STEPS) -> None:
         sheet = np.concatenate([np.concatenate(list(row[:8]), 1) for row in rows])
         Image.fromarray(sheet).save(folder / "vae.png")
 
-    fit("vae", vae, loss, steps, 4e-3, folder, on_save=report)
+    fit("vae", vae, loss, steps, lambda step: 2e-3 if step < SETTLE else 4e-3, folder, on_save=report)
+    set_norm_groups(vae, 1)
     with torch.no_grad():
         latents = torch.cat(
             [vae.encode(pictures_to_values(pool[i : i + 50])).latent_dist.mean for i in range(0, 1000, 50)]
         )
     vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 4))
     log.info("vae: scaling factor %.4f", vae.config.scaling_factor)
+
+
+def set_norm_groups(vae: AutoencoderKL, groups: int) -> None:
+    """Change the number of groups of every group norm; the weights do not depend on it."""
+    for module in vae.modules():
+        if isinstance(module, torch.nn.GroupNorm):
+            module.num_groups = groups
 
 
 def polish_decoder(vae: AutoencoderKL, folder: Path, steps: int = POLISH_STEPS) -> None:

@@ -22,19 +22,21 @@ def fit(
     module: torch.nn.Module,
     loss: Callable[[int], torch.Tensor],
     steps: int,
-    rate: float,
+    rate: float | Callable[[int], float],
     folder: Path,
     ema_decay: float = 0.998,
     on_save: Callable[[int, torch.nn.Module], None] | None = None,
 ) -> None:
     """Minimise `loss(step)` over the parameters of `module`, which holds its averaged weights afterwards.
 
+    `rate` is the learning rate, or a function of the step, before warm-up and decay.
+
     A step's data must depend on its number alone: then a killed run, continued from `folder/name.pt`, takes the same
     way. `on_save(step, averaged module)` is called at every save. Raises FloatingPointError where the loss is not
     finite.
     """
     average = copy.deepcopy(module).requires_grad_(False)
-    optimizer = torch.optim.AdamW(module.parameters(), rate, betas=(0.9, 0.99), weight_decay=1e-4)
+    optimizer = torch.optim.AdamW(module.parameters(), betas=(0.9, 0.99), weight_decay=1e-4)
     saved, start, spent, running = folder / f"{name}.pt", 0, 0.0, 0.0
     if saved.exists():
         state = torch.load(saved, weights_only=True)
@@ -47,7 +49,7 @@ def fit(
     for step in range(start, steps):
         decay = min(1.0, (step + 1) / WARM_UP) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / steps)))
         for group in optimizer.param_groups:
-            group["lr"] = rate * decay
+            group["lr"] = decay * (rate(step) if callable(rate) else rate)
         value = loss(step)
         if not torch.isfinite(value):
             raise FloatingPointError(f"{name}: the loss at step {step} is {value.item()}")

@@ -7,7 +7,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from latentrt.benchmarks import bench, contender_latentrt, contenders, machine, method, process, scaling
+from latentrt.benchmarks import (
+    bench,
+    contender_latentrt,
+    contenders,
+    machine,
+    method,
+    process,
+    records,
+    report,
+    scaling,
+)
 from latentrt.benchmarks.method import Measured, Plan, groups, measure, paired_ratio
 from latentrt.benchmarks.process import Worker, run_process
 from latentrt.benchmarks.workloads import Model, precision, workload
@@ -168,6 +178,36 @@ def test_latentrt_answers_as_a_worker(tiny_sd15_bundle: Path, tmp_path: Path, mo
     assert 0 < body["orchestration"]["p50"] < 1
 
 
+def test_a_run_leaves_a_record_of_each_contender(
+    tiny_sd15_bundle: Path, tmp_path: Path, order: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = [contenders.Candidate(f"fake/{name}", name) for name in ("quick", "slow", "broken")]
+    found.append(contenders.Candidate("other", "another", "it is not installed"))
+    model = Model(tmp_path, tiny_sd15_bundle, "random")
+    monkeypatch.setattr(contenders, "choose", lambda device, names: found)
+    monkeypatch.setattr(bench, "ensure_model", lambda work, **options: model)
+    monkeypatch.setattr(bench, "_ceiling", lambda work, options: {"flops": 1e11, "bytes": 1e10})
+    monkeypatch.setattr(bench, "_reference", lambda measured, plan: None)
+    options = bench.Options(threads=1, rounds=4, cold=0, command="latentrt bench embedded")
+    made = bench.run(workload("embedded").but(height=64, width=64), options, lambda line: None)
+    assert [(r["kind"], r["contender"]["name"]) for r in made] == [
+        ("latency", "fake/quick"),
+        ("latency", "fake/slow"),
+        ("missing", "fake/broken"),
+        ("missing", "other"),
+    ]
+    assert made[1]["samples"]["total"] == [40.0] * 4
+    assert made[1]["ratio_to_first"] == 2
+    assert made[1]["scenarios"]["Offline"]["images_per_second"] == 1 / 40
+    assert made[2]["reason"].endswith("no such luck")
+    assert len({r["run"] for r in made}) == 1
+    text = report.text(made)
+    assert "Not measured: broken: contender fake/broken failed: RuntimeError: no such luck; another: it is" in text
+    records.append(tmp_path / "r.jsonl", made)
+    assert report.text(records.read(tmp_path / "r.jsonl")) == text
+    assert report.write_page(made, tmp_path / "r.html").stat().st_size > 10_000
+
+
 def test_contenders_are_chosen_by_the_beginning_of_their_names() -> None:
     everyone = contenders.candidates("cpu")
     assert everyone[0].name == "latentrt/onnxruntime-cpu/step"
@@ -191,8 +231,8 @@ def test_points_of_a_scaling_study() -> None:
     work = workload("embedded")
     assert [x for x, _ in scaling.points(work, "pixels")] == [64**2, 128**2, 192**2, 256**2]
     sweep = list(scaling.points(work, "prompts × seeds"))
-    assert [x for x, _ in sweep] == [1, 4, 9, 16]
-    assert len(sweep[-1][1]["prompt"]) == sweep[-1][1]["batch"] == 4
+    assert [x for x, _ in sweep] == [1, 2, 4, 8]
+    assert (len(sweep[-1][1]["prompt"]), sweep[-1][1]["batch"]) == (4, 2)
 
 
 def test_growth_is_fitted_above_the_opened_process() -> None:

@@ -75,6 +75,19 @@ def test_an_object_of_two_colors_is_not_recognised() -> None:
     assert recognise(np.concatenate([red[:64], blue[64:]])) is None
 
 
+def test_a_ring_needs_a_hole_and_a_round_outline() -> None:
+    ring = Scene((Object("white", "ring", "small"),), "pink")
+    disk = draw([Scene((Object("white", "circle", "small"),), "pink")])[0]
+    thick, pierced = disk.copy(), disk.copy()
+    thick[59:69, 59:69] = (255, 150, 195)
+    pierced[62:66, 62:66] = (255, 150, 195)
+    assert judge(ring, thick)["right"]
+    assert not judge(ring, pierced)["right"]
+    square = draw([Scene((Object("white", "square", "medium"),), "pink")])[0]
+    square[54:74, 54:74] = (255, 150, 195)
+    assert recognise(square) is None
+
+
 def test_the_size_is_measured() -> None:
     for size in ("small", "medium", "large"):
         scene = Scene((Object("green", "star", size),), "pink")
