@@ -11,7 +11,7 @@ Processor seconds on one thread of an AMD EPYC (Zen 5, AVX-512 with bfloat16, 2.
 | autoencoder | 2,800 of 8 crops or 2 pictures | 1.7 M | 447 |
 | its decoder once more | 10,000 of 4 pictures | | 1,895 |
 | latents of 12,000 scenes | | | about 100 |
-| denoiser | 4,600 of 32 scenes | 2.9 M | 1,973 |
+| denoiser | 4,600 of 32 scenes | 2.8 M | 1,973 |
 
 The shipped weights were trained in these steps, but the last two learning-rate schedules were lengthened under way (the
 decoder's after 3,000 and 5,000 steps, the denoiser's after 1,600), and the decoder's first 3,000 steps had the plain
