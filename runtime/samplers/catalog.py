@@ -227,7 +227,9 @@ SUFFIXES = ("karras", "exponential", "beta")
 # values that another class's config may carry, and what they become
 TO_MIDPOINT = dict.fromkeys(("logrho", "bh1", "bh2"), "midpoint")
 FROM_DEIS = {"algorithm_type": {"deis": "dpmsolver++"}, "solver_type": TO_MIDPOINT}
-TRANSLATIONS: dict[str, dict[str, dict[str, str]]] = {
+TRANSLATIONS: Mapping[str, Mapping[str, Mapping[Any, str]]] = {
+    # DPM-Solver configs write the unset type down; DDPM then leaves its variance as it is, which is `fixed_small`.
+    "DDPMScheduler": {"variance_type": {None: "fixed_small"}},
     "DPMSolverMultistepScheduler": FROM_DEIS,
     "DPMSolverSinglestepScheduler": FROM_DEIS,
     "UniPCMultistepScheduler": {"solver_type": dict.fromkeys(("midpoint", "heun", "logrho"), "bh2")},

@@ -264,3 +264,13 @@ def test_every_step_count_from_one_on(name: str) -> None:
         assert steps <= len(table) <= 2 * steps
         assert np.array_equal(table.known[-1], [1, 0])
         assert table.weights.shape == (len(table), 1 + table.history, 4 + table.history)
+
+
+def test_ddpm_takes_the_unset_variance_type_of_a_dpm_solver_config_as_fixed_small() -> None:
+    solver = SD15 | {"_class_name": "DPMSolverMultistepScheduler", "variance_type": None, "clip_sample": False}
+    switched = step_table(solver, 5, sampler="DDPMScheduler")
+    plain = step_table(solver | {"variance_type": "fixed_small"}, 5, sampler="DDPMScheduler")
+    assert np.array_equal(switched.weights, plain.weights)
+    assert not np.array_equal(
+        switched.weights, step_table(solver | {"variance_type": "fixed_large"}, 5, sampler="DDPMScheduler").weights
+    )
