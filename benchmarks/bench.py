@@ -43,9 +43,9 @@ class Options:
     contenders: Sequence[str] | None = None
     warmup: int = 2
     rounds: int | None = None
-    budget: float = 40.0
+    budget: float = 30.0
     cold: int = 2
-    server_seconds: float = 10.0
+    server_seconds: float = 8.0
     oracle: int = ORACLE_PICTURES
     memory_limit: int = 16 * 2**30
     checkpoint: Path | None = None
@@ -153,6 +153,8 @@ def describe(entry: Measured, work: Workload, bundle: Bundle, ceiling: dict[str,
         "samples": samples,
         "start": {name: facts[name] for name in ("import", "open", "build")} | {"first_request": entry.warmup[0]},
         "warmup": entry.warmup,
+        "launches": entry.launches,
+        "yardstick": entry.yardstick,
         "ratio_to_first": method.paired_ratio(entry),
         "turns_with": entry.turns_with,
         "memory": {"peak_bytes": entry.peak_bytes, "together_bytes": entry.together_bytes}

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from statistics import median
 from typing import Any
 
 from .records import Record, latest
 from .samples import Ratio, ratio
 
-TOLERANCE = 0.05
-"""A change must be surely larger than this share: the same code in a new process differs by up to that much."""
+TOLERANCE = 0.04
+"""A change must be surely larger than this share."""
 FLOOR_SECONDS = 50e-6
 """Changes below this are not reported: the clock, the scheduler and the garbage collector make as much."""
+DRIFT = 0.02
+"""A change of the machine's speed that is worth a note."""
+FEWEST = 3
 MEMORY_TOLERANCE = 0.05
 MEMORY_FLOOR = 16 * 2**20
 
@@ -65,14 +70,17 @@ def compare(before: Iterable[Record], after: Iterable[Record]) -> Comparison:
 def _changes(old: Record, new: Record) -> list[Change]:
     """Return what changed, the stages that changed most first and the whole request before them."""
     found = []
+    drift = _drift(old, new)
     for figure, samples in old["samples"].items():
-        again = new["samples"].get(figure)
-        if again and min(len(samples), len(again)) >= 3 and min(min(samples), min(again)) > 0:
-            changed = ratio(samples, again)
-            if _beyond_noise(changed, samples, again):
-                found.append(
-                    _change(old, figure, old["seconds"][figure]["p50"], new["seconds"][figure]["p50"], changed)
-                )
+        again = [value / drift for value in new["samples"].get(figure, [])]
+        if min(len(samples), len(again)) < FEWEST or min(*samples, *again) <= 0:
+            continue
+        changed = ratio(samples, again)
+        sure = changed.low > 1 + TOLERANCE or changed.high < 1 - TOLERANCE
+        before, after = _launch_medians(old, samples), _launch_medians(new, again)
+        apart = min(after) > max(before) or max(after) < min(before)  # in every process, not just in one
+        if sure and apart and abs(median(again) - median(samples)) > FLOOR_SECONDS:
+            found.append(_change(old, figure, median(samples), median(again), changed))
     found.sort(key=lambda change: (change.figure != "total", -abs(change.after - change.before)))
     held, holds = (record["memory"]["peak_bytes"] for record in (old, new))
     if abs(holds - held) > max(MEMORY_FLOOR, MEMORY_TOLERANCE * held):
@@ -80,9 +88,17 @@ def _changes(old: Record, new: Record) -> list[Change]:
     return found
 
 
-def _beyond_noise(changed: Ratio, before: Sequence[float], after: Sequence[float]) -> bool:
-    sure = changed.low > 1 + TOLERANCE or changed.high < 1 - TOLERANCE
-    return sure and abs(sorted(after)[len(after) // 2] - sorted(before)[len(before) // 2]) > FLOOR_SECONDS
+def _drift(old: Record, new: Record) -> float:
+    """Return how much longer a fixed piece of work took in the later run: the machine's doing, not the program's."""
+    if not (old.get("yardstick") and new.get("yardstick")):
+        return 1.0
+    return median(new["yardstick"]) / median(old["yardstick"])
+
+
+def _launch_medians(record: Record, samples: Sequence[float]) -> list[float]:
+    """Return the median of each process's samples."""
+    ends = [0, *accumulate(record.get("launches", [len(samples)]))]
+    return [median(samples[start:end]) for start, end in pairwise(ends) if end > start]
 
 
 def _change(record: Record, figure: str, before: float, after: float, changed: Ratio) -> Change:
@@ -93,6 +109,8 @@ def _change(record: Record, figure: str, before: float, after: float, changed: R
 
 def _doubts(old: Record, new: Record) -> Iterable[str]:
     """Yield what makes two records less comparable than they should be."""
+    if abs(_drift(old, new) - 1) > DRIFT:
+        yield f"the machine took {_drift(old, new) - 1:+.1%} for fixed work in the second run; its times are corrected"
     for name, record in (("first", old), ("second", new)):
         if not record["conditions"]["quiet"]:
             share = record["conditions"]["others_share"]

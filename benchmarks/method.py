@@ -21,6 +21,11 @@ from .workloads import Model, Say, Workload
 SETTLE_SECONDS = 0.05
 """Pause before a turn, in which the threads of the contender before it go to sleep."""
 MINIMUM_ROUNDS, MAXIMUM_ROUNDS = 3, 50
+LAUNCHES = 3
+"""Processes over which the rounds of a contender are spread: where memory lands differs from process to process."""
+RELAUNCH_SECONDS = 8.0
+"""A contender that takes longer to open and warm up stays open for all rounds."""
+YARDSTICK = "yardstick"
 
 
 @dataclass
@@ -32,6 +37,10 @@ class Measured:
     warmup: list[float] = field(default_factory=list)
     """Seconds of the requests before the measured ones."""
     samples: list[dict[str, Any]] = field(default_factory=list)
+    launches: list[int] = field(default_factory=list)
+    """Samples taken in each process, in order."""
+    yardstick: list[float] = field(default_factory=list)
+    """Seconds of a fixed piece of work in the same rounds."""
     opposite: list[float] = field(default_factory=list)
     """Seconds of the first contender's request in the same round."""
     peak_bytes: int = 0
@@ -106,29 +115,37 @@ def measure(names: Sequence[str], plan: Plan) -> dict[str, Measured]:
 
 def _measure_group(group: list[Measured], plan: Plan) -> None:
     workers: dict[str, Worker] = {}
+    seconds_to_open: dict[str, float] = {}
+
+    def open_worker(measured: Measured) -> None:
+        start = time.monotonic()
+        worker = workers[measured.name] = Worker(measured.name, plan.threads)
+        _prepare(worker, measured, plan)
+        seconds_to_open[measured.name] = time.monotonic() - start
+
     try:
+        yardstick = workers[YARDSTICK] = Worker(YARDSTICK, plan.threads)
+        yardstick.prepare(**plan.options())
         for measured in group:
             plan.say(f"preparing {measured.name}")
-            worker = workers[measured.name] = Worker(measured.name, plan.threads)
-            _guarded(measured, lambda w=worker, m=measured: _prepare(w, m, plan))  # type: ignore[misc]
+            _guarded(measured, open_worker)
         live = [measured for measured in group if measured.failure is None]
         turns = sum(measured.warmup[-1] for measured in live) or 1.0
         rounds = plan.rounds or min(MAXIMUM_ROUNDS, max(MINIMUM_ROUNDS, int(plan.budget / turns)))
         plan.say(f"measuring {rounds} rounds of {', '.join(m.name for m in live)}")
-        for _ in range(rounds):
-            for measured in live:
-                time.sleep(SETTLE_SECONDS)
-                _guarded(measured, lambda m=measured: _turn(workers[m.name], m, plan))  # type: ignore[misc]
-            first = group[0]
-            for measured in live:
-                if measured.failure is None and first.failure is None:
-                    measured.opposite.append(first.seconds[-1])
+        relaunches = {rounds * part // LAUNCHES for part in range(1, LAUNCHES)} - {0}
+        for number in range(rounds):
+            if number in relaunches:
+                for measured in live:
+                    if seconds_to_open[measured.name] < RELAUNCH_SECONDS:
+                        workers[measured.name].close()
+                        _guarded(measured, open_worker)
+            _round(group[0], live, workers, plan)
         together = sum(measured.peak_bytes for measured in live)
         for measured in live:
             measured.turns_with = [m.name for m in live if m is not measured]
             measured.together_bytes = max(measured.together_bytes, together)
-            if measured.failure is None:
-                _guarded(measured, lambda m=measured: plan.after(workers[m.name], m))  # type: ignore[misc]
+            _guarded(measured, lambda m: plan.after(workers[m.name], m))
     finally:
         for worker in workers.values():
             worker.close()
@@ -147,10 +164,23 @@ def _prepare(worker: Worker, measured: Measured, plan: Plan) -> None:
         measured.answer = answer
         measured.peak_bytes = max(measured.peak_bytes, facts["peak_bytes"], reply["peak_bytes"])
     measured.warmup = measured.warmup or warmup
+    measured.launches.append(0)
     if plan.meter:
         measured.device_bytes = plan.meter.memory_bytes() - before
     if measured.name == "diffusers/compile" and measured.facts["build"] is None:
         measured.facts["build"] = warmup[0] - min(warmup)  # it compiles inside the first request
+
+
+def _round(first: Measured, live: list[Measured], workers: dict[str, Worker], plan: Plan) -> None:
+    """Let the yardstick and then every contender answer once."""
+    yardstick = workers[YARDSTICK].run(plan.work.as_request())["total"]
+    for measured in live:
+        time.sleep(SETTLE_SECONDS)
+        _guarded(measured, lambda m: _turn(workers[m.name], m, plan))
+        if measured.failure is None:
+            measured.yardstick.append(yardstick)
+            if first.failure is None:
+                measured.opposite.append(first.seconds[-1])
 
 
 def _turn(worker: Worker, measured: Measured, plan: Plan) -> None:
@@ -158,16 +188,18 @@ def _turn(worker: Worker, measured: Measured, plan: Plan) -> None:
     reply = worker.run(plan.work.as_request())
     after = plan.meter.energy_joules() if plan.meter else None
     measured.samples.append(reply)
+    measured.launches[-1] += 1
     measured.peak_bytes = max(measured.peak_bytes, reply["peak_bytes"])
     if before is not None and after is not None:
         measured.joules.append(after - before)
 
 
-def _guarded(measured: Measured, act: Callable[[], None]) -> None:
+def _guarded(measured: Measured, act: Callable[[Measured], None]) -> None:
+    """Do something with a contender that has not failed; when it fails, note why."""
     if measured.failure is not None:
         return
     try:
-        act()
+        act(measured)
     except EngineError as error:
         measured.failure = str(error)
 

@@ -78,10 +78,13 @@ def test_contenders_take_turns_after_their_warm_up(tmp_path: Path, order: Path) 
     found = measure(
         ["fake/quick", "fake/slow"], plan(tmp_path, after=lambda worker, measured: closing.append(measured.name))
     )
-    assert order.read_text().split() == ["quick"] * 2 + ["slow"] * 2 + ["quick", "slow"] * 3
+    part = ["quick"] * 2 + ["slow"] * 2 + ["quick", "slow"]  # in each of three processes
+    assert order.read_text().split() == part * 3
     quick, slow = found.values()
     assert (quick.warmup, slow.seconds) == ([3.0, 3.0], [6.0] * 3)
     assert (paired_ratio(quick), paired_ratio(slow)) == (1.0, 2.0)
+    assert slow.launches == [1, 1, 1]
+    assert len(slow.yardstick) == 3
     assert slow.turns_with == ["fake/quick"]
     assert quick.answer is not None
     assert quick.answer.read_bytes() == b"answer"
@@ -95,6 +98,19 @@ def test_a_contender_that_fails_does_not_stop_the_others(tmp_path: Path, order: 
     assert found["fake/dying"].failure == "contender fake/dying died with code 9: out of luck"
     assert found["fake/quick"].failure is None
     assert len(found["fake/quick"].seconds) == 3
+
+
+def test_what_opens_slowly_stays_open(tmp_path: Path, order: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(method, "RELAUNCH_SECONDS", 0.0)
+    found = measure(["fake/quick", "fake/slow"], plan(tmp_path))
+    assert order.read_text().split() == ["quick"] * 2 + ["slow"] * 2 + ["quick", "slow"] * 3
+    assert found["fake/slow"].launches == [3]
+
+
+def test_the_yardstick_takes_time() -> None:
+    with Worker("yardstick", 1) as worker:
+        worker.prepare(device="cpu")
+        assert worker.run({})["total"] > 0
 
 
 def test_without_memory_for_all_each_takes_turns_with_the_first(tmp_path: Path, order: Path) -> None:

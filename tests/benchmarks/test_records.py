@@ -10,7 +10,7 @@ from latentrt.benchmarks.compare import compare, lines
 from latentrt.engines.errors import RequestError
 from latentrt.runtime import cli
 
-from .made_records import latency_record, missing_record, scaling_record
+from .made_records import STAGES, latency_record, missing_record, scaling_record
 
 
 def test_records_come_back_as_written_with_seven_digits(tmp_path: Path) -> None:
@@ -61,10 +61,27 @@ def test_ten_percent_in_one_stage_are_found_and_named(stage: str) -> None:
     found = compare([latency_record(1)], [latency_record(2, factors={stage: 1.1})])
     stages = [change for change in found.changes if change.figure != "total"]
     assert [change.figure for change in stages] == [stage]
-    assert stages[0].low - 1 > 0.05
+    assert stages[0].low - 1 > 0.04
     assert stages[0].after / stages[0].before == pytest.approx(1.1, abs=0.02)
     assert found.regressed
     assert "% slower" in lines(found)[-1]
+
+
+def test_what_only_one_process_shows_is_no_change() -> None:
+    made = latency_record(2, factors={"decode": 1.1})
+    usual = latency_record(1)["samples"]["decode"]
+    made["samples"]["decode"] = usual[:3] + made["samples"]["decode"][3:]
+    assert compare([latency_record(1)], [made | {"launches": [3, 17]}]).changes == []
+    assert [c.figure for c in compare([latency_record(1)], [made | {"launches": [20]}]).changes] == ["decode"]
+
+
+def test_a_machine_that_changed_its_speed_is_corrected_for() -> None:
+    slower = latency_record(2, factors=dict.fromkeys(STAGES, 1.2))
+    assert compare([latency_record(1)], [slower]).regressed
+    slower["yardstick"] = [1.2 * value for value in slower["yardstick"]]
+    found = compare([latency_record(1)], [slower])
+    assert found.changes == []
+    assert found.doubts[0].startswith("the machine took +2")
 
 
 def test_an_improvement_is_no_regression() -> None:
