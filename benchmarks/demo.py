@@ -12,7 +12,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -76,7 +75,7 @@ def _grid(console: Console, bundle: Path, path: Path, threads: int) -> None:
         start = time.perf_counter()
         result = pipe(PROMPTS, seed=0, num_inference_steps=20, progress=progress)
         seconds = time.perf_counter() - start
-    write_atomically(path, encode_png(np.asarray(grid(result.images, PROMPTS, columns=4))))
+    write_atomically(path, encode_png(grid(result.images, PROMPTS, columns=4)))
     console.print(f"{path}: {len(PROMPTS)} prompts, 20 steps each, {seconds:.1f} s\n")
 
 

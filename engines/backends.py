@@ -61,11 +61,30 @@ def unavailable_reasons() -> dict[str, str | None]:
     return {name: reason() for name, (reason, _) in _BACKENDS.items()}
 
 
+def factory(name: str) -> Callable[..., Backend]:
+    """Return what opens a backend, by a name that `resolve` has returned."""
+    return _BACKENDS[name][1]
+
+
 def open_backend(name: str = "auto", **options: Any) -> Backend:
     """Open a backend by name; `auto` takes the first that works here.
 
     Raises `BackendUnavailableError` for an unknown name or one that cannot run on this machine, and `RequestError` for
     an option that the backend does not have.
+    """
+    name = resolve(name)
+    known = inspect.signature(factory(name)).parameters
+    if "progress" not in known:  # builds that take seconds report none
+        options.pop("progress", None)
+    if unknown := [option for option in options if option not in known]:
+        raise RequestError(f"backend {name} has no option {unknown[0]!r}: it has {', '.join(known)}")
+    return factory(name)(**options)
+
+
+def resolve(name: str = "auto") -> str:
+    """Return a backend's name; `auto` gives the first that works here.
+
+    Raises `BackendUnavailableError` for an unknown name, and for `auto` where none works.
     """
     if name == "auto":
         reasons = unavailable_reasons()
@@ -76,10 +95,4 @@ def open_backend(name: str = "auto", **options: Any) -> Backend:
         name = working[0]
     if name not in _BACKENDS:
         raise BackendUnavailableError(f"unknown backend {name!r}: choose auto, {', '.join(_BACKENDS)}")
-    factory = _BACKENDS[name][1]
-    known = inspect.signature(factory).parameters
-    if "progress" not in known:  # builds that take seconds report none
-        options.pop("progress", None)
-    if unknown := [option for option in options if option not in known]:
-        raise RequestError(f"backend {name} has no option {unknown[0]!r}: it has {', '.join(known)}")
-    return factory(**options)
+    return name

@@ -38,6 +38,7 @@ class CudaDevice:
         self._threads = threading.local()
         self._events: list[Any] = []
         self._bytes = 0
+        self._free_at_open = self.memory_free()[0]
         self.name = self._driver.cuDeviceGetName(128, self._gpu).split(b"\0")[0].decode()
 
     def activate(self) -> Driver:
@@ -74,6 +75,10 @@ class CudaDevice:
     def memory_in_use(self) -> int:
         """Return the bytes that open tensors hold; weights and contexts of engines are not counted."""
         return self._bytes
+
+    def memory_used(self) -> int:
+        """Return how many bytes less are free on the GPU than when it was opened, all programs counted."""
+        return self._free_at_open - self.memory_free()[0]
 
     def memory_free(self) -> tuple[int, int]:
         """Return the GPU's free and total bytes, all programs counted."""

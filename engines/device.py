@@ -107,3 +107,10 @@ class Device(Protocol):
 
     def memory_in_use(self) -> int:
         """Return the bytes that tensors of this device hold now."""
+
+    def memory_used(self) -> int:
+        """Return the bytes of the device's memory that went to this process: tensors, weights, contexts, arenas.
+
+        The host counts resident pages. A GPU counts how much less is free than when it was opened, so what other
+        programs take meanwhile is in it. Never waits for enqueued work.
+        """

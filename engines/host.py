@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -75,8 +76,12 @@ class HostGraph:
         """Run the recorded calls in order."""
         if self._calls is None:
             raise EngineError("a closed graph was replayed: capture it again")
+        queue = _host(stream)
         for call in self._calls:
-            _host(stream).submit(call)
+            if queue.capturing:
+                queue.submit(call)
+            else:
+                call()
 
     def close(self) -> None:
         """Drop the calls; calling it again does nothing."""
@@ -161,6 +166,17 @@ class HostDevice:
     def memory_in_use(self) -> int:
         """Return the bytes that open tensors hold."""
         return self._bytes
+
+    def memory_used(self) -> int:
+        """Return the resident bytes of this process; where the system does not tell, the bytes of open tensors."""
+        try:
+            file = os.open("/proc/self/statm", os.O_RDONLY)
+        except OSError:
+            return self._bytes
+        try:
+            return int(os.read(file, 128).split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        finally:
+            os.close(file)
 
 
 def _host(stream: Stream) -> HostStream:

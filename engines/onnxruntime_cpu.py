@@ -13,18 +13,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .attention import fuse, load_graph
 from .bundle import Bundle, GraphInfo
 from .cache import EngineCache
 from .device import Stream, Tensor
 from .engine import check_binding
-from .errors import BackendUnavailableError, EngineError, MissingExtraError
+from .errors import BackendUnavailableError, EngineError
 from .host import HostDevice, HostStream
 
 BUILDER = 1
 """Raised when what `_build` does to a graph changes, so that engines built before are not reused."""
-
-_PLAIN = {"q_num_heads", "kv_num_heads", "scale"}
-"""Attributes of an `Attention` that `MultiHeadAttention` can express."""
 
 log = logging.getLogger(__name__)
 
@@ -166,27 +164,8 @@ class OnnxRuntimeBinding:
 
 
 def _graph_for_cpu(path: Path) -> bytes:
-    """Return the graph with every plain `Attention` as ONNX Runtime's `MultiHeadAttention`, whose kernel is flash-like.
-
-    Both take queries, keys and values as [B, L, heads·size]. Masked attention (text encoders) stays as it is.
-    """
-    try:
-        import onnx
-    except ImportError as error:
-        raise MissingExtraError("cpu", "building an engine for the CPU") from error
-
-    model = onnx.load(path, load_external_data=False)
-    for node in model.graph.node:
-        attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
-        if node.op_type == "Attention" and len(node.input) == 3 and not set(attributes) - _PLAIN and attributes:
-            kept = {"num_heads": attributes["q_num_heads"]}
-            if "scale" in attributes:
-                kept["scale"] = attributes["scale"]
-            node.op_type, node.domain = "MultiHeadAttention", "com.microsoft"
-            del node.attribute[:]
-            node.attribute.extend(onnx.helper.make_attribute(name, value) for name, value in kept.items())
-    if not any(opset.domain == "com.microsoft" for opset in model.opset_import):
-        model.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))
+    model = load_graph(path, "cpu")
+    fuse(model)
     return model.SerializeToString()
 
 

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from .attention import expand, fuse, load_graph
 from .bundle import Bundle, GraphInfo
 from .cache import EngineCache
 from .cuda import CudaDevice, CudaStream, cuda_stream
@@ -92,13 +93,14 @@ class OnnxRuntimeCuda:
         options = ort.SessionOptions()
         options.log_severity_level = 3
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(files[0].parent))
         options.enable_mem_pattern = False  # a pattern moves the arena at the second run, and captures keep addresses
         self.device.activate()
         providers = provider_options(
             self.provider, self.device.number, self.stream.handle, self.graphs, self._cache.root / "onnxruntime"
         )
         try:
-            session = ort.InferenceSession(str(files[0]), options, providers=providers)
+            session = ort.InferenceSession(_graph_for_cuda(files[0]), options, providers=providers)
         except Exception as error:  # onnxruntime's own exceptions share no base class
             raise EngineError(f"graph {graph.name} cannot be opened on {self.name}: {_first_line(error)}") from error
         if PROVIDERS[self.provider] not in session.get_providers():
@@ -205,6 +207,14 @@ class OnnxRuntimeCudaBinding:
             )
         if not self._ran:
             raise EngineError(f"engine {self._engine.name} has not run yet: enqueue it once outside a capture")
+
+
+def _graph_for_cuda(path: Path) -> bytes:
+    """Return a graph without `Attention`, which no release before 1.25 runs on a GPU."""
+    model = load_graph(path, "gpu")
+    fuse(model)
+    expand(model)
+    return model.SerializeToString()
 
 
 def _first_line(error: Exception) -> str:

@@ -11,9 +11,11 @@ from typing import Any
 from .bundle import Bundle, GraphInfo
 from .cache import SIDECAR, EngineCache
 from .engine import solve_sizes
-from .errors import EngineError, ShapeError
+from .errors import EngineError, RequestError, ShapeError
 
 PLAN = "engine.plan"
+HARDWARE = ("ampere_plus", "same_compute_capability")
+"""What a plan may be compatible with beyond the GPU that it is built on."""
 BUILDER = 1
 """Raised when what the builder does to a network changes, so that plans built before are not reused."""
 
@@ -81,6 +83,15 @@ class PlanOptions:
     """`ampere_plus` or `same_compute_capability`: the plan also runs on other GPUs, and is slower."""
     weight_streaming: bool = False
     """Whether weights may stay in host memory and be streamed to the GPU."""
+
+    def __post_init__(self) -> None:
+        level, workspace = self.optimization_level, self.workspace
+        if level is not None and not 0 <= level <= 5:
+            raise RequestError(f"optimization_level is {level}: give 0 (fastest build) to 5 (fastest engine)")
+        if workspace is not None and workspace <= 0:
+            raise RequestError(f"workspace is {workspace}: give a number of bytes above 0, such as 2GiB")
+        if self.hardware not in (None, *HARDWARE):
+            raise RequestError(f"hardware is {self.hardware!r}: choose {', '.join(HARDWARE)}, or leave it out")
 
 
 @dataclass(frozen=True)
@@ -155,11 +166,11 @@ def missing_plan(cache: EngineCache, bundle: Bundle, graph: GraphInfo, key: Mapp
     profile = profile_from_json(key["profile"])
     return EngineError(
         f"no {backend} plan of {graph.name} fits {profile}: {have}. Build it with "
-        f"`{build_command(bundle, graph, backend, profile)}`"
+        f"`{build_command(bundle, graph, backend, profile, key['options'])}`"
     )
 
 
-def build_command(bundle: Bundle, graph: GraphInfo, backend: str, profile: Profile) -> str:
+def build_command(bundle: Bundle, graph: GraphInfo, backend: str, profile: Profile, options: Mapping[str, Any]) -> str:
     """Return the command that builds a bundle's plans for the size and batch of one graph's shapes."""
     latent, branches = bundle.manifest.latent, 2 if bundle.manifest.default_guidance_scale > 1 else 1
     shapes = {name: best for name, (_, best, _) in profile.ranges.items()}
@@ -168,7 +179,13 @@ def build_command(bundle: Bundle, graph: GraphInfo, backend: str, profile: Profi
     if "h" in sizes and "w" in sizes:
         command += f" --size {sizes['w'] * latent.downscale}x{sizes['h'] * latent.downscale}"
     batch = sizes.get("B", max(1, sizes.get("R", branches) // branches))
-    return f"{command} --batch {batch}"
+    command += f" --batch {batch}"
+    for name, value in options.items():
+        if name == "weight_streaming" and value:
+            command += " --option weights_on_gpu=0"
+        elif value not in (None, False):
+            command += f" --option {name}={value}"
+    return command
 
 
 def _difference(other: Mapping[str, Any], key: Mapping[str, Any]) -> str:

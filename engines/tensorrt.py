@@ -20,7 +20,7 @@ from .cuda import CudaDevice, CudaTensor, cuda_stream
 from .cuda_driver import unavailable_reason as no_driver
 from .device import Stream, Tensor
 from .engine import check_binding, shape_of
-from .errors import BackendUnavailableError, EngineError, ShapeError
+from .errors import BackendUnavailableError, EngineError, RequestError, ShapeError
 from .plan import Plan, PlanOptions
 from .planner import Planner, target_of_device
 from .tensorrt_builder import EXTRAS, MODULES, Progress
@@ -33,6 +33,18 @@ def unavailable_reason(name: str = "tensorrt") -> str | None:
     if importlib.util.find_spec(MODULES[name]) is None:
         return f"{MODULES[name]} is not installed: run `pip install 'latentrt[{EXTRAS[name]}]'`"
     return None
+
+
+def plan_options(
+    optimization_level: int | None = None,
+    workspace: int | None = None,
+    hardware: str | None = None,
+    weights_on_gpu: int | None = None,
+) -> PlanOptions:
+    """Return what plans are built with, from the options of the backend that shape a plan; raises `RequestError`."""
+    if weights_on_gpu is not None and weights_on_gpu < 0:
+        raise RequestError(f"weights_on_gpu is {weights_on_gpu}: give a number of bytes, 0 or more, such as 500MB")
+    return PlanOptions(optimization_level, workspace, hardware, weights_on_gpu is not None)
 
 
 class TensorRt:
@@ -58,13 +70,13 @@ class TensorRt:
         `weights_on_gpu` is the number of bytes of an engine's weights that stay in GPU memory; the others are streamed
         from the host at each run, which rules out captured graphs. The other options are those of `PlanOptions`.
         """
+        options = plan_options(optimization_level, workspace, hardware, weights_on_gpu)
         if reason := unavailable_reason(name):
             raise BackendUnavailableError(f"backend {name}: {reason}")
         self.name = name
         self.device = CudaDevice(gpu)
         self.captures = weights_on_gpu is None
         self.weights_on_gpu = weights_on_gpu
-        options = PlanOptions(optimization_level, workspace, hardware, weights_on_gpu is not None)
         target = target_of_device(name, self.device, options)
         self.planner = Planner(name, target, cache=cache, options=options, progress=progress)
         self.arena = Arena(self.device)

@@ -16,7 +16,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from .errors import BackendUnavailableError, EngineError
+from .attention import expand, load_graph
+from .errors import BackendUnavailableError, EngineError, RequestError
 from .plan import PlanOptions, Profile
 
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
@@ -49,6 +50,8 @@ class Library:
                 f"backend {backend}: {MODULES[backend]} {self.version} is installed, {oldest} or later is needed: "
                 f"run `pip install 'latentrt[{EXTRAS[backend]}]'`"
             )
+        self.reads_attention = hasattr(self.trt, "IAttention")
+        """Whether its parser knows the operator `Attention`, as from TensorRT 10.14 on."""
         self.errors: list[str] = []
         self.logger = self._logger()
 
@@ -128,7 +131,13 @@ def _parse(library: Library, builder: Any, graph: Path) -> Any:
     strongly_typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     network = builder.create_network(0 if strongly_typed is None else 1 << int(strongly_typed))
     parser = trt.OnnxParser(network, library.logger)
-    if not parser.parse_from_file(str(graph)):
+    if library.reads_attention:
+        parsed = parser.parse_from_file(str(graph))
+    else:
+        model = load_graph(graph, EXTRAS[library.backend])
+        expand(model)
+        parsed = parser.parse(model.SerializeToString(), str(graph))
+    if not parsed:
         errors = [parser.get_error(i) for i in range(parser.num_errors)]
         library.errors[:0] = [f"node {error.node_name()}: {error.desc()}" for error in errors]
         raise library.failure(f"{library.backend} cannot read {graph.name}")
@@ -152,7 +161,9 @@ def _configure(library: Library, config: Any, options: PlanOptions, compute_capa
     if options.hardware is not None:
         levels = {n.lower(): level for n, level in trt.HardwareCompatibilityLevel.__members__.items() if n != "NONE"}
         if options.hardware not in levels:
-            raise EngineError(f"hardware compatibility is {options.hardware!r}: choose {', '.join(levels)}")
+            raise RequestError(
+                f"hardware is {options.hardware!r}: {library.backend} {library.version} has {', '.join(levels)}"
+            )
         config.hardware_compatibility_level = levels[options.hardware]
     if options.weight_streaming:
         config.set_flag(trt.BuilderFlag.WEIGHT_STREAMING)

@@ -20,8 +20,8 @@ Pixels = npt.NDArray[np.uint8]
 TEXT_KEY = "latentrt"
 """The PNG text chunk that holds the request as JSON."""
 
-# The fastest deflate level: several times faster than the default, at a few percent more bytes.
-COMPRESS_LEVEL = 1
+# Run-length matches only: a seventh faster than the fastest level with all matches, and about as small on pictures.
+COMPRESSION: dict[str, Any] = {"compress_level": 1, "compress_type": 3}
 
 
 def load_image(source: Any, what: str = "image") -> Image.Image:
@@ -62,13 +62,16 @@ def latent_mask(image: Image.Image, height: int, width: int, downscale: int) -> 
     return binary[None, ::downscale, ::downscale]  # nearest neighbour, as the field does it
 
 
-def encode_png(pixels: Pixels, request: Mapping[str, Any] | None = None) -> bytes:
-    """Return a [H, W, 3] picture as PNG bytes, the request as JSON in its text chunk."""
+def encode_png(picture: Image.Image, request: Mapping[str, Any] | None = None) -> bytes:
+    """Return a picture as PNG bytes, the request as JSON in its text chunk.
+
+    Most of it runs without Python's lock: encode in a thread while the next request runs.
+    """
     info = PngImagePlugin.PngInfo()
     if request is not None:
         info.add_itxt(TEXT_KEY, json.dumps(request, ensure_ascii=False))
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG", pnginfo=info, compress_level=COMPRESS_LEVEL)
+    picture.save(buffer, "PNG", pnginfo=info, **COMPRESSION)
     return buffer.getvalue()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -61,10 +62,10 @@ def loop_arrays(
     strength).
     """
     count = len(seeds)
-    original = np.zeros((count, *shape), np.float32)
     noise = np.empty((count, *shape), np.float32)
     slots = -(-table.draw_count // DRAW_BUCKET) * DRAW_BUCKET
-    drawn = np.zeros((count, max(1, slots), *shape), np.float32)
+    drawn = np.zeros((count, slots, *shape), np.float32) if slots else _filled(0.0, (count, 1, *shape))
+    original = np.zeros((count, *shape), np.float32)
     for i, seed in enumerate(seeds):
         generator = Generator(seed)
         if initial is not None:
@@ -79,13 +80,13 @@ def loop_arrays(
     else:
         signal, sigma = table.known[0].astype(np.float32)
         latents = signal * original + sigma * noise
-    packed: dict[str, Any] = pack([table] * count, [guidance_scale] * count, branches)
-    packed |= {name: _padded(packed[name]) for name in ROWS}
+    packed = _packed(table, count, guidance_scale, branches)
     first = packed["row"]
     model_input = (packed["input_scales"][first] * latents).astype(network_dtype)
-    repaint = np.ones((count, 1, *shape[1:]), bool)
+    known, repaint = _filled(0.0, (count, 2, *shape)), _filled(True, (count, 1, *shape[1:]))
     if initial is not None and initial.mask is not None:
-        repaint[:] = initial.mask
+        known = np.stack([original, noise], axis=1)
+        repaint = np.repeat(initial.mask[None], count, axis=0)
     return {
         **packed,
         "latents": latents,
@@ -93,9 +94,27 @@ def loop_arrays(
         "model_input": model_input[packed["image_of_row"]],
         "timestep": packed["timesteps"][first][packed["image_of_row"]],
         "noise": drawn,
-        "known": np.stack([original, noise], axis=1),
+        "known": known,
         "repaint": repaint,
     }
+
+
+@lru_cache(maxsize=32)
+def _packed(table: StepTable, count: int, guidance_scale: float, branches: int) -> dict[str, Array]:
+    """Return the packed rows of one table for every image of a batch, read-only: most requests share them."""
+    packed: dict[str, Any] = pack([table] * count, [guidance_scale] * count, branches)
+    packed |= {name: _padded(packed[name]) for name in ROWS}
+    for array in packed.values():
+        array.flags.writeable = False
+    return packed
+
+
+@lru_cache(maxsize=16)
+def _filled(value: bool | float, shape: tuple[int, ...]) -> Array:
+    """Return a read-only array of one value: float32, or bool for a truth value."""
+    array = np.full(shape, value, bool if isinstance(value, bool) else np.float32)
+    array.flags.writeable = False
+    return array
 
 
 def _padded(array: Array) -> Array:

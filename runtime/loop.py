@@ -53,8 +53,10 @@ class DenoiseLoop:
         dtype = next(spec.dtype for spec in denoiser.outputs if spec.name == "prediction")
         self._prediction = device.empty(arrays["model_input"].shape, dtype)
         self._owned = [self._prediction, *self._constants.values(), *self._sets[0].values(), *self._sets[1].values()]
+        self._unchanged: dict[str, Array] = {}
         self._bound: list[tuple[BoundEngine, BoundEngine]] = []
         self._captured = CapturedWork()
+        self._steps = [("even", partial(self._enqueue_step, 0)), ("odd", partial(self._enqueue_step, 1))]
 
     def bind(self, open_engine: OpenEngine, denoiser: GraphInfo, step: GraphInfo) -> None:
         """Open both engines and bind them to each set of buffers; does nothing when they are bound."""
@@ -72,9 +74,18 @@ class DenoiseLoop:
         self._bound = []
 
     def load(self, arrays: Mapping[str, Array], stream: Stream) -> None:
-        """Copy a request's arrays to the device; shapes must be those of the first request."""
+        """Copy a request's arrays to the device; shapes must be those of the first request.
+
+        Read-only arrays that are still there from the request before (its sampler's tables) are not copied again.
+        """
         for name, array in arrays.items():
-            (self._sets[0] if name in STATE else self._constants)[name].write(array, stream)
+            if name in STATE:
+                self._sets[0][name].write(array, stream)
+            elif self._unchanged.get(name) is not array:
+                self._constants[name].write(array, stream)
+                self._unchanged.pop(name, None)
+                if not array.flags.writeable:
+                    self._unchanged[name] = array
 
     def latents(self, steps_done: int) -> Tensor:
         """Return the tensor that holds the latents [B, C, h, w] after a number of steps."""
@@ -95,14 +106,14 @@ class DenoiseLoop:
         `on_step(i)` is called after step i was enqueued; with it, nothing larger than a step is captured.
         """
         if mode == "loop" and on_step is None:
-            self._captured.run(steps, lambda: self.enqueue(steps, stream), stream)
+            self._captured.run(steps, partial(self.enqueue, steps), stream)
             return self.latents(steps)
         for index in range(steps):
+            key, enqueue = self._steps[index % 2]
             if mode == "eager":
-                self._enqueue_step(index % 2, stream)
+                enqueue(stream)
             else:
-                parity = index % 2
-                self._captured.run(f"step {parity}", partial(self._enqueue_step, parity, stream), stream)
+                self._captured.run(key, enqueue, stream)
             if on_step is not None:
                 on_step(index)
         return self.latents(steps)
@@ -113,9 +124,8 @@ class DenoiseLoop:
             self._enqueue_step(index % 2, stream)
 
     def _enqueue_step(self, parity: int, stream: Stream) -> None:
-        denoiser, step = self._bound[parity]
-        denoiser.enqueue(stream)
-        step.enqueue(stream)
+        for bound in self._bound[parity]:
+            bound.enqueue(stream)
 
     def close(self) -> None:
         """Free graphs and buffers; calling it again does nothing."""
@@ -136,18 +146,18 @@ class CapturedWork:
         self._capacity = capacity
         self._graphs: OrderedDict[Hashable, Graph | None] = OrderedDict()
 
-    def run(self, key: Hashable, enqueue: Callable[[], None], stream: Stream) -> None:
-        """Do what `enqueue` does: by calling it, or by replaying what it did."""
+    def run(self, key: Hashable, enqueue: Callable[[Stream], None], stream: Stream) -> None:
+        """Do what `enqueue` does with the stream: by calling it, or by replaying what it did."""
         if key not in self._graphs:
             self._graphs[key] = None
             if len(self._graphs) > self._capacity:
                 _close(self._graphs.popitem(last=False)[1])
-            enqueue()
+            enqueue(stream)
             return
         graph = self._graphs[key]
         if graph is None:
             with stream.capture() as capture:
-                enqueue()
+                enqueue(stream)
             graph = self._graphs[key] = capture.finish()
         self._graphs.move_to_end(key)
         graph.replay(stream)

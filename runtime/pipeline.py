@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from itertools import pairwise
+from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, get_args
@@ -19,6 +18,7 @@ from ..engines.bundle import Bundle, GraphInfo, Stage
 from ..engines.device import Array
 from ..engines.engine import Engine
 from ..engines.errors import EngineError, RequestError, SchedulerError
+from .callbacks import BatchCallback, Progress, StepCallback, silent, step_hook
 from .image import image_pixels, latent_mask
 from .inputs import InitialImage, load_pictures, loop_arrays
 from .loop import Mode
@@ -30,19 +30,11 @@ from .tokenizer import Tokenizer, encode_prompts
 from .workspace import Workspace, run_once
 
 OutputType = Literal["pil", "np", "latent"]
-StepCallback = Callable[["Pipeline", int, float, dict[str, Any]], "dict[str, Any] | None"]
 
 MAX_WORKSPACES = 4
 """Request shapes whose buffers and captured graphs are kept; the least recently used goes first."""
-
-Progress = Callable[[str, int, int], None]
-"""Called with a stage, the work done in it and the work in all."""
-
-log = logging.getLogger(__name__)
-
-
-def _silent(stage: str, done: int, total: int) -> None:
-    """Report no progress."""
+MAX_TABLES = 32
+"""Combinations of sampler, steps, strength and eta whose tables are kept."""
 
 
 class Pipeline:
@@ -56,7 +48,7 @@ class Pipeline:
         mode: Mode | None = None,
         max_batch: int = 4,
         low_memory: bool = False,
-        progress: Progress = _silent,
+        progress: Progress = silent,
     ) -> None:
         """Open all engines that every request needs; see `open`."""
         if mode not in (None, "eager") and not backend.captures:
@@ -70,6 +62,11 @@ class Pipeline:
         self._tokenizers = [Tokenizer(bundle.file(info.file), info) for info in bundle.manifest.tokenizers]
         self._network_dtype = next(t.dtype for t in bundle.graph("denoiser").inputs if t.name == "model_input")
         self._stream = backend.device.stream()
+        self._table = lru_cache(MAX_TABLES)(
+            lambda steps, sampler, strength, eta: step_table(
+                bundle.manifest.scheduler, steps, sampler=sampler, strength=strength, eta=eta
+            )
+        )
         self._workspaces: OrderedDict[Any, Workspace] = OrderedDict()
         self._engines: dict[tuple[str, Any], Engine] = {}
         graphs = [graph for graph in bundle.manifest.graphs if graph.stage != "image"]  # most start from noise
@@ -86,7 +83,7 @@ class Pipeline:
         mode: Mode | None = None,
         max_batch: int = 4,
         low_memory: bool = False,
-        progress: Progress = _silent,
+        progress: Progress = silent,
         **options: Any,
     ) -> Pipeline:
         """Open a bundle on a backend, building the engines that the cache does not have.
@@ -123,14 +120,17 @@ class Pipeline:
         strength: float | None = None,
         output_type: OutputType = "pil",
         callback_on_step_end: StepCallback | None = None,
-        progress: Progress = _silent,
+        on_batch: BatchCallback | None = None,
+        progress: Progress = silent,
     ) -> GenerationResult:
         """Turn prompts into pictures.
 
         `image` (a path, PIL picture or array) starts from a picture, kept the more the lower `strength` is (default
         0.8); `mask_image` repaints only its white area (default strength 1). Sizes are pixels; `None` means the
-        bundle's default. `callback_on_step_end(pipe, step, timestep, {"latents": array})` may return replaced latents.
-        Raises `RequestError` for anything that cannot be served as given.
+        bundle's default. `callback_on_step_end(pipe, step, timestep, {"latents": array})` may return replaced latents,
+        show `pipe.decode(latents)`, or raise to cancel; with it no more than a step is captured.
+        `on_batch(request, first, images)` gets the pictures of each batch before the next batch starts. Raises
+        `RequestError` for anything that cannot be served as given.
         """
         start = time.perf_counter()
         if self._closed:
@@ -152,14 +152,14 @@ class Pipeline:
             strength=strength if strength is not None else 0.8 if picture and not mask else 1.0,
         )
         request = request.with_defaults(self.bundle.manifest, picture.size if picture else None)
-        table = self._table(request, chosen=sampler is not None)
+        table = self._table_for(request, chosen=sampler is not None)
         initial = self._initial(request, picture, mask) if picture else None
-        timings, outputs = Timings(), []
-        warnings: list[str] = []
+        finished = GenerationResult([], [seed for _, _, seed in request.images], Timings(), request=request)
+        timings = finished.timings
         for first in range(0, len(request.images), self.max_batch):
             images = request.images[first : first + self.max_batch]
             began = time.perf_counter()
-            token_ids = encode_prompts(self._tokenizers, images, request.branches, warnings)
+            token_ids = encode_prompts(self._tokenizers, images, request.branches, finished.warnings)
             tokenized = time.perf_counter()
             arrays = loop_arrays(
                 table,
@@ -175,60 +175,42 @@ class Pipeline:
             timings.tokenize += tokenized - began
             timings.prepare += prepared - tokenized
             workspace = self._workspace(token_ids, arrays)
-            outputs.append(
-                self._run(workspace, token_ids, arrays, table, output_type, callback_on_step_end, progress, timings)
-            )
-        result: Any = np.concatenate(outputs)
-        if output_type == "pil":
-            result = [Image.fromarray(pixels) for pixels in result]
+            workspace.load(token_ids, arrays, self._stream)
+            on_step = step_hook(self, workspace, table, self._stream, callback_on_step_end, progress)
+            output = self._run(workspace, len(table), output_type, on_step, finished)
+            finished.images.extend(map(Image.fromarray, output) if output_type == "pil" else output)
+            if on_batch is not None:
+                on_batch(request, first, finished.images[first:])
+        if output_type != "pil":
+            finished.images = np.stack(finished.images)
         timings.total = time.perf_counter() - start
-        return GenerationResult(result, [seed for _, _, seed in request.images], timings, warnings, request)
+        return finished
 
     def _run(
         self,
         workspace: Workspace,
-        token_ids: dict[str, Array],
-        arrays: dict[str, Array],
-        table: StepTable,
+        steps: int,
         output_type: OutputType,
-        callback: StepCallback | None,
-        progress: Progress,
-        timings: Timings,
+        on_step: Callable[[int], None] | None,
+        finished: GenerationResult,
     ) -> Array:
-        """Encode, denoise and decode one batch; the device is waited for once, at the end."""
-        stream, steps = self._stream, len(table)
-        workspace.load(token_ids, arrays, stream)
-        on_step = self._on_step(callback, progress, workspace, table)
+        """Encode, denoise and decode one loaded batch; the device is waited for once, at the end."""
         decode = output_type != "latent"
-        events = workspace.run(steps, stream, mode=self.mode, decode=decode, on_step=on_step)
+        trace = workspace.run(steps, self._stream, mode=self.mode, decode=decode, on_step=on_step)
         wanted = {"pil": "image", "np": "pixels"}
-        output = (workspace.pictures[wanted[output_type]] if decode else workspace.loop.latents(steps)).read(stream)
-        encode, denoise, decoding = (b.milliseconds_since(a) / 1e3 for a, b in pairwise(events))
-        timings.encode += encode
-        timings.denoise += denoise
-        timings.decode += decoding
-        timings.steps += steps
-        return output
+        output = workspace.pictures[wanted[output_type]] if decode else workspace.loop.latents(steps)
+        array = output.read(self._stream)
+        finished.add(trace, steps)
+        return array
 
-    def _on_step(
-        self, callback: StepCallback | None, progress: Progress, workspace: Workspace, table: StepTable
-    ) -> Callable[[int], None] | None:
-        if callback is None and progress is _silent:
-            return None
-
-        def on_step(index: int) -> None:
-            progress("denoising", index + 1, len(table))
-            if callback is None:
-                return
-            tensor = workspace.loop.latents(index + 1)
-            latents = tensor.read(self._stream)
-            replaced = callback(self, index, float(table.timesteps[index]), {"latents": latents})
-            latents_after = (replaced or {}).get("latents")
-            if latents_after is not None and index + 1 < len(table):
-                scale = float(table.input_scales[index + 1])
-                workspace.loop.replace_latents(index + 1, latents_after, scale, self._stream)
-
-        return on_step
+    def decode(self, latents: Array) -> list[Image.Image]:
+        """Return the pictures of latents [B, C, h, w] as they are: a preview, inside a step's callback or outside."""
+        graph = self.bundle.graph("decoder")
+        engine = self._engine(graph, {"latents": latents.shape})
+        pixels = run_once(self.backend.device, engine, graph, {"latents": latents}, self._stream)["image"]
+        if self.low_memory:
+            self._release("end")
+        return [Image.fromarray(picture) for picture in pixels]
 
     def _initial(self, request: GenerationRequest, picture: Image.Image, mask: Image.Image | None) -> InitialImage:
         """Encode the initial picture to latent moments, and bring the mask to latent size."""
@@ -243,11 +225,10 @@ class Pipeline:
         cells = None if mask is None else latent_mask(mask, height, width, self.bundle.manifest.latent.downscale)
         return InitialImage(moments["latents_mean"], moments["latents_std"], cells)
 
-    def _table(self, request: GenerationRequest, chosen: bool) -> StepTable:
-        """Build the step table; a scheduler that cannot be one is the request's fault when the request chose it."""
-        scheduler, steps = self.bundle.manifest.scheduler, request.num_inference_steps or 1
+    def _table_for(self, request: GenerationRequest, chosen: bool) -> StepTable:
+        """Return the step table; a scheduler that cannot be one is the request's fault when the request chose it."""
         try:
-            return step_table(scheduler, steps, sampler=request.sampler, strength=request.strength, eta=request.eta)
+            return self._table(request.num_inference_steps or 1, request.sampler, request.strength, request.eta)
         except SchedulerError as error:
             raise (RequestError(str(error)) if chosen else error) from error
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .request import GenerationRequest
+from .workspace import Trace
 
 
 @dataclass
@@ -25,7 +26,7 @@ class Timings:
 
 @dataclass
 class GenerationResult:
-    """Pictures in request order, the seed of each, and where the time went.
+    """Pictures in request order, the seed of each, and where the time and the memory went.
 
     `images` is a list of PIL pictures, or an array: float32 [B, H, W, 3] in [0, 1] for `"np"`, float32 [B, C, h, w] for
     `"latent"`.
@@ -34,6 +35,19 @@ class GenerationResult:
     images: Any
     seeds: list[int]
     timings: Timings
+    memory: dict[str, int] = field(default_factory=dict)
+    """Bytes of the device's memory in use at the end of encode, denoise and decode, the most of all batches: on a GPU
+    what this process took since it was opened, on the CPU what is resident."""
     warnings: list[str] = field(default_factory=list)
     request: GenerationRequest | None = None
     """The request with every default filled in."""
+
+    def add(self, trace: Trace, steps: int) -> None:
+        """Add what one batch took; waits for its last stage."""
+        encode, denoise, decode = trace.seconds()
+        self.timings.encode += encode
+        self.timings.denoise += denoise
+        self.timings.decode += decode
+        self.timings.steps += steps
+        for stage, used in trace.memory.items():
+            self.memory[stage] = max(used, self.memory.get(stage, 0))

@@ -28,7 +28,7 @@ Form = NDArray[np.float64]  # a linear form over the columns: the coefficients o
 HISTORY = 4  # index of the first history column
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class StepTable:
     """The rows of one denoising run: N evaluations of the network, H history slots, K = 4 + H columns.
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
 
 from ..engines.bundle import Bundle, GraphInfo, Stage, TensorInfo
 from ..engines.device import Array, Device, Event, Stream, Tensor
@@ -36,6 +38,19 @@ def run_once(
             tensor.close()
 
 
+@dataclass
+class Trace:
+    """Points in the stream before, between and after encode, denoise and decode, and the memory used by then."""
+
+    events: list[Event] = field(default_factory=list)
+    memory: dict[str, int] = field(default_factory=dict)
+    """Bytes of the device's memory in use when the stage's work had been enqueued, its engines still open."""
+
+    def seconds(self) -> list[float]:
+        """Return how long each stage took; waits for the last."""
+        return [after.milliseconds_since(before) / 1e3 for before, after in pairwise(self.events)]
+
+
 class Workspace:
     """Everything that is allocated once for a shape and used again by the next request of that shape.
 
@@ -53,7 +68,7 @@ class Workspace:
         release: Release | None = None,
     ) -> None:
         """Allocate all tensors and, unless engines are released after each stage, bind them."""
-        self._bundle, self._open, self._release = bundle, open_engine, release
+        self._device, self._bundle, self._open, self._release = device, bundle, open_engine, release
         self._tensors: dict[str, Tensor] = {name: device.empty(ids.shape, ids.dtype) for name, ids in token_ids.items()}
         self._prompt_graphs = [graph for graph in bundle.manifest.graphs if graph.stage == "prompt"]
         for graph in self._prompt_graphs:
@@ -78,15 +93,15 @@ class Workspace:
 
     def run(
         self, steps: int, stream: Stream, *, mode: Mode, decode: bool, on_step: Callable[[int], None] | None
-    ) -> list[Event]:
-        """Enqueue a loaded request; return the points before and after its stages: encode, denoise, decode.
+    ) -> Trace:
+        """Enqueue a loaded request and return where its stages begin and end in the stream.
 
         A request captured whole has no points between its stages: its time counts as denoising.
         """
         if mode == "request" and on_step is None and self._release is None:
             before = stream.record()
 
-            def enqueue() -> None:
+            def enqueue(stream: Stream) -> None:
                 self._encode(stream)
                 self.loop.enqueue(steps, stream)
                 if decode:
@@ -94,21 +109,19 @@ class Workspace:
 
             self._requests.run((steps, decode), enqueue, stream)
             after = stream.record()
-            return [before, before, after, after]
-        events = [stream.record()]
+            return Trace([before, before, after, after], {"denoise": self._device.memory_used()})
+        trace = Trace([stream.record()])
         self._bind_prompt()
         self._encode(stream)
-        self._done("prompt", stream)
-        events.append(stream.record())
+        self._done("encode", "prompt", trace, stream)
         self._bind_loop()
         self.loop.run(steps, stream, mode=mode, on_step=on_step)
-        self._done("step", stream)
-        events.append(stream.record())
+        self._done("denoise", "step", trace, stream)
         if decode:
             self._bind_decoder()
             self._decoders[steps % 2].enqueue(stream)
-            self._done("end", stream)
-        return [*events, stream.record()]
+        self._done("decode", "end", trace, stream)
+        return trace
 
     def _encode(self, stream: Stream) -> None:
         for bound in self._prompt:
@@ -129,8 +142,10 @@ class Workspace:
             inputs = {"latents": self.loop.latents(parity)}
             self._decoders.append(self._open(graph, shapes_of(inputs)).bind({**inputs, **self.pictures}))
 
-    def _done(self, stage: Stage, stream: Stream) -> None:
-        """Let go of a stage's engines when they are not to stay."""
+    def _done(self, name: str, stage: Stage, trace: Trace, stream: Stream) -> None:
+        """Note the end of a stage, and let go of its engines when they are not to stay."""
+        trace.events.append(stream.record())
+        trace.memory[name] = self._device.memory_used()
         if self._release is None:
             return
         stream.synchronize()

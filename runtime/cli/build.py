@@ -19,10 +19,11 @@ from ...engines.errors import BackendUnavailableError, RequestError
 from ...engines.host import HostDevice
 from ...engines.plan import Profile, profile_for
 from ...engines.planner import Planner, target_of_compute_capability
-from ...engines.tensorrt import TensorRt
+from ...engines.tensorrt import TensorRt, plan_options
 from ..inputs import loop_arrays
 from ..samplers import step_table
 from ..workspace import Workspace
+from .options import BackendOptions, backend_options, options_of
 from .progress import progress_bar
 
 Shapes = Mapping[str, Sequence[int]]
@@ -48,6 +49,7 @@ def build(
             help="Build tensorrt-rtx engines for this GPU architecture; no GPU needed.",
         ),
     ] = None,
+    options: BackendOptions = None,
 ) -> None:
     """Build a bundle's engines into the cache, so that the first request need not wait for it."""
     opened = Bundle.open(bundle)
@@ -60,13 +62,14 @@ def build(
         if compute_capability:
             name = "tensorrt-rtx" if backend == "auto" else backend
             targets = [target_of_compute_capability(name, capability) for capability in compute_capability]
-            planners = [Planner(name, target, progress=progress) for target in targets]
+            chosen = plan_options(**options_of(plan_options, name, options))
+            planners = [Planner(name, target, options=chosen, progress=progress) for target in targets]
         else:
-            device = _open(backend)
+            device = _open(backend, options)
             if not isinstance(device, TensorRt):
                 _open_each(device, opened, shapes)
                 return
-            planners = [Planner(device.name, device.planner.target, progress=progress)]
+            planners = [Planner(device.name, device.planner.target, options=device.planner.options, progress=progress)]
         for planner in planners:
             for graph, profile, what in _plans(opened, requests, shapes, dynamic):
                 done = planner.is_built(opened, graph, profile)
@@ -148,9 +151,9 @@ def _plans(
                 yield graph, profile, str(request)
 
 
-def _open(name: str) -> Backend:
+def _open(name: str, options: Sequence[str] | None) -> Backend:
     try:
-        return open_backend(name)
+        return open_backend(name, **backend_options(name, options))
     except BackendUnavailableError as error:
         hint = "; with --compute-capability X.Y it builds for a GPU elsewhere" if name == "tensorrt-rtx" else ""
         raise BackendUnavailableError(f"{error}{hint}") from error

@@ -7,16 +7,14 @@ import re
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from ...engines.errors import MissingExtraError, RequestError
-from .files import free_paths, write_atomically
+from .files import write_atomically
+from .options import BackendOptions, backend_options
 from .progress import progress_bar
-
-if TYPE_CHECKING:
-    from ..result import GenerationResult
 
 
 def generate(
@@ -45,6 +43,7 @@ def generate(
     grid: Annotated[Path | None, typer.Option("--grid", help="Also write all pictures, labelled, as one PNG.")] = None,
     backend: Annotated[str, typer.Option("--backend", help="Backend (default: the fastest that works).")] = "auto",
     threads: Annotated[int | None, typer.Option("--threads", min=1, help="Processor threads.")] = None,
+    options: BackendOptions = None,
     low_memory: Annotated[bool, typer.Option("--low-memory", help="Hold one stage's engines at a time.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print paths, seeds and timings as JSON.")] = False,
 ) -> None:
@@ -58,72 +57,63 @@ def generate(
         raise RequestError(f"output {output} is one file for {len(texts) * count} pictures: give a folder")
     if grid is not None and grid.suffix.lower() != ".png":
         raise RequestError(f"grid {grid} is not a .png file: grids are written as PNG")
+    from dataclasses import asdict
+
+    from .. import image as images
     from ..pipeline import Pipeline
+    from .pictures import PictureWriter
 
     began = time.perf_counter()
-    options: dict[str, Any] = {} if threads is None else {"threads": threads}
     with (
         progress_bar("generating") as progress,
-        Pipeline.open(bundle or _embedded(), backend, low_memory=low_memory, progress=progress, **options) as pipe,
+        Pipeline.open(
+            bundle or _embedded(),
+            backend,
+            low_memory=low_memory,
+            progress=progress,
+            **backend_options(backend, options, threads=threads),
+        ) as pipe,
     ):
         opened = time.perf_counter()
-        result = pipe(
-            texts,
-            negative,
-            height=height,
-            width=width,
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-            num_images_per_prompt=count,
-            seed=seed,
-            sampler=sampler,
-            eta=eta,
-            image=init_image,
-            mask_image=mask,
-            strength=strength,
-            progress=progress,
-        )
         described = {"bundle": pipe.bundle.manifest.source.get("name"), "precision": pipe.bundle.manifest.precision}
-    report = _write(result, described, output if single else None, output, grid)
-    report["timings"]["open"] = opened - began
-    if as_json:
-        typer.echo(json.dumps(report, indent=2))
-    else:
-        for entry in report["images"]:
+        with PictureWriter(output if single else None, output, described) as writer:
+            result = pipe(
+                texts,
+                negative,
+                height=height,
+                width=width,
+                num_inference_steps=steps,
+                guidance_scale=guidance,
+                num_images_per_prompt=count,
+                seed=seed,
+                sampler=sampler,
+                eta=eta,
+                image=init_image,
+                mask_image=mask,
+                strength=strength,
+                on_batch=writer,
+                progress=progress,
+            )
+            done = time.perf_counter()
+            entries = writer.entries()
+    if grid is not None:
+        sheet = images.grid(result.images, [entry["prompt"] for entry in entries])
+        write_atomically(grid, images.encode_png(sheet))
+    if not as_json:
+        for entry in entries:
             typer.echo(f"{entry['path']}  seed {entry['seed']}  {entry['prompt']}")
         if grid is not None:
             typer.echo(str(grid))
-
-
-def _write(
-    result: GenerationResult, described: dict[str, Any], file: Path | None, folder: Path, grid_path: Path | None
-) -> dict[str, Any]:
-    """Write all pictures (and the grid) and return the report that --json prints."""
-    from dataclasses import asdict
-
-    import numpy as np
-
-    from .. import image as images
-
+        return
     assert result.request is not None
-    start = time.perf_counter()
-    entries = []
-    paths = [file] if file is not None else free_paths(folder, result.seeds)
-    for picture, path, (prompt, negative, seed) in zip(result.images, paths, result.request.images, strict=True):
-        request = result.request.model_dump(mode="json") | {
-            "prompt": prompt,
-            "negative_prompt": negative,
-            "seed": seed,
-            "num_images_per_prompt": 1,
-        }
-        write_atomically(path, images.encode_png(np.asarray(picture), request | described))
-        entries.append({"path": str(path), "seed": seed, "prompt": prompt})
-    if grid_path is not None:
-        sheet = images.grid(result.images, [f"{entry['prompt']}" for entry in entries])
-        write_atomically(grid_path, images.encode_png(np.asarray(sheet)))
-    timings = asdict(result.timings) | {"write": time.perf_counter() - start}
-    request = result.request.model_dump(mode="json") | described
-    return {"images": entries, "timings": timings, "request": request, "warnings": result.warnings}
+    report = {
+        "images": entries,
+        "timings": {"open": opened - began, **asdict(result.timings), "write": time.perf_counter() - done},
+        "memory": result.memory,
+        "request": {**result.request.model_dump(mode="json"), **described},
+        "warnings": result.warnings,
+    }
+    typer.echo(json.dumps(report, indent=2))
 
 
 def _embedded() -> Path:

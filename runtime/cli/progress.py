@@ -11,7 +11,9 @@ from contextlib import contextmanager
 def progress_bar(what: str) -> Iterator[Callable[[str, int, int], None]]:
     """Yield a function `(stage, done, total)` that draws a bar until the block ends."""
     if not sys.stderr.isatty():
-        yield lambda stage, done, total: None
+        from ..callbacks import silent
+
+        yield silent
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ...engines.errors import MissingExtraError
+from .options import BackendOptions, backend_options
 from .progress import progress_bar
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ def verify(
     steps: Annotated[int, typer.Option("--steps", min=1, help="Steps of the whole request.")] = 10,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the whole request.")] = 0,
     threads: Annotated[int | None, typer.Option("--threads", min=1, help="Processor threads.")] = None,
+    options: BackendOptions = None,
     tokenizer: Annotated[str | None, typer.Option(help="Tokenizer folder or hub id, for a single file.")] = None,
     prediction_type: Annotated[str | None, typer.Option(help="What a single file's U-Net predicts.")] = None,
     layers: Annotated[str | None, typer.Option(help="Also compare this graph node by node with ONNX Runtime.")] = None,
@@ -37,7 +39,6 @@ def verify(
         if (error.name or "").startswith("latentrt"):
             raise
         raise MissingExtraError("cpu,export,bench", "verifying a bundle") from error
-    options: dict[str, Any] = {} if threads is None else {"threads": threads}
     with progress_bar("verifying") as progress:
         report = run_verify(
             bundle,
@@ -49,7 +50,7 @@ def verify(
             tokenizer=tokenizer,
             prediction_type=prediction_type,
             progress=progress,
-            **options,
+            **backend_options(backend, options, threads=threads),
         )
     inside = _layers(bundle, layers, report.backend) if layers else []
     if as_json:

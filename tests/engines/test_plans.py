@@ -139,6 +139,15 @@ def test_a_missing_plan_says_what_there_is_and_how_to_build(
         assert part in message
 
 
+def test_the_command_that_builds_a_missing_plan_names_its_options(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = EngineCache(tmp_path / "cache")
+    backend = tensorrt_backend(monkeypatch, cache, build=False, optimization_level=5, weights_on_gpu=1 << 20)
+    with pytest.raises(EngineError, match="--batch 2 --option optimization_level=5 --option weights_on_gpu=0`"):
+        backend.open(bundle, bundle.graph("first"), {"x": (2, 8)})
+
+
 def test_a_plan_whose_tensors_are_not_the_manifest_s_is_refused(bundle: Bundle) -> None:
     graph = bundle.graph("second")
     tensors = [{"name": t.name, "mode": "input", "dtype": t.dtype, "shape": [-1] * len(t.shape)} for t in graph.inputs]

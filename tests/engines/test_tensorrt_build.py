@@ -6,6 +6,7 @@ import _thread
 import json
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -135,8 +136,11 @@ def test_options_reach_the_library(tmp_path: Path) -> None:
     config = trt.Builder(library.logger).create_builder_config()
     tensorrt_builder._configure(library, config, PlanOptions(), None)
     assert config.get_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
-    with pytest.raises(EngineError, match="hardware compatibility is 'all': choose ampere_plus"):
-        tensorrt_builder._configure(library, config, PlanOptions(hardware="all"), None)
+    levels = {"NONE": 0, "AMPERE_PLUS": 1}
+    old = SimpleNamespace(trt=SimpleNamespace(HardwareCompatibilityLevel=SimpleNamespace(__members__=levels)))
+    old.backend, old.version = "tensorrt", "10.12"
+    with pytest.raises(RequestError, match=r"same_compute_capability': tensorrt 10\.12 has ampere_plus"):
+        tensorrt_builder._configure(old, config, PlanOptions(hardware="same_compute_capability"), None)  # type: ignore[arg-type]
 
 
 def test_what_cannot_be_built_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:

@@ -5,9 +5,14 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+from latentrt.engines.errors import RequestError
+from latentrt.engines.tensorrt import plan_options
 from latentrt.runtime.cli import run
+from latentrt.runtime.cli.options import options_of
+from latentrt.runtime.workspace import Workspace
 from PIL import Image
 
 PROMPT = "a red circle on a blue background"
@@ -29,6 +34,79 @@ def test_pictures_are_written_with_seeds_in_their_names(
         f"latentrt-0001-seed41.png  seed 41  {PROMPT}",
         f"latentrt-0002-seed42.png  seed 42  {PROMPT}",
     ]
+
+
+def test_a_cancelled_request_keeps_the_pictures_of_finished_batches(
+    folder: Path, tiny_sd15_bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[int] = []
+    run_batch = Workspace.run
+
+    def interrupted(workspace: Workspace, steps: int, *arguments: Any, **options: Any) -> Any:
+        ran.append(steps)
+        if len(ran) == 2:
+            raise KeyboardInterrupt
+        return run_batch(workspace, steps, *arguments, **options)
+
+    monkeypatch.setattr(Workspace, "run", interrupted)
+    arguments = ["generate", PROMPT, "--bundle", str(tiny_sd15_bundle), "--steps", "1", "--count", "6", "--seed", "41"]
+    assert run(arguments) == 130
+    assert sorted(p.name[-6:] for p in folder.iterdir()) == ["41.png", "42.png", "43.png", "44.png"]
+    assert capsys.readouterr().err == "latentrt: error: interrupted\n"
+
+
+def test_options_of_the_backend_are_taken_by_name(
+    folder: Path, tiny_sd15_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["generate", PROMPT, "--bundle", str(tiny_sd15_bundle), "--steps", "1", "--json"]
+    assert run([*arguments, "--backend", "onnxruntime-cpu", "--option", "threads=1"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert set(report["memory"]) == {"encode", "denoise", "decode"}
+
+
+def test_options_are_of_the_type_that_the_backend_declares() -> None:
+    from latentrt.engines.onnxruntime_cuda import OnnxRuntimeCuda
+    from latentrt.engines.tensorrt import TensorRt
+
+    given = ["weights_on_gpu=2GiB", "workspace=500MB", "optimization_level=4", "hardware=ampere_plus", "build=no"]
+    assert options_of(TensorRt, "tensorrt", given) == {
+        "weights_on_gpu": 2 << 30,
+        "workspace": 500_000_000,
+        "optimization_level": 4,
+        "hardware": "ampere_plus",
+        "build": False,
+    }
+    assert options_of(OnnxRuntimeCuda, "onnxruntime-cuda", ["graphs=ours"]) == {"graphs": "ours"}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("level=5", r"option is 'level=5': give NAME=VALUE, where tensorrt has gpu, build, weights_on_gpu"),
+        ("gpu", r"option is 'gpu': give NAME=VALUE"),
+        ("gpu=one", r"option gpu is 'one': input should be a valid integer"),
+        ("cache=x", r"option is 'cache=x'"),
+    ],
+)
+def test_a_bad_option_is_named(text: str, message: str) -> None:
+    from latentrt.engines.tensorrt import TensorRt
+
+    with pytest.raises(RequestError, match=message):
+        options_of(TensorRt, "tensorrt", [text])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"optimization_level": 6}, "optimization_level is 6: give 0"),
+        ({"workspace": 0}, "workspace is 0"),
+        ({"hardware": "all"}, "hardware is 'all': choose ampere_plus"),
+        ({"weights_on_gpu": -1}, "weights_on_gpu is -1"),
+    ],
+)
+def test_a_plan_s_options_are_checked(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        plan_options(**options)
 
 
 def test_prompts_come_from_standard_input_or_a_file_and_a_grid_shows_them(

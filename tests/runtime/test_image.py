@@ -14,14 +14,14 @@ def test_png_holds_the_pixels_and_the_request(tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (16, 24, 3)).astype(np.uint8)
     request = {"prompt": "ein größerer Kreis 円", "seed": 2**64 - 1}
     path = tmp_path / "a.png"
-    path.write_bytes(encode_png(pixels, request))
+    path.write_bytes(encode_png(Image.fromarray(pixels), request))
     assert np.array_equal(np.asarray(Image.open(path)), pixels)
     assert request_from_png(path) == request
 
 
 def test_a_png_without_a_request_says_so(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
-    path.write_bytes(encode_png(np.zeros((2, 2, 3), np.uint8)))
+    path.write_bytes(encode_png(Image.fromarray(np.zeros((2, 2, 3), np.uint8))))
     with pytest.raises(RequestError, match="carries no latentrt request"):
         request_from_png(path)
 

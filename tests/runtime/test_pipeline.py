@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from latentrt.engines.errors import EngineError, RequestError
+from latentrt.engines.host import HostTensor
 from latentrt.runtime import Pipeline
 from latentrt.runtime.image import request_from_png
 from latentrt.runtime.loop import Mode
@@ -159,6 +160,60 @@ def test_an_exception_in_the_callback_cancels_and_the_pipeline_lives_on(pipe: Pi
     with pytest.raises(KeyboardInterrupt):
         generate(pipe, seed=6, callback_on_step_end=cancel)
     assert np.array_equal(generate(pipe, seed=6), plain)
+
+
+def test_a_callback_may_show_a_preview(pipe: Pipeline) -> None:
+    shown: list[Image.Image] = []
+
+    def show(pipe: Pipeline, step: int, timestep: float, values: dict[str, Any]) -> None:
+        shown.extend(pipe.decode(values["latents"]))
+
+    plain = pipe(PROMPTS[0], seed=6, **QUICK).images[0]
+    watched = pipe(PROMPTS[0], seed=6, callback_on_step_end=show, **QUICK).images[0]
+    assert len(shown) == 3 and shown[0].size == plain.size
+    assert np.abs(np.asarray(watched, int) - np.asarray(plain, int)).max() <= 1
+    assert np.array_equal(shown[-1], watched) and not np.array_equal(shown[0], watched)
+
+
+def test_batches_are_handed_over_before_the_next_one_starts(tiny_sd15_bundle: Path) -> None:
+    order: list[tuple[str, int]] = []
+    with Pipeline.open(tiny_sd15_bundle, "onnxruntime-cpu", threads=1, max_batch=2) as pipe:
+        result = pipe(
+            PROMPTS,
+            seed=1,
+            progress=lambda stage, done, total: order.append((stage, done)),
+            on_batch=lambda request, first, images: order.append((request.images[first][0], len(images))),
+            **QUICK,
+        )
+        steps = [("denoising", 1), ("denoising", 2), ("denoising", 3)]
+        assert order == [*steps, (PROMPTS[0], 2), *steps, (PROMPTS[2], 1)]
+        assert len(result.images) == 3
+
+
+def test_tables_that_have_not_changed_are_not_copied_again(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = [generate(pipe, seed=seed, guidance_scale=scale) for seed, scale in ((1, 4.0), (2, 4.0), (2, 5.0))]
+    copied: list[int] = []
+    write = HostTensor.write
+
+    def noted(tensor: HostTensor, array: np.ndarray, stream: Any) -> None:
+        copied.append(1)
+        write(tensor, array, stream)
+
+    generate(pipe, seed=1)
+    monkeypatch.setattr(HostTensor, "write", noted)
+    counts = []
+    for (seed, scale), picture in zip(((1, 4.0), (2, 4.0), (2, 5.0)), plain, strict=True):
+        copied.clear()
+        assert np.array_equal(generate(pipe, seed=seed, guidance_scale=scale), picture)
+        counts.append(len(copied))
+    assert counts[0] == counts[1] == 6  # token ids, latents, history, model input, timestep, row
+    assert counts[2] > 6
+
+
+def test_memory_is_reported_for_every_stage(pipe: Pipeline) -> None:
+    memory = pipe(PROMPTS[0], seed=0, **QUICK).memory
+    assert list(memory) == ["encode", "denoise", "decode"]
+    assert min(memory.values()) > pipe.backend.device.memory_in_use() > 0
 
 
 def test_memory_is_bounded_over_shapes_and_freed_at_close(tiny_sd15_bundle: Path) -> None:

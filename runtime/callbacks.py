@@ -1,0 +1,57 @@
+"""What a caller may hang into a request: progress, a look at every step, finished pictures as they come."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..engines.device import Stream
+from .request import GenerationRequest
+from .step_table import StepTable
+from .workspace import Workspace
+
+if TYPE_CHECKING:
+    from .pipeline import Pipeline
+
+StepCallback = Callable[["Pipeline", int, float, dict[str, Any]], "dict[str, Any] | None"]
+"""Called with the pipeline, the step's index, its timestep and `{"latents": array}`; may return replaced latents."""
+
+BatchCallback = Callable[[GenerationRequest, int, Sequence[Any]], None]
+"""Called with the complete request, the index of the batch's first image in it, and the batch's images."""
+
+Progress = Callable[[str, int, int], None]
+"""Called with a stage, the work done in it and the work in all."""
+
+
+def silent(stage: str, done: int, total: int) -> None:
+    """Report no progress."""
+
+
+def step_hook(
+    pipe: Pipeline,
+    workspace: Workspace,
+    table: StepTable,
+    stream: Stream,
+    callback: StepCallback | None,
+    progress: Progress,
+) -> Callable[[int], None] | None:
+    """Return what the loop calls after each step, or None when nobody listens and steps need not be told apart.
+
+    The hook only waits for the device when there is a callback to show latents to. What the callback raises ends the
+    request; the pipeline can be used again.
+    """
+    if callback is None and progress is silent:
+        return None
+
+    def on_step(index: int) -> None:
+        progress("denoising", index + 1, len(table))
+        if callback is None:
+            return
+        latents = workspace.loop.latents(index + 1).read(stream)
+        replaced = callback(pipe, index, float(table.timesteps[index]), {"latents": latents})
+        latents_after = (replaced or {}).get("latents")
+        if latents_after is not None and index + 1 < len(table):
+            scale = float(table.input_scales[index + 1])
+            workspace.loop.replace_latents(index + 1, latents_after, scale, stream)
+
+    return on_step

@@ -1,0 +1,65 @@
+"""`--option NAME=VALUE`: what a backend's constructor takes, from the command line."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any
+
+import typer
+
+from ...engines.backends import factory, resolve
+from ...engines.errors import RequestError
+
+BackendOptions = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--option",
+        "-O",
+        metavar="NAME=VALUE",
+        help="Option of the backend, such as optimization_level=5 or weights_on_gpu=2GiB; may be repeated.",
+    ),
+]
+
+SIZE = re.compile(r"(\d+)\s*([KMG])(i?)B", re.IGNORECASE)
+PYTHON_ONLY = ("name", "cache", "progress")
+"""Parameters that are no text."""
+
+
+def backend_options(backend: str, given: Sequence[str] | None, *, threads: int | None = None) -> dict[str, Any]:
+    """Return a backend's options from `NAME=VALUE` texts and from `--threads`; raises `RequestError`."""
+    options: dict[str, Any] = {} if threads is None else {"threads": threads}
+    if given:
+        name = resolve(backend)
+        options |= options_of(factory(name), name, given)
+    return options
+
+
+def options_of(function: Callable[..., Any], owner: str, given: Sequence[str] | None) -> dict[str, Any]:
+    """Return arguments of a function from `NAME=VALUE` texts, each of the type that the function declares.
+
+    Numbers of bytes may be written as 500MB or 2GiB. Raises `RequestError` for an unknown name or a bad value.
+    """
+    parameters = inspect.signature(function, eval_str=True).parameters
+    known = {name: p.annotation for name, p in parameters.items() if name not in PYTHON_ONLY}
+    options = {}
+    for text in given or ():
+        name, equals, value = text.partition("=")
+        if not equals or name not in known:
+            raise RequestError(f"option is {text!r}: give NAME=VALUE, where {owner} has {', '.join(known)}")
+        options[name] = _value(name, value, known[name])
+    return options
+
+
+def _value(name: str, text: str, kind: Any) -> Any:
+    from pydantic import TypeAdapter, ValidationError
+
+    if size := SIZE.fullmatch(text.strip()):
+        unit = (1024 if size[3] else 1000) ** ("KMG".index(size[2].upper()) + 1)
+        text = str(int(size[1]) * unit)
+    try:
+        return TypeAdapter(kind).validate_python(text)
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"]
+        raise RequestError(f"option {name} is {text!r}: {reason[0].lower()}{reason[1:]}") from error

@@ -1,0 +1,58 @@
+"""The loop between two steps: nothing is allocated, and the benchmark that times it can tell when something is."""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+import pytest
+from latentrt.benchmarks.replay import measure, null_loop, traced
+from latentrt.engines.cuda import CudaDevice
+from latentrt.engines.cuda_driver import Driver
+from latentrt.engines.host import HostDevice
+from latentrt.runtime.loop import Mode
+
+from ..engines.simulated_cuda import SimulatedDriver
+
+MODES = [mode for mode in get_args(Mode) if mode != "request"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_nothing_is_allocated_from_step_to_step(mode: Mode) -> None:
+    """A few objects live while a call lasts; none stays, and more steps hold no more of them."""
+    found = [measure(HostDevice(), mode, steps, 3) for steps in (10, 400)]
+    for result in found:
+        assert result["device_bytes_taken"] == 0
+        assert result["python_bytes_left"] < 100
+        assert result["python_bytes_at_most"] < 1000
+        assert result["seconds_per_step"]["p50"] > 0
+    few, many = (result["python_bytes_at_most"] for result in found)
+    assert many - few < 100
+
+
+def test_what_stays_is_seen() -> None:
+    kept: list[bytearray] = []
+    left, most = traced(lambda: kept.append(bytearray(5000)))
+    assert left >= 5000 and most >= 5000
+    left, most = traced(lambda: bytearray(5000))
+    assert left < 1000 and most >= 5000
+
+
+def test_a_replay_on_a_gpu_is_one_call_of_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    call = Driver._call
+
+    def noted(driver: Driver, name: str, function: Any, *arguments: Any) -> Any:
+        calls.append(name)
+        return call(driver, name, function, *arguments)
+
+    monkeypatch.setattr(Driver, "_call", noted)
+    device = CudaDevice(0, Driver(SimulatedDriver()))
+    loop, engine = null_loop(device)
+    stream = device.stream()
+    for _ in range(3):  # as it is, captured, replayed
+        loop.run(4, stream)
+    calls.clear()
+    loop.run(6, stream)
+    assert calls == ["cuGraphLaunch"] * 6
+    loop.close()
+    engine.close()
