@@ -157,8 +157,14 @@ def describe(entry: Measured, work: Workload, bundle: Bundle, ceiling: dict[str,
         "yardstick": entry.yardstick,
         "ratio_to_first": method.paired_ratio(entry),
         "turns_with": entry.turns_with,
-        "memory": {"peak_bytes": entry.peak_bytes, "together_bytes": entry.together_bytes}
-        | {"device_bytes": entry.device_bytes},
+        "memory": {
+            "peak_bytes": entry.peak_bytes,
+            "together_bytes": entry.together_bytes,
+            "device_bytes": entry.device_bytes,
+            "by_stage": {
+                stage: max(s["memory"][stage] for s in entry.samples) for stage in entry.samples[0].get("memory", {})
+            },
+        },
         "joules": summarize(entry.joules) if entry.joules else None,
         "orchestration": orchestration,
         "roofline": _roofline(entry, work, bundle, ceiling),

@@ -33,6 +33,7 @@ class Contender:
         from ..engines.errors import RequestError
         from ..runtime import image
         from ..runtime.pipeline import Pipeline
+        from .contenders import OWN_GRAPHS
 
         self._png = image.encode_png
         backend, _, mode = variant.partition("/")
@@ -43,6 +44,8 @@ class Contender:
         self._network_seconds: dict[str, float] = defaultdict(float)
         self._slow = {name: float(share) for name, share in (options.get("slow") or {}).items()}
         settings: dict[str, Any] = {"mode": mode or "step", "max_batch": options.get("max_batch", 4)}
+        if mode == OWN_GRAPHS:
+            settings |= {"mode": "eager", "graphs": "onnxruntime"}
         if backend.endswith("cpu"):
             settings["threads"] = options["threads"]
             self._watch_networks()
@@ -110,6 +113,7 @@ class Contender:
             "evaluations": timings.steps,
             "total": end - start,
             "networks": networks,
+            "memory": result.memory,
         }
 
     def save(self, file: Path, *, latents: bool) -> None:

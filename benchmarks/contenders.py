@@ -16,6 +16,12 @@ REFERENCE = "diffusers/eager"
 """The contender whose answers are the reference when it runs in fp32."""
 
 
+OWN_GRAPHS = "own-graphs"
+"""A mode in which the backend's library captures and replays its graphs itself."""
+MODES = {"onnxruntime-cuda": ("eager", OWN_GRAPHS)}
+"""Modes of the backends that do not have all of the loop's."""
+
+
 @dataclass(frozen=True)
 class Candidate:
     """A contender by name, what it is in words, and why it cannot run here (None when it can)."""
@@ -35,7 +41,7 @@ def candidates(device: str) -> list[Candidate]:
     ours = []
     for backend, reason in unavailable_reasons().items():
         if (backend.endswith("-cpu")) == (device == "cpu"):
-            for mode in sorted(get_args(Mode), key=lambda mode: mode != "step"):
+            for mode in MODES.get(backend, sorted(get_args(Mode), key=lambda mode: mode != "step")):
                 ours.append(Candidate(f"latentrt/{backend}/{mode}", f"latentrt ({backend}, {mode})", reason))
     torch = _missing("torch", "diffusers", "transformers")
     others = [

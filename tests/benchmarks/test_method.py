@@ -229,7 +229,12 @@ def test_contenders_are_chosen_by_the_beginning_of_their_names() -> None:
     assert everyone[0].name == "latentrt/onnxruntime-cpu/step"
     assert {"diffusers/eager", "diffusers/compile", "optimum", "openvino"} < {c.name for c in everyone}
     assert [c.name for c in contenders.choose("cpu", ["diffusers"])] == ["diffusers/eager", "diffusers/compile"]
-    assert all("cpu" not in c.name for c in contenders.candidates("cuda"))
+    cuda = [c.name for c in contenders.candidates("cuda")]
+    assert all("cpu" not in name for name in cuda) and "latentrt/tensorrt/request" in cuda
+    assert [name for name in cuda if "onnxruntime" in name] == [
+        "latentrt/onnxruntime-cuda/eager",
+        "latentrt/onnxruntime-cuda/own-graphs",
+    ]
     with pytest.raises(RequestError, match="unknown contender 'pytorch': choose from latentrt"):
         contenders.choose("cpu", ["pytorch"])
 
