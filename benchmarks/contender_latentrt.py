@@ -41,7 +41,7 @@ class Contender:
             import onnxruntime  # noqa: F401
         imported = time.perf_counter()
         self._last: tuple[dict[str, Any], list[Any]] = {}, []
-        self._network_seconds: dict[str, float] = defaultdict(float)
+        self._runs: list[tuple[Any, float]] = []
         self._slow = {name: float(share) for name, share in (options.get("slow") or {}).items()}
         settings: dict[str, Any] = {"mode": mode or "step", "max_batch": options.get("max_batch", 4)}
         if mode == OWN_GRAPHS:
@@ -68,29 +68,35 @@ class Contender:
         }
 
     def _watch_networks(self) -> None:
-        """Add up what each graph's runs cost; two clock readings a run."""
+        """Note what each graph's runs cost: two clock readings a run, added up when the request is done."""
         from ..engines import onnxruntime_cpu
 
         run = onnxruntime_cpu.OnnxRuntimeBinding._run
+        clock, note, slow = time.perf_counter, self._runs.append, self._slow
 
         @functools.wraps(run)
         def timed(binding: Any) -> None:
-            start = time.perf_counter()
+            start = clock()
             run(binding)
-            end = time.perf_counter()
-            name = binding._engine.name
-            if name in self._slow:
-                end += self._slow[name] * (end - start)
-                while time.perf_counter() < end:
+            end = clock()
+            if slow:
+                end += slow.get(binding._engine.name, 0.0) * (end - start)
+                while clock() < end:
                     pass
-            self._network_seconds[name] += end - start
+            note((binding, end - start))
 
         onnxruntime_cpu.OnnxRuntimeBinding._run = timed  # type: ignore[method-assign, assignment]
+
+    def _network_seconds(self) -> dict[str, float]:
+        seconds: dict[str, float] = defaultdict(float)
+        for binding, took in self._runs:
+            seconds[binding._engine.name] += took
+        return dict(seconds)
 
     def run(self, request: dict[str, Any]) -> dict[str, Any]:
         """Answer one request; see `worker.Contender`. Steps are told apart in the modes that have borders there."""
         pipe = self._pipe
-        self._network_seconds.clear()
+        self._runs.clear()
         events: list[Any] = []
 
         def progress(stage: str, done: int, total: int) -> None:
@@ -106,13 +112,13 @@ class Contender:
             self._png(picture)
         end = time.perf_counter()
         self._last = request, [np.asarray(picture) for picture in result.images]
-        timings, networks = result.timings, dict(self._network_seconds)
+        timings = result.timings
         return {
             "stages": {**{name: getattr(timings, name) for name in STAGES}, "png": end - done},
             "steps": [b.milliseconds_since(a) / 1e3 for a, b in pairwise(events)],
             "evaluations": timings.steps,
             "total": end - start,
-            "networks": networks,
+            "networks": self._network_seconds(),
             "memory": result.memory,
         }
 

@@ -18,8 +18,8 @@ from .machine import DeviceMeter
 from .process import Worker
 from .workloads import Model, Say, Workload
 
-SETTLE_SECONDS = 0.05
-"""Pause before a turn, in which the threads of the contender before it go to sleep."""
+SETTLE_SECONDS, SETTLE_MOST = 0.05, 20
+"""Pauses after a turn, until the threads of the contender no longer spin: some do so for a tenth of a second."""
 MINIMUM_ROUNDS, MAXIMUM_ROUNDS = 3, 50
 LAUNCHES = 3
 """Processes over which the rounds of a contender are spread: where memory lands differs from process to process."""
@@ -124,7 +124,7 @@ def _measure_group(group: list[Measured], plan: Plan) -> None:
         seconds_to_open[measured.name] = time.monotonic() - start
 
     try:
-        yardstick = workers[YARDSTICK] = Worker(YARDSTICK, plan.threads)
+        yardstick = workers[YARDSTICK] = Worker(YARDSTICK, 1)
         yardstick.prepare(**plan.options())
         for measured in group:
             plan.say(f"preparing {measured.name}")
@@ -140,7 +140,7 @@ def _measure_group(group: list[Measured], plan: Plan) -> None:
                     if seconds_to_open[measured.name] < RELAUNCH_SECONDS:
                         workers[measured.name].close()
                         _guarded(measured, open_worker)
-            _round(group[0], live, workers, plan)
+            _round(number, group[0], live, workers, plan)
         together = sum(measured.peak_bytes for measured in live)
         for measured in live:
             measured.turns_with = [m.name for m in live if m is not measured]
@@ -171,12 +171,14 @@ def _prepare(worker: Worker, measured: Measured, plan: Plan) -> None:
         measured.facts["build"] = warmup[0] - min(warmup)  # it compiles inside the first request
 
 
-def _round(first: Measured, live: list[Measured], workers: dict[str, Worker], plan: Plan) -> None:
-    """Let the yardstick and then every contender answer once."""
+def _round(number: int, first: Measured, live: list[Measured], workers: dict[str, Worker], plan: Plan) -> None:
+    """Let the yardstick and then every contender answer once; each round another one begins."""
     yardstick = workers[YARDSTICK].run(plan.work.as_request())["total"]
-    for measured in live:
-        time.sleep(SETTLE_SECONDS)
+    begin = number % len(live) if live else 0
+    for measured in (*live[begin:], *live[:begin]):
         _guarded(measured, lambda m: _turn(workers[m.name], m, plan))
+        workers[measured.name].settle(SETTLE_SECONDS, SETTLE_MOST)
+    for measured in live:
         if measured.failure is None:
             measured.yardstick.append(yardstick)
             if first.failure is None:

@@ -15,6 +15,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import psutil
+
 from ..engines.errors import EngineError
 
 POLL_SECONDS = 0.02
@@ -51,6 +53,14 @@ def _status(pid: int | str, field: str) -> int:
     except OSError:
         return 0
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(field)), 0)
+
+
+def _seconds_used(pid: int) -> float:
+    """Return the processor time that a process has used, 0 when it has ended."""
+    try:
+        return float(sum(psutil.Process(pid).cpu_times()[:2]))
+    except psutil.Error:
+        return 0.0
 
 
 @dataclass(frozen=True)
@@ -140,6 +150,15 @@ class Worker:
         """
         saved = {"save": None if save is None else str(save), "latents": latents}
         return self._ask({"do": "run", "request": dict(request), **saved})
+
+    def settle(self, pause: float, most: int) -> None:
+        """Pause until the worker used no processor time during a pause, or `most` times."""
+        used = _seconds_used(self._process.pid)
+        for _ in range(most):
+            time.sleep(pause)
+            before, used = used, _seconds_used(self._process.pid)
+            if used == before:
+                return
 
     def resident_bytes(self) -> int:
         """Return the memory that the worker holds now."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import os
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,8 @@ import numpy.typing as npt
 
 from .device import Array, Event, Stream
 from .errors import EngineError, ShapeError
+
+_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
 class HostTensor:
@@ -154,6 +157,10 @@ class HostDevice:
 
     def __init__(self) -> None:
         self._bytes = 0
+        self._statm: int | None = None
+        with suppress(OSError):  # systems without /proc
+            self._statm = os.open("/proc/self/statm", os.O_RDONLY)
+            weakref.finalize(self, os.close, self._statm)
 
     def empty(self, shape: Sequence[int], dtype: npt.DTypeLike) -> HostTensor:
         """Allocate a tensor with undefined contents."""
@@ -169,14 +176,9 @@ class HostDevice:
 
     def memory_used(self) -> int:
         """Return the resident bytes of this process; where the system does not tell, the bytes of open tensors."""
-        try:
-            file = os.open("/proc/self/statm", os.O_RDONLY)
-        except OSError:
+        if self._statm is None:
             return self._bytes
-        try:
-            return int(os.read(file, 128).split()[1]) * os.sysconf("SC_PAGE_SIZE")
-        finally:
-            os.close(file)
+        return int(os.pread(self._statm, 128, 0).split()[1]) * _PAGE_BYTES
 
 
 def _host(stream: Stream) -> HostStream:
