@@ -154,7 +154,6 @@ def describe(entry: Measured, work: Workload, bundle: Bundle, ceiling: dict[str,
         "start": {name: facts[name] for name in ("import", "open", "build")} | {"first_request": entry.warmup[0]},
         "warmup": entry.warmup,
         "launches": entry.launches,
-        "yardstick": entry.yardstick,
         "ratio_to_first": method.paired_ratio(entry),
         "turns_with": entry.turns_with,
         "memory": {

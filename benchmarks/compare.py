@@ -1,22 +1,22 @@
-"""`latentrt bench compare A B`: what changed beyond noise between two sets of records."""
+"""`latentrt bench compare A B`: what changed beyond noise between two sets of records.
+
+On a machine that others use too, noise only adds: medians of the same program differ by a tenth from one minute to the
+next, while the fastest requests of each process stay within a few percent. So processes are compared by their fastest.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from statistics import median
 from typing import Any
 
 from .records import Record, latest
-from .samples import Ratio, ratio
 
-TOLERANCE = 0.04
-"""A change must be surely larger than this share."""
+TOLERANCE = 0.05
+"""The share by which all processes of a run must differ from all of the other; the same code twice stays below it."""
 FLOOR_SECONDS = 50e-6
 """Changes below this are not reported: the clock, the scheduler and the garbage collector make as much."""
-DRIFT = 0.02
-"""A change of the machine's speed that is worth a note."""
 FEWEST = 3
 MEMORY_TOLERANCE = 0.05
 MEMORY_FLOOR = 16 * 2**20
@@ -24,16 +24,15 @@ MEMORY_FLOOR = 16 * 2**20
 
 @dataclass(frozen=True)
 class Change:
-    """One figure of one contender that changed beyond noise; `before` and `after` are medians in the figure's unit."""
+    """One figure of one contender that changed beyond noise; `before` and `after` are the least seen, in its unit."""
 
     work: str
     contender: str
     figure: str
     before: float
     after: float
-    low: float
-    high: float
-    """Bounds of `after / before` at 99 % confidence."""
+    least: float
+    """How much larger it became at least: the closest two processes, one of each run; below 1 when it became less."""
 
     @property
     def worse(self) -> bool:
@@ -70,47 +69,40 @@ def compare(before: Iterable[Record], after: Iterable[Record]) -> Comparison:
 def _changes(old: Record, new: Record) -> list[Change]:
     """Return what changed, the stages that changed most first and the whole request before them."""
     found = []
-    drift = _drift(old, new)
     for figure, samples in old["samples"].items():
-        again = [value / drift for value in new["samples"].get(figure, [])]
+        again = new["samples"].get(figure, [])
         if min(len(samples), len(again)) < FEWEST or min(*samples, *again) <= 0:
             continue
-        changed = ratio(samples, again)
-        sure = changed.low > 1 + TOLERANCE or changed.high < 1 - TOLERANCE
-        before, after = _launch_medians(old, samples), _launch_medians(new, again)
-        apart = min(after) > max(before) or max(after) < min(before)  # in every process, not just in one
-        if sure and apart and abs(median(again) - median(samples)) > FLOOR_SECONDS:
-            found.append(_change(old, figure, median(samples), median(again), changed))
+        before, after = _fastest_of_processes(old, samples), _fastest_of_processes(new, again)
+        if min(after) > max(before) * (1 + TOLERANCE):
+            least = min(after) / max(before)
+        elif min(before) > max(after) * (1 + TOLERANCE):
+            least = max(after) / min(before)
+        else:
+            continue
+        if abs(min(after) - min(before)) > FLOOR_SECONDS:
+            found.append(_change(old, figure, min(before), min(after), least))
     found.sort(key=lambda change: (change.figure != "total", -abs(change.after - change.before)))
     held, holds = (record["memory"]["peak_bytes"] for record in (old, new))
     if abs(holds - held) > max(MEMORY_FLOOR, MEMORY_TOLERANCE * held):
-        found.append(_change(old, "peak memory", held, holds, Ratio(holds / held, holds / held, holds / held)))
+        found.append(_change(old, "peak memory", held, holds, holds / held))
     return found
 
 
-def _drift(old: Record, new: Record) -> float:
-    """Return how much longer a fixed piece of work took in the later run: the machine's doing, not the program's."""
-    if not (old.get("yardstick") and new.get("yardstick")):
-        return 1.0
-    return median(new["yardstick"]) / median(old["yardstick"])
-
-
-def _launch_medians(record: Record, samples: Sequence[float]) -> list[float]:
-    """Return the median of each process's samples."""
+def _fastest_of_processes(record: Record, samples: Sequence[float]) -> list[float]:
+    """Return the least of each process's samples."""
     ends = [0, *accumulate(record.get("launches", [len(samples)]))]
-    return [median(samples[start:end]) for start, end in pairwise(ends) if end > start]
+    return [min(samples[start:end]) for start, end in pairwise(ends) if end > start]
 
 
-def _change(record: Record, figure: str, before: float, after: float, changed: Ratio) -> Change:
+def _change(record: Record, figure: str, before: float, after: float, least: float) -> Change:
     work = record["workload"]
     name = f"{work['name']}, {work['steps']} steps, batch {work['batch']}"
-    return Change(name, record["contender"]["name"], figure, before, after, changed.low, changed.high)
+    return Change(name, record["contender"]["name"], figure, before, after, least)
 
 
 def _doubts(old: Record, new: Record) -> Iterable[str]:
     """Yield what makes two records less comparable than they should be."""
-    if abs(_drift(old, new) - 1) > DRIFT:
-        yield f"the machine took {_drift(old, new) - 1:+.1%} for fixed work in the second run; its times are corrected"
     for name, record in (("first", old), ("second", new)):
         if not record["conditions"]["quiet"]:
             share = record["conditions"]["others_share"]
@@ -135,7 +127,7 @@ def lines(comparison: Comparison) -> list[str]:
         out.append(
             f"{change.work} · {change.contender} · {change.figure}: {change.before / scale:,.4g} → "
             f"{change.after / scale:,.4g} {unit}, {change.after / change.before - 1:+.1%} {verdict} "
-            f"(99 % sure of {change.low - 1:+.1%} to {change.high - 1:+.1%})"
+            f"(between the closest processes {change.least - 1:+.1%})"
         )
     if not comparison.changes:
         out.append(f"no change beyond noise in {comparison.compared} contenders")

@@ -25,7 +25,6 @@ LAUNCHES = 3
 """Processes over which the rounds of a contender are spread: where memory lands differs from process to process."""
 RELAUNCH_SECONDS = 8.0
 """A contender that takes longer to open and warm up stays open for all rounds."""
-YARDSTICK = "yardstick"
 
 
 @dataclass
@@ -39,8 +38,6 @@ class Measured:
     samples: list[dict[str, Any]] = field(default_factory=list)
     launches: list[int] = field(default_factory=list)
     """Samples taken in each process, in order."""
-    yardstick: list[float] = field(default_factory=list)
-    """Seconds of a fixed piece of work in the same rounds."""
     opposite: list[float] = field(default_factory=list)
     """Seconds of the first contender's request in the same round."""
     peak_bytes: int = 0
@@ -124,8 +121,6 @@ def _measure_group(group: list[Measured], plan: Plan) -> None:
         seconds_to_open[measured.name] = time.monotonic() - start
 
     try:
-        yardstick = workers[YARDSTICK] = Worker(YARDSTICK, 1)
-        yardstick.prepare(**plan.options())
         for measured in group:
             plan.say(f"preparing {measured.name}")
             _guarded(measured, open_worker)
@@ -167,22 +162,19 @@ def _prepare(worker: Worker, measured: Measured, plan: Plan) -> None:
     measured.launches.append(0)
     if plan.meter:
         measured.device_bytes = plan.meter.memory_bytes() - before
-    if measured.name == "diffusers/compile" and measured.facts["build"] is None:
+    if measured.facts["options"].get("compile_cache") == "cold":
         measured.facts["build"] = warmup[0] - min(warmup)  # it compiles inside the first request
 
 
 def _round(number: int, first: Measured, live: list[Measured], workers: dict[str, Worker], plan: Plan) -> None:
-    """Let the yardstick and then every contender answer once; each round another one begins."""
-    yardstick = workers[YARDSTICK].run(plan.work.as_request())["total"]
+    """Let every contender answer once; each round another one begins."""
     begin = number % len(live) if live else 0
     for measured in (*live[begin:], *live[:begin]):
         _guarded(measured, lambda m: _turn(workers[m.name], m, plan))
         workers[measured.name].settle(SETTLE_SECONDS, SETTLE_MOST)
     for measured in live:
-        if measured.failure is None:
-            measured.yardstick.append(yardstick)
-            if first.failure is None:
-                measured.opposite.append(first.seconds[-1])
+        if measured.failure is None and first.failure is None:
+            measured.opposite.append(first.seconds[-1])
 
 
 def _turn(worker: Worker, measured: Measured, plan: Plan) -> None:

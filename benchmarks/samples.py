@@ -1,11 +1,9 @@
-"""What a list of samples says: percentiles, spread, and how sure a ratio of two lists is."""
+"""What a list of samples says: percentiles, spread, and how it grows with something."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -24,29 +22,6 @@ def summarize(samples: Sequence[float]) -> dict[str, Any]:
         "p99": float(p99),
         "spread": float((p75 - p25) / p50) if p50 else 0.0,
     }
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """How much larger samples became, with a confidence interval."""
-
-    value: float
-    low: float
-    high: float
-
-
-def ratio(before: Sequence[float], after: Sequence[float], confidence: float = 0.99) -> Ratio:
-    """Return the typical `after / before` of positive samples: the median over all pairs (Hodges and Lehmann 1963).
-
-    The interval inverts the rank test of Mann and Whitney, so it holds for any shape of distribution; with few samples
-    it is the whole range of pairs.
-    """
-    pairs = np.sort(np.subtract.outer(np.log(after), np.log(before)), axis=None)
-    m, n = len(before), len(after)
-    reach = NormalDist().inv_cdf((1 + confidence) / 2) * math.sqrt(m * n * (m + n + 1) / 12)
-    cut = max(0, math.floor(m * n / 2 - reach))
-    value, low, high = np.exp([np.median(pairs), pairs[cut], pairs[-1 - cut]])
-    return Ratio(float(value), float(low), float(high))
 
 
 @dataclass(frozen=True)

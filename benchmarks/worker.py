@@ -22,7 +22,6 @@ MODULES = {
     "diffusers": "contender_diffusers",
     "openvino": "contender_openvino",
     "optimum": "contender_optimum",
-    "yardstick": "contender_yardstick",
 }
 """The module of a contender, by the first part of its name."""
 

@@ -70,7 +70,6 @@ def latency_record(
         "start": {"import": 0.3, "open": 0.2, "build": None, "first_request": 0.4},
         "warmup": [0.4, 0.3],
         "launches": [count // 2, count - count // 2],
-        "yardstick": rng.normal(0.02, 0.0002, count).tolist(),
         "ratio_to_first": 1.0,
         "turns_with": [],
         "memory": {"peak_bytes": peak_bytes, "together_bytes": peak_bytes, "device_bytes": None},

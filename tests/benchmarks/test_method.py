@@ -85,7 +85,6 @@ def test_contenders_take_turns_after_their_warm_up(tmp_path: Path, order: Path) 
     assert (quick.warmup, slow.seconds) == ([3.0, 3.0], [6.0] * 3)
     assert (paired_ratio(quick), paired_ratio(slow)) == (1.0, 2.0)
     assert slow.launches == [1, 1, 1]
-    assert len(slow.yardstick) == 3
     assert slow.turns_with == ["fake/quick"]
     assert quick.answer is not None
     assert quick.answer.read_bytes() == b"answer"
@@ -107,12 +106,6 @@ def test_what_opens_slowly_stays_open(tmp_path: Path, order: Path, monkeypatch: 
     rounds = ["quick", "slow", "slow", "quick", "quick", "slow"]
     assert order.read_text().split() == ["quick"] * 2 + ["slow"] * 2 + rounds
     assert found["fake/slow"].launches == [3]
-
-
-def test_the_yardstick_takes_time() -> None:
-    with Worker("yardstick", 1) as worker:
-        worker.prepare(device="cpu")
-        assert worker.run({})["total"] > 0
 
 
 def test_without_memory_for_all_each_takes_turns_with_the_first(tmp_path: Path, order: Path) -> None:

@@ -10,7 +10,7 @@ from latentrt.benchmarks.compare import compare, lines
 from latentrt.engines.errors import RequestError
 from latentrt.runtime import cli
 
-from .made_records import STAGES, latency_record, missing_record, scaling_record
+from .made_records import latency_record, missing_record, scaling_record
 
 
 def test_records_come_back_as_written_with_seven_digits(tmp_path: Path) -> None:
@@ -61,27 +61,25 @@ def test_ten_percent_in_one_stage_are_found_and_named(stage: str) -> None:
     found = compare([latency_record(1)], [latency_record(2, factors={stage: 1.1})])
     stages = [change for change in found.changes if change.figure != "total"]
     assert [change.figure for change in stages] == [stage]
-    assert stages[0].low - 1 > 0.04
+    assert stages[0].least > 1.05
     assert stages[0].after / stages[0].before == pytest.approx(1.1, abs=0.02)
     assert found.regressed
     assert "% slower" in lines(found)[-1]
 
 
 def test_what_only_one_process_shows_is_no_change() -> None:
-    made = latency_record(2, factors={"decode": 1.1})
-    usual = latency_record(1)["samples"]["decode"]
-    made["samples"]["decode"] = usual[:3] + made["samples"]["decode"][3:]
-    assert compare([latency_record(1)], [made | {"launches": [3, 17]}]).changes == []
-    assert [c.figure for c in compare([latency_record(1)], [made | {"launches": [20]}]).changes] == ["decode"]
+    made = latency_record(2, factors={"decode": 1.1}) | {"launches": [3, 17]}
+    assert [c.figure for c in compare([latency_record(1)], [made]).changes] == ["decode"]
+    made["samples"]["decode"][:3] = latency_record(1)["samples"]["decode"][:3]
+    assert compare([latency_record(1)], [made]).changes == []
 
 
-def test_a_machine_that_changed_its_speed_is_corrected_for() -> None:
-    slower = latency_record(2, factors=dict.fromkeys(STAGES, 1.2))
-    assert compare([latency_record(1)], [slower]).regressed
-    slower["yardstick"] = [1.2 * value for value in slower["yardstick"]]
-    found = compare([latency_record(1)], [slower])
-    assert found.changes == []
-    assert found.doubts[0].startswith("the machine took +2")
+def test_noise_that_only_adds_is_no_change() -> None:
+    """As on a machine that others use for part of a run: medians are far apart, the fastest requests are not."""
+    disturbed = latency_record(2)
+    total = disturbed["samples"]["total"]
+    disturbed["samples"]["total"] = [value * (1.0 if i % 5 == 0 else 1.4) for i, value in enumerate(total)]
+    assert compare([latency_record(1)], [disturbed]).changes == []
 
 
 def test_an_improvement_is_no_regression() -> None:
@@ -116,7 +114,7 @@ def test_compare_command_exits_by_what_it_finds(tmp_path: Path, capsys: pytest.C
     records.append(c, [latency_record(2, workload=latency_record()["workload"] | {"steps": 3})])
     assert cli.run(["bench", "compare", str(a), str(a)]) == 0
     assert cli.run(["bench", "compare", str(a), str(b)]) == 1
-    assert "decode: 30" in capsys.readouterr().out
+    assert "decode: 29.33 → 32.7 ms, +11.5% slower" in capsys.readouterr().out
     assert cli.run(["bench", "compare", str(a), str(c)]) == 2
     assert cli.run(["bench", "compare", str(a), str(tmp_path / "none.jsonl")]) == 2
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from latentrt.benchmarks.samples import power_law, ratio, summarize
+from latentrt.benchmarks.samples import power_law, summarize
 from latentrt.benchmarks.scenarios import highest_rate, latencies, offline, server, single_stream
 
 
@@ -11,19 +11,6 @@ def test_summary_of_samples_that_are_easy_to_count() -> None:
     assert (found["count"], found["min"], found["p50"], found["p90"], found["p99"]) == (101, 1, 51, 91, 100)
     assert found["mean"] == 51
     assert found["spread"] == pytest.approx(50 / 51)
-
-
-def test_ratio_covers_the_truth_and_narrows_with_samples() -> None:
-    rng = np.random.default_rng(1)
-    few, many = (ratio(rng.normal(1.0, 0.05, n).tolist(), rng.normal(1.1, 0.05, n).tolist()) for n in (12, 400))
-    for found in (few, many):
-        assert found.low < 1.1 < found.high
-    assert many.high - many.low < (few.high - few.low) / 3
-
-
-def test_ratio_of_equal_samples_is_one() -> None:
-    found = ratio([2.0] * 5, [2.0] * 7)
-    assert (found.value, found.low, found.high) == (1, 1, 1)
 
 
 def test_power_law_finds_the_exponent() -> None:
