@@ -84,7 +84,8 @@ def run(work: Workload, options: Options, say: Say) -> list[Record]:
             meter=machine.DeviceMeter.open() if options.device == "cuda" else None,
         )
         build = _build(names, plan)
-        plan.after = lambda worker, measured: _scenarios(worker, measured, plan, options, extras[measured.name])
+        lead = next((name for name in names if name.startswith("latentrt/")), "")
+        plan.after = lambda worker, measured: _scenarios(worker, measured, plan, options, lead, extras[measured.name])
         measured = method.measure(names, plan)
         reference = _reference(measured, plan)
         for name, entry in measured.items():
@@ -160,9 +161,7 @@ def describe(entry: Measured, work: Workload, bundle: Bundle, ceiling: dict[str,
             "peak_bytes": entry.peak_bytes,
             "together_bytes": entry.together_bytes,
             "device_bytes": entry.device_bytes,
-            "by_stage": {
-                stage: max(s["memory"][stage] for s in entry.samples) for stage in entry.samples[0].get("memory", {})
-            },
+            "by_stage": entry.memory,
         },
         "joules": summarize(entry.joules) if entry.joules else None,
         "orchestration": orchestration,
@@ -214,14 +213,14 @@ def _build(names: Sequence[str], plan: Plan) -> float | None:
         return None
 
 
-def _scenarios(worker: Worker, entry: Measured, plan: Plan, options: Options, extra: dict[str, Any]) -> None:
-    """Run MLPerf's scenarios and the oracle once, while the contender is warm."""
+def _scenarios(worker: Worker, entry: Measured, plan: Plan, options: Options, lead: str, extra: dict[str, Any]) -> None:
+    """Run MLPerf's scenarios once, while the contender is warm; for `lead`, the first of ours, the oracle as well."""
     if "scenarios" in extra:
         return
     work, name = plan.work, entry.name
     found: dict[str, Any] = {"SingleStream": scenarios.single_stream(entry.seconds)}
     extra["scenarios"] = found
-    main = name in (contenders.REFERENCE, _first_of_ours(name))
+    main = name in (contenders.REFERENCE, lead)
     short = plan.model.weight_bytes < LARGE or options.device == "cuda"
     if main and short:
         plan.say(f"scenarios of {name}")
@@ -236,12 +235,8 @@ def _scenarios(worker: Worker, entry: Measured, plan: Plan, options: Options, ex
         found["Server"] = scenarios.server(
             entry.seconds, work.latency_bound, options.server_seconds, lambda: worker.run(work.as_request())
         )
-    if work.family == "embedded" and options.oracle and name == _first_of_ours(name):
+    if work.family == "embedded" and options.oracle and name == lead:
         extra["oracle"] = _oracle(worker, work, options.oracle, plan)
-
-
-def _first_of_ours(name: str) -> str:
-    return name if name.startswith("latentrt/") and name.endswith("/step") else ""
 
 
 def _oracle(worker: Worker, work: Workload, count: int, plan: Plan) -> dict[str, Any]:

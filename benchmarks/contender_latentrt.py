@@ -6,6 +6,7 @@ import functools
 import shutil
 import time
 from collections import defaultdict
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,26 @@ import numpy as np
 
 STAGES = ("tokenize", "encode", "prepare", "denoise", "decode")
 """The stages of `runtime.result.Timings`."""
+
+
+LIBRARIES = {
+    "onnxruntime-cpu": ("onnxruntime", "onnxruntime-gpu"),
+    "onnxruntime-cuda": ("onnxruntime-gpu", "onnxruntime"),
+    "tensorrt": ("tensorrt",),
+    "tensorrt-rtx": ("tensorrt-rtx",),
+}
+"""The packages that a backend may come from."""
+
+
+def _versions(*packages: str) -> dict[str, str]:
+    """Return the versions of those packages that are installed."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {}
+    for package in packages:
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
 
 
 class Contender:
@@ -27,8 +48,6 @@ class Contender:
         `slow` maps a graph's name to a fraction by which each of its runs is drawn out: a test of the comparison.
         """
         began = time.perf_counter()
-        from importlib.metadata import version
-
         from ..engines.cache import EngineCache
         from ..engines.errors import RequestError
         from ..runtime import image
@@ -63,7 +82,7 @@ class Contender:
             "import": imported - began,
             "build": build,
             "open": time.perf_counter() - start,
-            "versions": {name: version(name) for name in ("latentrt", "onnxruntime", "numpy")},
+            "versions": _versions("latentrt", "numpy", *LIBRARIES[backend]),
             "options": {"backend": backend, **settings},
         }
 

@@ -8,6 +8,7 @@ import re
 import resource
 import subprocess
 import time
+from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,17 @@ def source_version() -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return metadata.version("latentrt")
+
+
+def stamp(watch: LoadWatch, device: str, command: str) -> dict[str, Any]:
+    """Return what a record says about when, where and how it was made, for measurements of one program."""
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "source": source_version(),
+        "machine": describe_machine(),
+        "command": command,
+        "conditions": {"threads": len(os.sched_getaffinity(0)), "device": device, **watch.finish()},
+    }
 
 
 class LoadWatch:

@@ -36,6 +36,8 @@ class Measured:
     warmup: list[float] = field(default_factory=list)
     """Seconds of the requests before the measured ones."""
     samples: list[dict[str, Any]] = field(default_factory=list)
+    memory: dict[str, int] = field(default_factory=dict)
+    """Bytes of the device's memory in use at the end of stages, where the contender tells."""
     launches: list[int] = field(default_factory=list)
     """Samples taken in each process, in order."""
     opposite: list[float] = field(default_factory=list)
@@ -119,6 +121,7 @@ def _measure_group(group: list[Measured], plan: Plan) -> None:
         worker = workers[measured.name] = Worker(measured.name, plan.threads)
         _prepare(worker, measured, plan)
         seconds_to_open[measured.name] = time.monotonic() - start
+        worker.settle(SETTLE_SECONDS, SETTLE_MOST)
 
     try:
         for measured in group:
@@ -162,7 +165,8 @@ def _prepare(worker: Worker, measured: Measured, plan: Plan) -> None:
     measured.launches.append(0)
     if plan.meter:
         measured.device_bytes = plan.meter.memory_bytes() - before
-    if measured.facts["options"].get("compile_cache") == "cold":
+    measured.memory = measured.memory or reply.get("memory", {})  # before others open on the same device
+    if measured.launches == [0] and facts["options"].get("compile_cache") == "cold":
         measured.facts["build"] = warmup[0] - min(warmup)  # it compiles inside the first request
 
 
@@ -202,5 +206,5 @@ def paired_ratio(measured: Measured) -> float | None:
     """Return the median over rounds of this contender's seconds over the first contender's in the same round."""
     if not measured.opposite:
         return None
-    pairs = zip(measured.seconds[-len(measured.opposite) :], measured.opposite, strict=True)
+    pairs = zip(measured.seconds, measured.opposite, strict=False)  # until one of both failed
     return median(mine / theirs for mine, theirs in pairs)

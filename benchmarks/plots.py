@@ -25,6 +25,8 @@ def section_plots(records: Sequence[Record], title: str) -> dict[str, bytes]:
         return {
             f"growth-{axis.split()[0]}": growth(records, axis) for axis in dict.fromkeys(r["axis"] for r in records)
         }
+    if records[0]["kind"] != "latency":
+        return {}
     return {"stages": stages(records, title), "latency": distribution(records, title)}
 
 

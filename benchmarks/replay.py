@@ -1,9 +1,9 @@
 """What the host does between two steps: the denoising loop over engines that compute nothing, as records.
 
-    python -m latentrt.benchmarks.replay [--device cpu] [--steps 50] [--requests 200]
+    python -m latentrt.benchmarks.replay [--device cpu] [--steps 50] [--requests 10000]
 
-Each step's two engines copy four bytes. So the time from one step to the next is the loop's own, in every mode; on a
-GPU it is what the host needs to launch a step, while the GPU is still busy with the steps before.
+Each step's two engines copy four bytes. So the time from one step to the next is the loop's own; on a GPU, where steps
+are captured, it is what the host needs to launch one.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ from __future__ import annotations
 import argparse
 import gc
 import logging
+import shlex
 import sys
 import time
 import tracemalloc
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 
@@ -24,7 +25,7 @@ from ..engines.bundle import GraphInfo, TensorInfo
 from ..engines.device import Array, Device, Stream, Tensor
 from ..engines.host import HostDevice
 from ..runtime.loop import DenoiseLoop, Mode
-from .machine import LoadWatch, describe_machine, machine_slug, source_version
+from .machine import LoadWatch, machine_slug, stamp
 from .records import RESULTS, append
 from .samples import summarize
 
@@ -135,27 +136,23 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--requests", type=int, default=200)
+    parser.add_argument("--requests", type=int, default=10_000)
     parser.add_argument("--output", type=Path, help="File of records (default: one for this machine in results/).")
-    given = parser.parse_args(arguments)
+    words = sys.argv[1:] if arguments is None else arguments
+    given = parser.parse_args(words)
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stdout)
-    machine, version = describe_machine(), source_version()
     device: Device = HostDevice()
     if given.device == "cuda":
         from ..engines.cuda import CudaDevice
 
         device = CudaDevice()
-    found = []
-    for mode in (mode for mode in get_args(Mode) if mode != "request"):  # captured outside the loop
-        watch = LoadWatch()
+    found, watch = [], LoadWatch()
+    modes: tuple[Mode, ...] = ("step", "loop") if given.device == "cuda" else ("eager", "step", "loop")
+    for mode in modes:
         result = measure(device, mode, given.steps, given.requests)
         found.append(
             {
                 "kind": "replay",
-                "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-                "source": version,
-                "machine": machine,
-                "load": watch.finish(),
                 "device": device.name,
                 "mode": mode,
                 "steps": given.steps,
@@ -168,7 +165,9 @@ def main(arguments: list[str] | None = None) -> int:
             *(mode, times["p50"] * 1e6, times["p99"] * 1e6),
             *(result["python_bytes_left"], result["python_bytes_at_most"]),
         )
-    output = given.output or RESULTS / f"replay-{machine_slug(machine)}.jsonl"
+    common = stamp(watch, given.device, f"python -m latentrt.benchmarks.replay {shlex.join(words)}".strip())
+    found = [common | record for record in found]
+    output = given.output or RESULTS / f"{machine_slug(found[0]['machine'])}.jsonl"
     append(output, found)
     log.info("%s", output)
     return 0

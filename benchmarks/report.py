@@ -12,8 +12,9 @@ from string import Template
 from ..engines.errors import RequestError
 from ..runtime.cli.files import write_atomically
 from . import plots
+from .engine_tables import compile_table, replay_table
 from .records import Record
-from .tables import Section, Table, sections
+from .tables import Section, Table, conditions, sections
 
 BEGIN, END = "<!-- measurements:begin -->", "<!-- measurements:end -->"
 
@@ -36,7 +37,7 @@ $body
 
 def text(records: Iterable[Record]) -> str:
     """Return records as plain text, for a terminal."""
-    return "\n\n".join(_markdown(section) for section in sections(records))
+    return "\n\n".join(_markdown(section) for section in _all_sections(records))
 
 
 def update_readme(path: Path, records: Iterable[Record], *, write: bool = True) -> bool:
@@ -60,7 +61,7 @@ def update_readme(path: Path, records: Iterable[Record], *, write: bool = True) 
 def write_plots(records: Iterable[Record], folder: Path) -> list[Path]:
     """Write every section's plots as PNG files and return their paths."""
     written = []
-    for section in sections(records):
+    for section in _all_sections(records):
         for name, png in plots.section_plots(section.records, section.title).items():
             path = folder / f"{_slug(section)}-{name}.png"
             write_atomically(path, png)
@@ -70,9 +71,24 @@ def write_plots(records: Iterable[Record], folder: Path) -> list[Path]:
 
 def write_page(records: Iterable[Record], path: Path) -> Path:
     """Write one self-contained page with all tables and plots and return its path."""
-    body = "\n".join(_html(section) for section in sections(records))
+    body = "\n".join(_html(section) for section in _all_sections(records))
     write_atomically(path, _PAGE.substitute(body=body).encode())
     return path
+
+
+def _all_sections(records: Iterable[Record]) -> list[Section]:
+    """Return the sections of all kinds of records: contenders first, then what is measured with none beside it."""
+    records = list(records)
+    out = sections(records)
+    for kind, title, make in (
+        ("replay", "Between two steps", replay_table),
+        ("rtx-compile", "TensorRT-RTX engines built without a GPU", compile_table),
+    ):
+        machines: dict[str, list[Record]] = {}
+        for record in (r for r in records if r["kind"] == kind):
+            machines.setdefault(f"{record['machine']['processor']} {record['machine']['gpu']}", []).append(record)
+        out += [Section(title, conditions(found[-1]), [make(found)], [], found) for found in machines.values()]
+    return out
 
 
 def _markdown(section: Section) -> str:

@@ -12,6 +12,7 @@ import argparse
 import logging
 import re
 import resource
+import shlex
 import sys
 import tempfile
 import time
@@ -26,7 +27,7 @@ from ..engines.errors import LatentRTError
 from ..engines.plan import profile_for
 from ..engines.planner import Planner, target_of_compute_capability
 from ..runtime.cli.build import requested_shapes
-from .machine import LoadWatch, describe_machine, machine_slug, source_version
+from .machine import LoadWatch, describe_machine, machine_slug, stamp
 from .records import RESULTS, append
 
 log = logging.getLogger(__name__)
@@ -70,11 +71,13 @@ def sizes_around(bundle: Bundle, size: Size) -> list[Size]:
     return [scaled(1), scaled(0.5), scaled(1.5)]
 
 
-def compile_bundle(path: Path, capabilities: list[str], size: Size | None, batch: int) -> list[dict[str, Any]]:
+def compile_bundle(
+    path: Path, capabilities: list[str], size: Size | None, batch: int, command: str
+) -> list[dict[str, Any]]:
     """Build every graph of a bundle, static and dynamic, for each compute capability; return one record a plan."""
     bundle = Bundle.open(path)
     latent = bundle.manifest.latent
-    machine, version = describe_machine(), source_version()
+    name = "embedded" if path.name.startswith("embedded-") else bundle.manifest.source.get("name")
     sizes = sizes_around(bundle, size or (latent.default_width, latent.default_height))
     found = []
     for capability in capabilities:
@@ -90,11 +93,8 @@ def compile_bundle(path: Path, capabilities: list[str], size: Size | None, batch
                         result = {"error": f"the build ended without an answer ({error})"}
                 record = {
                     "kind": "rtx-compile",
-                    "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-                    "version": version,
-                    "machine": machine,
-                    "load": watch.finish(),
-                    "bundle": {"name": bundle.manifest.source.get("name"), "precision": bundle.manifest.precision},
+                    **stamp(watch, "cpu", command),
+                    "bundle": {"name": name, "precision": bundle.manifest.precision},
                     "graph": graph.name,
                     "profile": kind,
                     "sizes": [f"{width}x{height}" for width, height in chosen],
@@ -127,16 +127,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--output", type=Path, help="File of records (default: one for this machine in results/).")
     given = parser.parse_args(arguments)
+    words = sys.argv[1:] if arguments is None else arguments
+    paths = {str(path): path.name for path in given.bundles}
+    command = f"python -m latentrt.benchmarks.rtx_compile {shlex.join(paths.get(word, word) for word in words)}"
     match = re.fullmatch(r"(\d+)x(\d+)", given.size) if given.size else None
     if given.size and not match:
         parser.error(f"size is {given.size!r}: give WIDTHxHEIGHT, such as 512x512")
     size = (int(match[1]), int(match[2])) if match else None
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stdout)
-    output = given.output or RESULTS / f"rtx-compile-{machine_slug(describe_machine())}.jsonl"
+    output = given.output or RESULTS / f"{machine_slug(describe_machine())}.jsonl"
     failed = 0
     for path in given.bundles:
         log.info("%s", path)
-        records = compile_bundle(path, given.compute_capability, size, given.batch)
+        records = compile_bundle(path, given.compute_capability, size, given.batch, command)
         failed += sum("error" in record for record in records)
         append(output, records)
     log.info("%s", output)

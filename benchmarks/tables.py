@@ -79,7 +79,8 @@ def conditions(record: Record) -> str:
     machine, state = record["machine"], record["conditions"]
     where = machine["gpu"]["name"] if state["device"] == "cuda" else f"{machine['processor']}, {machine['cores']} cores"
     threads = "1 thread" if state["threads"] == 1 else f"{state['threads']} threads"
-    parts = [f"{where}, {threads} pinned, {machine['memory_gib']:g} GiB, {machine['system']}"]
+    pinned = " pinned" if "turns" in state else ""
+    parts = [f"{where}, {threads}{pinned}, {machine['memory_gib']:g} GiB, {machine['system']}"]
     if "model" in record:
         parts.append(f"weights: {record['model']['weights']}; sampler: {record['model']['sampler']}")
     if "turns" in state:
@@ -106,7 +107,7 @@ def latency_table(group: Sequence[Record]) -> Table:
                 *stages,
                 _ms(seconds["step"]["p50"]) if "step" in seconds else DASH,
                 f"{ratio:.2f} ×" if ratio else DASH,
-                _mib(record["memory"]["peak_bytes"]),
+                mib(record["memory"]["peak_bytes"]),
                 str(near.get("max_pixel_difference", DASH)),
             ]
         )
@@ -128,7 +129,7 @@ def start_table(group: Sequence[Record]) -> Table:
                 record["contender"]["title"],
                 *(_s(start[name]) for name in ("import", "build", "open", "first_request")),
                 _s(cold["seconds"]["p50"]) if cold else DASH,
-                _mib(cold["peak_bytes"]) if cold else DASH,
+                mib(cold["peak_bytes"]) if cold else DASH,
             ]
         )
     head = ["", "import", "build, once", "open", "first request", "shell to PNG", "its memory"]
@@ -244,7 +245,8 @@ def _s(seconds: float | None) -> str:
     return DASH if seconds is None else f"{seconds:.2f}" if seconds < 100 else f"{seconds:,.0f}"
 
 
-def _mib(size: float) -> str:
+def mib(size: float) -> str:
+    """Return bytes as text."""
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
 
 

@@ -7,14 +7,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import EngineError, MissingExtraError
+from .errors import MissingExtraError
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
 
 _FUSED = {"q_num_heads", "kv_num_heads", "scale"}
 """Attributes of an `Attention` that `MultiHeadAttention` can express."""
-_PLAIN = {*_FUSED, "is_causal", "qk_matmul_output_mode", "softcap", "softmax_precision"}
+_EXPANDED = {*_FUSED, "is_causal", "qk_matmul_output_mode", "softcap"}
+"""Attributes of an `Attention` that plain operators can stand for, when those that are not of `_FUSED` are zero."""
 
 
 def load_graph(path: Path, extra: str) -> ModelProto:
@@ -26,81 +27,96 @@ def load_graph(path: Path, extra: str) -> ModelProto:
     return onnx.load(path, load_external_data=False)
 
 
-def fuse(model: ModelProto) -> None:
-    """Turn every unmasked `Attention` on [B, L, heads·size] into ONNX Runtime's `MultiHeadAttention`.
+def rewrite(model: ModelProto, *, fuse: bool = False, expand: bool = False) -> None:
+    """Replace the `Attention` nodes of a graph; a form that neither way covers stays as it is.
 
-    Its kernels are flash-like on the CPU, and flash, cuDNN or CUTLASS on a GPU, where releases before 1.25 run the
-    standard operator on the CPU. Masked attention (text encoders) stays as it is.
+    `fuse`: unmasked attention on [B, L, heads·size] becomes ONNX Runtime's `MultiHeadAttention`. Its kernels are
+    flash-like on the CPU, and flash, cuDNN or CUTLASS on a GPU, where releases before 1.25 run the standard operator on
+    the CPU.
+
+    `expand`: any other becomes MatMul, Softmax, MatMul. TensorRT before 10.14 cannot read the operator; it finds and
+    fuses this pattern. Covered are the forms that the exporter writes: [B, L, heads·size] with the number of heads, or
+    [B, heads, L, size], with or without a mask that broadcasts to the scores.
     """
-    from onnx import helper
-
-    for node in model.graph.node:
-        attributes = _attributes(node)
-        if node.op_type == "Attention" and len(node.input) == 3 and attributes and not set(attributes) - _FUSED:
-            kept = {"num_heads": attributes["q_num_heads"]}
-            if "scale" in attributes:
-                kept["scale"] = attributes["scale"]
-            node.op_type, node.domain = "MultiHeadAttention", "com.microsoft"
-            del node.attribute[:]
-            node.attribute.extend(helper.make_attribute(name, value) for name, value in kept.items())
-    if not any(opset.domain == "com.microsoft" for opset in model.opset_import):
-        model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
-
-
-def expand(model: ModelProto) -> None:
-    """Turn every `Attention` into MatMul, Softmax, MatMul.
-
-    TensorRT before 10.14 cannot read the operator; it finds and fuses the pattern. Takes the forms that the exporter
-    writes: [B, L, heads·size] with the number of heads, or [B, heads, L, size], and a mask that broadcasts to the
-    scores. Raises `EngineError` for any other.
-    """
-    from onnx import shape_inference
+    from onnx import helper, shape_inference
 
     if not any(node.op_type == "Attention" for node in model.graph.node):
         return
     inferred = shape_inference.infer_shapes(model).graph
     types = {v.name: v.type.tensor_type for v in (*inferred.value_info, *inferred.input)}
+    masks = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    masks |= {name: kind.elem_type for name, kind in types.items()}
     nodes: list[NodeProto] = []
     for node in model.graph.node:
-        nodes.extend(_expanded(node, types) if node.op_type == "Attention" else [node])
+        if node.op_type == "Attention" and fuse and _fusible(node):
+            _fuse(node)
+            nodes.append(node)
+        elif node.op_type == "Attention" and expand and _expandable(node, types, masks):
+            nodes.extend(_expanded(node, types, masks))
+        else:
+            nodes.append(node)
     del model.graph.node[:]
     model.graph.node.extend(nodes)
+    if fuse and not any(opset.domain == "com.microsoft" for opset in model.opset_import):
+        model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
 
 
-def _expanded(node: NodeProto, types: dict[str, Any]) -> Iterator[NodeProto]:
+def _fusible(node: NodeProto) -> bool:
+    attributes = _attributes(node)
+    heads = attributes.get("q_num_heads")
+    one = len(node.input) == 3 and not any(node.output[1:])
+    return bool(one and heads and heads == attributes.get("kv_num_heads") and not set(attributes) - _FUSED)
+
+
+def _fuse(node: NodeProto) -> None:
+    from onnx import helper
+
+    attributes = _attributes(node)
+    kept = {"num_heads": attributes["q_num_heads"]}
+    if "scale" in attributes:
+        kept["scale"] = attributes["scale"]
+    node.op_type, node.domain = "MultiHeadAttention", "com.microsoft"
+    del node.attribute[:]
+    node.attribute.extend(helper.make_attribute(name, value) for name, value in kept.items())
+
+
+def _expandable(node: NodeProto, types: dict[str, Any], masks: dict[str, int]) -> bool:
+    attributes = _attributes(node)
+    heads = attributes.get("q_num_heads", 0)
+    sizes = _sizes(types.get(node.input[0]))
+    return (
+        not any(node.output[1:])
+        and not any(node.input[4:])
+        and not set(attributes) - _EXPANDED
+        and not any(attributes.get(name) for name in _EXPANDED - _FUSED)
+        and attributes.get("kv_num_heads", heads) == heads
+        and len(sizes) == (3 if heads else 4)
+        and sizes[-1] > 0
+        and (not any(node.input[3:4]) or node.input[3] in masks)
+    )
+
+
+def _expanded(node: NodeProto, types: dict[str, Any], masks: dict[str, int]) -> Iterator[NodeProto]:
     """Yield the nodes that stand for one `Attention`."""
     import numpy as np
-    from onnx import helper, numpy_helper
+    from onnx import TensorProto, helper, numpy_helper
 
     attributes, name = _attributes(node), node.output[0]
-    heads = attributes.get("q_num_heads")
-    query, sizes = types.get(node.input[0]), _sizes(types.get(node.input[0]))
-    masked = len(node.input) > 3 and bool(node.input[3])
-    plain = len(node.output) == 1 and len(node.input) <= 4 and not set(attributes) - _PLAIN
-    if (
-        not plain
-        or attributes.get("is_causal")
-        or attributes.get("softcap")
-        or attributes.get("kv_num_heads", heads) != heads
-        or query is None
-        or len(sizes) != (3 if heads else 4)
-        or not sizes[-1]
-    ):
-        raise EngineError(f"the Attention {node.name or name} has a form that cannot be expanded for this library")
+    heads, query = attributes.get("q_num_heads", 0), types[node.input[0]]
     dtype = helper.tensor_dtype_to_np_dtype(query.elem_type)
-    scale = attributes.get("scale", 1 / math.sqrt(sizes[-1] / (heads or 1)))
+    scale = attributes.get("scale", 1 / math.sqrt(_sizes(query)[-1] / (heads or 1)))
 
     def make(kind: str, inputs: list[str], tag: str, **options: Any) -> NodeProto:
         return helper.make_node(kind, inputs, [f"{name}/{tag}"], name=f"{name}/{tag}", **options)
 
-    def constant(value: Any, tag: str) -> NodeProto:
-        return make("Constant", [], tag, value=numpy_helper.from_array(np.array(value), f"{name}/{tag}"))
+    def constant(value: Any, kind: Any, tag: str) -> NodeProto:
+        return make("Constant", [], tag, value=numpy_helper.from_array(np.array(value, kind), f"{name}/{tag}"))
 
     queries, keys, values = node.input[:3]
-    yield constant(np.array(scale, dtype), "scale")
+    yield constant(scale, dtype, "scale")
     if heads:
-        yield constant(np.array([0, 0, heads, -1], np.int64), "apart")
-        yield constant(np.array([0, 0, -1], np.int64), "together")
+        yield constant([0, 0, heads, -1], np.int64, "apart")
+        yield constant([0, 0, -1], np.int64, "together")
         orders = ([0, 2, 1, 3], [0, 2, 3, 1], [0, 2, 1, 3])
         for tag, source, order in zip("qkv", (queries, keys, values), orders, strict=True):
             yield make("Reshape", [source, f"{name}/apart"], f"{tag}_heads")
@@ -111,11 +127,11 @@ def _expanded(node: NodeProto, types: dict[str, Any]) -> Iterator[NodeProto]:
     yield make("Mul", [queries, f"{name}/scale"], "scaled")
     yield make("MatMul", [f"{name}/scaled", f"{name}/k"], "scores")
     scores = f"{name}/scores"
-    if masked:
+    if any(node.input[3:4]):
         mask = node.input[3]
-        if types[mask].elem_type == 9:  # bool: true where a key is seen
-            yield constant(np.array(0, dtype), "seen")
-            yield constant(np.array(np.finfo(dtype).min, dtype), "hidden")
+        if masks[mask] == TensorProto.BOOL:  # true where a key is seen
+            yield constant(0, dtype, "seen")
+            yield constant(np.finfo(dtype).min / 2, dtype, "hidden")  # a score added to it must not overflow
             yield make("Where", [mask, f"{name}/seen", f"{name}/hidden"], "bias")
             mask = f"{name}/bias"
         yield make("Add", [scores, mask], "masked")

@@ -13,12 +13,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .attention import fuse, load_graph
+from .attention import load_graph, rewrite
 from .bundle import Bundle, GraphInfo
 from .cache import EngineCache
 from .device import Stream, Tensor
 from .engine import check_binding
-from .errors import BackendUnavailableError, EngineError
+from .errors import BackendUnavailableError, EngineError, RequestError
 from .host import HostDevice, HostStream
 
 BUILDER = 1
@@ -44,6 +44,8 @@ class OnnxRuntimeCpu:
     captures = True
 
     def __init__(self, *, cache: EngineCache | None = None, threads: int | None = None) -> None:
+        if threads is not None and threads < 1:
+            raise RequestError(f"threads is {threads}: give 1 or more")
         if reason := unavailable_reason():
             raise BackendUnavailableError(f"backend {self.name}: {reason}")
         self.device = HostDevice()
@@ -165,7 +167,7 @@ class OnnxRuntimeBinding:
 
 def _graph_for_cpu(path: Path) -> bytes:
     model = load_graph(path, "cpu")
-    fuse(model)
+    rewrite(model, fuse=True)
     return model.SerializeToString()
 
 

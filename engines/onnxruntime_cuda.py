@@ -1,4 +1,4 @@
-"""ONNX Runtime on an NVIDIA GPU: the bundle's graphs as exported, on our memory and stream, nothing waiting in a run.
+"""ONNX Runtime on an NVIDIA GPU, on our memory and stream, nothing waiting in a run.
 
 Sessions run on one stream of the backend's own, which is fixed when a session is made; each run is chained behind the
 caller's stream and the caller's behind it, so any stream may be given. Captured graphs, by the option `graphs`:
@@ -16,14 +16,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from .attention import expand, fuse, load_graph
+from .attention import load_graph, rewrite
 from .bundle import Bundle, GraphInfo
 from .cache import EngineCache
 from .cuda import CudaDevice, CudaStream, cuda_stream
 from .cuda_driver import unavailable_reason as no_driver
 from .device import Stream, Tensor
 from .engine import check_binding
-from .errors import BackendUnavailableError, EngineError
+from .errors import BackendUnavailableError, EngineError, RequestError
 
 Graphs = Literal["none", "onnxruntime", "ours"]
 
@@ -66,9 +66,9 @@ class OnnxRuntimeCuda:
     ) -> None:
         """Open a GPU; raises `BackendUnavailableError` where that cannot be done."""
         if provider not in PROVIDERS:
-            raise EngineError(f"provider is {provider!r}: choose {', '.join(PROVIDERS)}")
+            raise RequestError(f"provider is {provider!r}: choose {', '.join(PROVIDERS)}")
         if graphs not in get_args(Graphs):
-            raise EngineError(f"graphs is {graphs!r}: choose {', '.join(get_args(Graphs))}")
+            raise RequestError(f"graphs is {graphs!r}: choose {', '.join(get_args(Graphs))}")
         if reason := unavailable_reason(provider):
             raise BackendUnavailableError(f"backend {self.name}: {reason}")
         import onnxruntime
@@ -100,7 +100,7 @@ class OnnxRuntimeCuda:
             self.provider, self.device.number, self.stream.handle, self.graphs, self._cache.root / "onnxruntime"
         )
         try:
-            session = ort.InferenceSession(_graph_for_cuda(files[0]), options, providers=providers)
+            session = ort.InferenceSession(_graph_for(self.provider, files[0]), options, providers=providers)
         except Exception as error:  # onnxruntime's own exceptions share no base class
             raise EngineError(f"graph {graph.name} cannot be opened on {self.name}: {_first_line(error)}") from error
         if PROVIDERS[self.provider] not in session.get_providers():
@@ -209,11 +209,13 @@ class OnnxRuntimeCudaBinding:
             raise EngineError(f"engine {self._engine.name} has not run yet: enqueue it once outside a capture")
 
 
-def _graph_for_cuda(path: Path) -> bytes:
-    """Return a graph without `Attention`, which no release before 1.25 runs on a GPU."""
+def _graph_for(provider: str, path: Path) -> bytes:
+    """Return a graph without `Attention`: releases before 1.25 run it on the CPU, and TensorRT before 10.14 not at all.
+
+    TensorRT, for its part, cannot read ONNX Runtime's own operator.
+    """
     model = load_graph(path, "gpu")
-    fuse(model)
-    expand(model)
+    rewrite(model, fuse=provider == "cuda", expand=True)
     return model.SerializeToString()
 
 

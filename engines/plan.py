@@ -183,7 +183,7 @@ def build_command(bundle: Bundle, graph: GraphInfo, backend: str, profile: Profi
     for name, value in options.items():
         if name == "weight_streaming" and value:
             command += " --option weights_on_gpu=0"
-        elif value not in (None, False):
+        elif value is not None and value is not False:
             command += f" --option {name}={value}"
     return command
 

@@ -51,6 +51,8 @@ class Planner:
         progress: Progress | None = None,
     ) -> None:
         """Load the library; raises `BackendUnavailableError` when it cannot be imported."""
+        if backend == "tensorrt-rtx" and options is not None and options.hardware:
+            raise RequestError("tensorrt-rtx has no option hardware: its plans run on every GPU of an architecture")
         self.backend = backend
         self.library = load_library(backend)
         self.target = dict(target)

@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from .attention import expand, load_graph
+from .attention import load_graph, rewrite
 from .errors import BackendUnavailableError, EngineError, RequestError
 from .plan import PlanOptions, Profile
 
@@ -135,7 +135,7 @@ def _parse(library: Library, builder: Any, graph: Path) -> Any:
         parsed = parser.parse_from_file(str(graph))
     else:
         model = load_graph(graph, EXTRAS[library.backend])
-        expand(model)
+        rewrite(model, expand=True)
         parsed = parser.parse(model.SerializeToString(), str(graph))
     if not parsed:
         errors = [parser.get_error(i) for i in range(parser.num_errors)]

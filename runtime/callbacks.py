@@ -50,8 +50,8 @@ def step_hook(
         latents = workspace.loop.latents(index + 1).read(stream)
         replaced = callback(pipe, index, float(table.timesteps[index]), {"latents": latents})
         latents_after = (replaced or {}).get("latents")
-        if latents_after is not None and index + 1 < len(table):
-            scale = float(table.input_scales[index + 1])
+        if latents_after is not None:
+            scale = float(table.input_scales[min(index + 1, len(table) - 1)])
             workspace.loop.replace_latents(index + 1, latents_after, scale, stream)
 
     return on_step

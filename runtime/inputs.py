@@ -109,12 +109,10 @@ def _packed(table: StepTable, count: int, guidance_scale: float, branches: int) 
     return packed
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=16, typed=True)
 def _filled(value: bool | float, shape: tuple[int, ...]) -> Array:
-    """Return a read-only array of one value: float32, or bool for a truth value."""
-    array = np.full(shape, value, bool if isinstance(value, bool) else np.float32)
-    array.flags.writeable = False
-    return array
+    """Return a read-only view of one value in any shape: float32, or bool for a truth value."""
+    return np.broadcast_to(np.array(value, bool if isinstance(value, bool) else np.float32), shape)
 
 
 def _padded(array: Array) -> Array:

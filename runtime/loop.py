@@ -60,13 +60,15 @@ class DenoiseLoop:
 
     def bind(self, open_engine: OpenEngine, denoiser: GraphInfo, step: GraphInfo) -> None:
         """Open both engines and bind them to each set of buffers; does nothing when they are bound."""
+        bound = []
         for here, there in (self._sets, self._sets[::-1]) if not self._bound else ():
             network = {**self._conditioning, "model_input": here["model_input"], "timestep": here["timestep"]}
             update = {"prediction": self._prediction, **self._constants, **here}
             update = {spec.name: update[spec.name] for spec in step.inputs}
             pair = (open_engine(denoiser, shapes_of(network)), open_engine(step, shapes_of(update)))
             update |= {f"next_{name}": tensor for name, tensor in there.items()}
-            self._bound.append((pair[0].bind({**network, "prediction": self._prediction}), pair[1].bind(update)))
+            bound.append((pair[0].bind({**network, "prediction": self._prediction}), pair[1].bind(update)))
+        self._bound = self._bound or bound
 
     def unbind(self) -> None:
         """Let go of the engines and of what was captured of them; the buffers stay."""
@@ -82,8 +84,8 @@ class DenoiseLoop:
             if name in STATE:
                 self._sets[0][name].write(array, stream)
             elif self._unchanged.get(name) is not array:
-                self._constants[name].write(array, stream)
                 self._unchanged.pop(name, None)
+                self._constants[name].write(array, stream)
                 if not array.flags.writeable:
                     self._unchanged[name] = array
 
@@ -149,10 +151,10 @@ class CapturedWork:
     def run(self, key: Hashable, enqueue: Callable[[Stream], None], stream: Stream) -> None:
         """Do what `enqueue` does with the stream: by calling it, or by replaying what it did."""
         if key not in self._graphs:
+            enqueue(stream)
             self._graphs[key] = None
             if len(self._graphs) > self._capacity:
                 _close(self._graphs.popitem(last=False)[1])
-            enqueue(stream)
             return
         graph = self._graphs[key]
         if graph is None:

@@ -133,8 +133,7 @@ class Pipeline:
         `RequestError` for anything that cannot be served as given.
         """
         start = time.perf_counter()
-        if self._closed:
-            raise EngineError("the pipeline is closed: open it again")
+        self._check_open()
         if output_type not in get_args(OutputType):
             raise RequestError(f"output_type is {output_type!r}: choose pil, np or latent")
         picture, mask = load_pictures(image, mask_image, strength)
@@ -204,7 +203,11 @@ class Pipeline:
         return array
 
     def decode(self, latents: Array) -> list[Image.Image]:
-        """Return the pictures of latents [B, C, h, w] as they are: a preview, inside a step's callback or outside."""
+        """Return the pictures of latents [B, C, h, w] as they are: a preview, inside a step's callback or outside.
+
+        Every call binds the decoder anew, which on a GPU may take longer than running it.
+        """
+        self._check_open()
         graph = self.bundle.graph("decoder")
         engine = self._engine(graph, {"latents": latents.shape})
         pixels = run_once(self.backend.device, engine, graph, {"latents": latents}, self._stream)["image"]
@@ -224,6 +227,10 @@ class Pipeline:
             self._release("image")
         cells = None if mask is None else latent_mask(mask, height, width, self.bundle.manifest.latent.downscale)
         return InitialImage(moments["latents_mean"], moments["latents_std"], cells)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise EngineError("the pipeline is closed: open it again")
 
     def _table_for(self, request: GenerationRequest, chosen: bool) -> StepTable:
         """Return the step table; a scheduler that cannot be one is the request's fault when the request chose it."""

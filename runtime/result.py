@@ -37,7 +37,8 @@ class GenerationResult:
     timings: Timings
     memory: dict[str, int] = field(default_factory=dict)
     """Bytes of the device's memory in use at the end of encode, denoise and decode, the most of all batches: on a GPU
-    what this process took since it was opened, on the CPU what is resident."""
+    what was taken since it was opened, on the CPU what is resident. A request captured whole has one figure, under
+    denoise."""
     warnings: list[str] = field(default_factory=list)
     request: GenerationRequest | None = None
     """The request with every default filled in."""

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import get_args
 
 from ..engines.bundle import Bundle, GraphInfo, Stage, TensorInfo
 from ..engines.device import Array, Device, Event, Stream, Tensor
 from ..engines.engine import BoundEngine, Engine, shape_of, solve_sizes
-from ..engines.errors import BundleError
+from ..engines.errors import BundleError, EngineError
 from .loop import CapturedWork, DenoiseLoop, Mode, OpenEngine, shapes_of
 
 Release = Callable[[Stage], None]
@@ -31,7 +33,8 @@ def run_once(
         tensors |= allocate_outputs(device, graph, tensors)
         for name, array in inputs.items():
             tensors[name].write(array, stream)
-        engine.bind(tensors).enqueue(stream)
+        bound = engine.bind(tensors)  # lives until its work is done
+        bound.enqueue(stream)
         return {spec.name: tensors[spec.name].read(stream) for spec in graph.outputs}
     finally:
         for tensor in tensors.values():
@@ -111,16 +114,24 @@ class Workspace:
             after = stream.record()
             return Trace([before, before, after, after], {"denoise": self._device.memory_used()})
         trace = Trace([stream.record()])
-        self._bind_prompt()
-        self._encode(stream)
-        self._done("encode", "prompt", trace, stream)
-        self._bind_loop()
-        self.loop.run(steps, stream, mode=mode, on_step=on_step)
-        self._done("denoise", "step", trace, stream)
-        if decode:
-            self._bind_decoder()
-            self._decoders[steps % 2].enqueue(stream)
-        self._done("decode", "end", trace, stream)
+        try:
+            self._bind_prompt()
+            self._encode(stream)
+            self._done("encode", "prompt", trace, stream)
+            self._bind_loop()
+            self.loop.run(steps, stream, mode=mode, on_step=on_step)
+            self._done("denoise", "step", trace, stream)
+            if decode:
+                self._bind_decoder()
+                self._decoders[steps % 2].enqueue(stream)
+                self._done("decode", "end", trace, stream)
+            else:
+                trace.events.append(stream.record())
+        except BaseException:  # a cancelled request must not keep engines that the next one closes
+            with suppress(EngineError):
+                for stage in get_args(Stage):
+                    self._let_go(stage, stream)
+            raise
         return trace
 
     def _encode(self, stream: Stream) -> None:
@@ -128,24 +139,31 @@ class Workspace:
             bound.enqueue(stream)
 
     def _bind_prompt(self) -> None:
+        bound = []
         for graph in self._prompt_graphs if not self._prompt else ():
             inputs = self._inputs(graph, graph.inputs)
             outputs = self._inputs(graph, graph.outputs)
-            self._prompt.append(self._open(graph, shapes_of(inputs)).bind({**inputs, **outputs}))
+            bound.append(self._open(graph, shapes_of(inputs)).bind({**inputs, **outputs}))
+        self._prompt = self._prompt or bound
 
     def _bind_loop(self) -> None:
         self.loop.bind(self._open, self._bundle.graph("denoiser"), self._bundle.graph("step"))
 
     def _bind_decoder(self) -> None:
-        graph = self._bundle.graph("decoder")
+        graph, bound = self._bundle.graph("decoder"), []
         for parity in (0, 1) if not self._decoders else ():
             inputs = {"latents": self.loop.latents(parity)}
-            self._decoders.append(self._open(graph, shapes_of(inputs)).bind({**inputs, **self.pictures}))
+            bound.append(self._open(graph, shapes_of(inputs)).bind({**inputs, **self.pictures}))
+        self._decoders = self._decoders or bound
 
     def _done(self, name: str, stage: Stage, trace: Trace, stream: Stream) -> None:
         """Note the end of a stage, and let go of its engines when they are not to stay."""
         trace.events.append(stream.record())
         trace.memory[name] = self._device.memory_used()
+        self._let_go(stage, stream)
+
+    def _let_go(self, stage: Stage, stream: Stream) -> None:
+        """Close a stage's engines once their work is done, unless engines stay open."""
         if self._release is None:
             return
         stream.synchronize()
@@ -153,7 +171,7 @@ class Workspace:
             self._prompt = []
         elif stage == "step":
             self.loop.unbind()
-        else:
+        elif stage == "end":
             self._decoders = []
         self._release(stage)
 

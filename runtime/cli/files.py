@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
-from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from ...engines.errors import StorageError
+
+NUMBERED = re.compile(r"latentrt-(\d{4,})-")
+
+UMASK = os.umask(0)
+os.umask(UMASK)  # can only be read by setting it, for all threads: once, before there are any
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -19,21 +25,38 @@ def write_atomically(path: Path, data: bytes) -> None:
         temporary = Path(name)
         with os.fdopen(handle, "wb") as file:
             file.write(data)
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
+        temporary.chmod(0o666 & ~UMASK)
         temporary.replace(path)
     except OSError as error:
-        raise StorageError(
-            f"cannot write {path}: {error.strerror or error}; free space or choose another place"
-        ) from error
+        raise _storage_error(path, error) from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
 
 
-def free_paths(folder: Path, seeds: Sequence[int]) -> list[Path]:
-    """Return a new path in `folder` for every picture, numbered behind those that are there; none is overwritten."""
-    taken = [int(p.name[9:13]) for p in folder.glob("latentrt-[0-9][0-9][0-9][0-9]-*.png")]
-    first = max(taken, default=0) + 1
-    return [folder / f"latentrt-{first + i:04d}-seed{seed}.png" for i, seed in enumerate(seeds)]
+def write_numbered(folder: Path, seed: int, data: bytes) -> Path:
+    """Write a picture to a new file, numbered behind those that are in `folder`, and return its path.
+
+    The name is taken before the picture is written, so no other process takes it; raises `StorageError`.
+    """
+    path = folder
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        while True:
+            taken = [int(match[1]) for p in folder.glob("latentrt-*.png") if (match := NUMBERED.match(p.name))]
+            path = folder / f"latentrt-{max(taken, default=0) + 1:04d}-seed{seed}.png"
+            with suppress(FileExistsError):
+                path.touch(exist_ok=False)
+                break
+    except OSError as error:
+        raise _storage_error(path, error) from error
+    try:
+        write_atomically(path, data)
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+    return path
+
+
+def _storage_error(path: Path, error: OSError) -> StorageError:
+    return StorageError(f"cannot write {path}: {error.strerror or error}; free space or choose another place")

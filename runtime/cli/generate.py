@@ -7,7 +7,7 @@ import re
 import sys
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -63,57 +63,61 @@ def generate(
     from ..pipeline import Pipeline
     from .pictures import PictureWriter
 
+    settings = backend_options(backend, options, threads=threads)
     began = time.perf_counter()
     with (
         progress_bar("generating") as progress,
-        Pipeline.open(
-            bundle or _embedded(),
-            backend,
-            low_memory=low_memory,
-            progress=progress,
-            **backend_options(backend, options, threads=threads),
-        ) as pipe,
+        Pipeline.open(bundle or _embedded(), backend, low_memory=low_memory, progress=progress, **settings) as pipe,
     ):
         opened = time.perf_counter()
         described = {"bundle": pipe.bundle.manifest.source.get("name"), "precision": pipe.bundle.manifest.precision}
         with PictureWriter(output if single else None, output, described) as writer:
-            result = pipe(
-                texts,
-                negative,
-                height=height,
-                width=width,
-                num_inference_steps=steps,
-                guidance_scale=guidance,
-                num_images_per_prompt=count,
-                seed=seed,
-                sampler=sampler,
-                eta=eta,
-                image=init_image,
-                mask_image=mask,
-                strength=strength,
-                on_batch=writer,
-                progress=progress,
-            )
+            try:
+                result = pipe(
+                    texts,
+                    negative,
+                    height=height,
+                    width=width,
+                    num_inference_steps=steps,
+                    guidance_scale=guidance,
+                    num_images_per_prompt=count,
+                    seed=seed,
+                    sampler=sampler,
+                    eta=eta,
+                    image=init_image,
+                    mask_image=mask,
+                    strength=strength,
+                    on_batch=writer,
+                    progress=progress,
+                )
+            except BaseException:  # what was finished is on disk: say where
+                _echo(writer.rescued())
+                raise
             done = time.perf_counter()
             entries = writer.entries()
+            write = time.perf_counter() - done
     if grid is not None:
         sheet = images.grid(result.images, [entry["prompt"] for entry in entries])
         write_atomically(grid, images.encode_png(sheet))
     if not as_json:
-        for entry in entries:
-            typer.echo(f"{entry['path']}  seed {entry['seed']}  {entry['prompt']}")
+        _echo(entries)
         if grid is not None:
             typer.echo(str(grid))
         return
     assert result.request is not None
     report = {
         "images": entries,
-        "timings": {"open": opened - began, **asdict(result.timings), "write": time.perf_counter() - done},
+        "timings": {"open": opened - began, **asdict(result.timings), "write": write},
         "memory": result.memory,
         "request": {**result.request.model_dump(mode="json"), **described},
         "warnings": result.warnings,
     }
     typer.echo(json.dumps(report, indent=2))
+
+
+def _echo(entries: list[dict[str, Any]]) -> None:
+    for entry in entries:
+        typer.echo(f"{entry['path']}  seed {entry['seed']}  {entry['prompt']}")
 
 
 def _embedded() -> Path:

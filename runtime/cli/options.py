@@ -22,7 +22,7 @@ BackendOptions = Annotated[
     ),
 ]
 
-SIZE = re.compile(r"(\d+)\s*([KMG])(i?)B", re.IGNORECASE)
+SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMG])(i?)B?", re.IGNORECASE)
 PYTHON_ONLY = ("name", "cache", "progress")
 """Parameters that are no text."""
 
@@ -32,7 +32,10 @@ def backend_options(backend: str, given: Sequence[str] | None, *, threads: int |
     options: dict[str, Any] = {} if threads is None else {"threads": threads}
     if given:
         name = resolve(backend)
-        options |= options_of(factory(name), name, given)
+        named = options_of(factory(name), name, given)
+        if both := sorted(options.keys() & named.keys()):
+            raise RequestError(f"{both[0]} was given twice: give --{both[0]} or --option {both[0]}=N")
+        options |= named
     return options
 
 
@@ -57,7 +60,7 @@ def _value(name: str, text: str, kind: Any) -> Any:
 
     if size := SIZE.fullmatch(text.strip()):
         unit = (1024 if size[3] else 1000) ** ("KMG".index(size[2].upper()) + 1)
-        text = str(int(size[1]) * unit)
+        text = str(int(float(size[1]) * unit))
     try:
         return TypeAdapter(kind).validate_python(text)
     except ValidationError as error:

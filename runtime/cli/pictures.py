@@ -12,7 +12,7 @@ from PIL import Image
 
 from ..image import encode_png
 from ..request import GenerationRequest
-from .files import free_paths, write_atomically
+from .files import write_atomically, write_numbered
 
 
 class PictureWriter:
@@ -24,7 +24,6 @@ class PictureWriter:
 
     def __init__(self, file: Path | None, folder: Path, described: Mapping[str, Any]) -> None:
         self._file, self._folder, self._described = file, folder, described
-        self._paths: list[Path] = []
         self._thread = ThreadPoolExecutor(1, "png")
         self._written: list[Future[dict[str, Any]]] = []
 
@@ -33,9 +32,6 @@ class PictureWriter:
         for earlier in self._written:
             if earlier.done():
                 earlier.result()
-        if not self._paths:
-            seeds = [seed for _, _, seed in request.images]
-            self._paths = [self._file] if self._file is not None else free_paths(self._folder, seeds)
         for number, picture in enumerate(images, first):
             self._written.append(self._thread.submit(self._write, request, number, picture))
 
@@ -43,11 +39,19 @@ class PictureWriter:
         """Return path, seed and prompt of every picture once all are written; raises `StorageError`."""
         return [picture.result() for picture in self._written]
 
+    def rescued(self) -> list[dict[str, Any]]:
+        """Return the entries of the pictures that were written, once the others have failed or been written."""
+        return [picture.result() for picture in self._written if picture.exception() is None]
+
     def _write(self, request: GenerationRequest, number: int, picture: Image.Image) -> dict[str, Any]:
         prompt, negative, seed = request.images[number]
-        path = self._paths[number]
         own = {"prompt": prompt, "negative_prompt": negative, "seed": seed, "num_images_per_prompt": 1}
-        write_atomically(path, encode_png(picture, {**request.model_dump(mode="json"), **own, **self._described}))
+        png = encode_png(picture, {**request.model_dump(mode="json"), **own, **self._described})
+        if self._file is None:
+            path = write_numbered(self._folder, seed, png)
+        else:
+            path = self._file
+            write_atomically(path, png)
         return {"path": str(path), "seed": seed, "prompt": prompt}
 
     def __enter__(self) -> PictureWriter:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+from latentrt.benchmarks import records, replay, report
 from latentrt.benchmarks.replay import measure, null_loop, traced
 from latentrt.engines.cuda import CudaDevice
 from latentrt.engines.cuda_driver import Driver
@@ -56,3 +58,21 @@ def test_a_replay_on_a_gpu_is_one_call_of_the_driver(monkeypatch: pytest.MonkeyP
     assert calls == ["cuGraphLaunch"] * 6
     loop.close()
     engine.close()
+
+
+def test_records_of_the_loop_and_of_builds_become_tables(tmp_path: Path) -> None:
+    file = tmp_path / "machine.jsonl"
+    assert replay.main(["--requests", "5", "--steps", "4", "--output", str(file)]) == 0
+    found = records.read(file)
+    assert [record["mode"] for record in found] == ["eager", "step", "loop"]
+    plan = {"build_seconds": 1.25, "plan_bytes": 3 << 20, "peak_bytes": 5 << 30}
+    common = {name: found[0][name] for name in ("format", "date", "source", "machine", "command", "conditions")}
+    for profile, result in (("static", plan), ("dynamic", {"error": "no memory"})):
+        named = {"graph": "decoder", "profile": profile, "compute_capability": "8.9"}
+        found.append({"kind": "rtx-compile", **common, **named, "bundle": {"name": "m", "precision": "fp16"}, **result})
+    text = report.text(found)
+    assert f"{found[1]['seconds_per_step']['p50'] * 1e6:.1f} |" in text and "| cpu, loop  |" in text
+    row = next(line for line in text.splitlines() if line.startswith("| m fp16, decoder"))
+    assert [cell.strip() for cell in row.split("|")[2:-1]] == ["1.25", "failed", "3 MiB", "5.00 GiB"]
+    assert "pinned" not in text
+    assert report.write_plots(found, tmp_path) == []

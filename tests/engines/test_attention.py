@@ -9,9 +9,8 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from latentrt.engines.attention import expand, fuse, load_graph
-from latentrt.engines.errors import EngineError
-from onnx import TensorProto, helper
+from latentrt.engines.attention import load_graph, rewrite
+from onnx import TensorProto, helper, numpy_helper
 
 ROWS, HEADS, QUERIES, KEYS, SIZE = 2, 3, 5, 7, 8
 SEEN = np.tril(np.ones((QUERIES, KEYS), bool), 2)
@@ -24,15 +23,15 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def model(flat: bool = False, mask: Any = None, inputs: int = 3, **attributes: Any) -> onnx.ModelProto:
+def model(flat: bool = False, mask: Any = None, kind: int = TensorProto.FLOAT, **attributes: Any) -> onnx.ModelProto:
     def value(name: str, length: int) -> onnx.ValueInfoProto:
         shape = ["R", length, HEADS * SIZE] if flat else ["R", HEADS, length, SIZE]
-        return helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
+        return helper.make_tensor_value_info(name, kind, shape)
 
     values = [value("q", QUERIES), value("k", KEYS), value("v", KEYS)]
     if mask is not None:
-        kind = TensorProto.BOOL if mask.dtype == bool else TensorProto.FLOAT
-        values.append(helper.make_tensor_value_info("mask", kind, [1, 1, QUERIES, KEYS]))
+        mask_kind = TensorProto.BOOL if mask.dtype == bool else kind
+        values.append(helper.make_tensor_value_info("mask", mask_kind, [1, 1, QUERIES, KEYS]))
     if flat:
         attributes |= {"q_num_heads": HEADS, "kv_num_heads": attributes.get("kv_num_heads", HEADS)}
     node = helper.make_node("Attention", [v.name for v in values], ["y"], **attributes)
@@ -73,7 +72,7 @@ def operators(graph: onnx.ModelProto) -> list[str]:
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_expanded_attention_is_attention(case: dict[str, Any]) -> None:
     graph = model(**case)
-    expand(graph)
+    rewrite(graph, expand=True)
     onnx.checker.check_model(graph, full_check=True)
     assert "Attention" not in operators(graph) and operators(graph).count("Softmax") == 1
     np.testing.assert_allclose(run(graph, feeds(**case)), written_out(**case), atol=2e-6)
@@ -82,15 +81,47 @@ def test_expanded_attention_is_attention(case: dict[str, Any]) -> None:
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_fused_attention_is_attention(case: dict[str, Any]) -> None:
     graph = model(**case)
-    fuse(graph)
+    rewrite(graph, fuse=True)
     assert operators(graph) == ["MultiHeadAttention" if case.get("flat") else "Attention"]
     np.testing.assert_allclose(run(graph, feeds(**case)), written_out(**case), atol=2e-6)
 
 
-@pytest.mark.parametrize("attributes", [{"is_causal": 1}, {"softcap": 3.0}, {"flat": True, "kv_num_heads": 1}], ids=str)
-def test_a_form_that_cannot_be_expanded_is_refused(attributes: dict[str, Any]) -> None:
-    with pytest.raises(EngineError, match="the Attention y has a form that cannot be expanded"):
-        expand(model(**attributes))
+def test_a_mask_may_be_a_constant_of_the_graph_and_halves_do_not_overflow() -> None:
+    graph = model(mask=SEEN, kind=TensorProto.FLOAT16)
+    graph.graph.initializer.append(numpy_helper.from_array(SEEN[None, None], "mask"))
+    del graph.graph.input[3]
+    rewrite(graph, expand=True)
+    onnx.checker.check_model(graph, full_check=True)
+    values = {name: array.astype(np.float16) for name, array in feeds().items()}
+    values["q"] *= -100  # a score of some -200 beside the lowest half
+    wanted = written_out(mask=SEEN, scale=-100 * SIZE**-0.5)
+    np.testing.assert_allclose(run(graph, values), wanted, atol=2e-2)
+
+
+def test_plain_and_masked_attention_in_one_graph_are_fused_and_expanded() -> None:
+    graph = model(flat=True)
+    node = helper.make_node("Attention", ["q", "k", "v", "mask"], ["masked"], q_num_heads=HEADS, kv_num_heads=HEADS)
+    graph.graph.node.append(node)
+    graph.graph.input.append(model(flat=True, mask=SEEN).graph.input[3])
+    graph.graph.output.append(helper.make_tensor_value_info("masked", TensorProto.FLOAT, ["R", QUERIES, HEADS * SIZE]))
+    rewrite(graph, fuse=True, expand=True)
+    kinds = operators(graph)
+    assert kinds.count("MultiHeadAttention") == kinds.count("Softmax") == 1 and "Attention" not in kinds
+    session = ort.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
+    plain, masked = session.run(None, feeds(flat=True, mask=SEEN))
+    np.testing.assert_allclose(plain, written_out(flat=True), atol=2e-6)
+    np.testing.assert_allclose(masked, written_out(flat=True, mask=SEEN), atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    "attributes",
+    [{"is_causal": 1}, {"softcap": 3.0}, {"flat": True, "kv_num_heads": 1}, {"softmax_precision": 1}],
+    ids=str,
+)
+def test_a_form_that_is_not_covered_stays(attributes: dict[str, Any]) -> None:
+    graph = model(**attributes)
+    rewrite(graph, fuse=True, expand=True)
+    assert operators(graph) == ["Attention"]
 
 
 def test_a_library_that_does_not_know_the_operator_builds_the_models(

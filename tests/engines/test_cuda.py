@@ -142,6 +142,14 @@ def test_a_capture_can_be_finished_once(device: CudaDevice) -> None:
         capture.finish()
 
 
+def test_memory_used_is_what_was_taken_since_the_gpu_was_opened(device: CudaDevice, driver: SimulatedDriver) -> None:
+    before = device.memory_used()
+    tensor = device.empty((1 << 20,), np.uint8)
+    assert 1 << 20 <= device.memory_used() - before < 1.01 * (1 << 20)
+    tensor.close()
+    assert device.memory_used() == before
+
+
 def test_the_gpu_describes_itself(device: CudaDevice) -> None:
     assert (device.name, device.compute_capability, device.driver_version) == ("Simulated GPU", "8.9", "13.0")
 

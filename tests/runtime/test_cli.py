@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from latentrt.engines.errors import RequestError
+from latentrt.engines.onnxruntime_cpu import OnnxRuntimeCpu
 from latentrt.engines.tensorrt import plan_options
 from latentrt.runtime.cli import run
 from latentrt.runtime.cli.options import options_of
@@ -52,26 +53,41 @@ def test_a_cancelled_request_keeps_the_pictures_of_finished_batches(
     arguments = ["generate", PROMPT, "--bundle", str(tiny_sd15_bundle), "--steps", "1", "--count", "6", "--seed", "41"]
     assert run(arguments) == 130
     assert sorted(p.name[-6:] for p in folder.iterdir()) == ["41.png", "42.png", "43.png", "44.png"]
-    assert capsys.readouterr().err == "latentrt: error: interrupted\n"
+    captured = capsys.readouterr()
+    assert captured.err == "latentrt: error: interrupted\n"
+    assert [line.split()[0] for line in captured.out.splitlines()] == sorted(p.name for p in folder.iterdir())
 
 
 def test_options_of_the_backend_are_taken_by_name(
-    folder: Path, tiny_sd15_bundle: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path, tiny_sd15_bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    made: list[int | None] = []
+    init = OnnxRuntimeCpu.__init__
+
+    def noted(backend: OnnxRuntimeCpu, *, threads: int | None = None, **options: Any) -> None:
+        made.append(threads)
+        init(backend, threads=threads, **options)
+
+    monkeypatch.setattr(OnnxRuntimeCpu, "__init__", noted)
     arguments = ["generate", PROMPT, "--bundle", str(tiny_sd15_bundle), "--steps", "1", "--json"]
     assert run([*arguments, "--backend", "onnxruntime-cpu", "--option", "threads=1"]) == 0
+    assert made == [1]
     report = json.loads(capsys.readouterr().out)
     assert set(report["memory"]) == {"encode", "denoise", "decode"}
+    assert run([*arguments, "--option", "threads=0"]) == 2
+    assert run([*arguments, "--threads", "1", "--option", "threads=1"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("latentrt: error: threads is 0") and "threads was given twice" in lines[1]
 
 
 def test_options_are_of_the_type_that_the_backend_declares() -> None:
     from latentrt.engines.onnxruntime_cuda import OnnxRuntimeCuda
     from latentrt.engines.tensorrt import TensorRt
 
-    given = ["weights_on_gpu=2GiB", "workspace=500MB", "optimization_level=4", "hardware=ampere_plus", "build=no"]
+    given = ["weights_on_gpu=1.5G", "workspace=500MiB", "optimization_level=4", "hardware=ampere_plus", "build=no"]
     assert options_of(TensorRt, "tensorrt", given) == {
-        "weights_on_gpu": 2 << 30,
-        "workspace": 500_000_000,
+        "weights_on_gpu": 1_500_000_000,
+        "workspace": 500 << 20,
         "optimization_level": 4,
         "hardware": "ampere_plus",
         "build": False,

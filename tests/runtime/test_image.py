@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from latentrt.engines.errors import RequestError, StorageError
-from latentrt.runtime.cli.files import free_paths, write_atomically
+from latentrt.runtime.cli.files import write_atomically, write_numbered
 from latentrt.runtime.image import encode_png, grid, image_pixels, latent_mask, load_image, request_from_png
 from PIL import Image
 
@@ -56,12 +56,30 @@ def test_a_grid_shows_every_picture_and_label() -> None:
 
 
 def test_new_pictures_never_take_an_old_name(tmp_path: Path) -> None:
-    assert [p.name for p in free_paths(tmp_path, [5, 6])] == ["latentrt-0001-seed5.png", "latentrt-0002-seed6.png"]
-    write_atomically(tmp_path / "latentrt-0041-seed5.png", b"x")
-    assert [p.name for p in free_paths(tmp_path, [5])] == ["latentrt-0042-seed5.png"]
+    assert [write_numbered(tmp_path, seed, b"x").name for seed in (5, 6)] == [
+        "latentrt-0001-seed5.png",
+        "latentrt-0002-seed6.png",
+    ]
+    write_atomically(tmp_path / "latentrt-9999-seed5.png", b"x")
+    assert [write_numbered(tmp_path, 5, b"x").name[:14] for _ in range(2)] == ["latentrt-10000", "latentrt-10001"]
+
+
+def test_two_processes_never_write_the_same_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    touch, quicker = Path.touch, tmp_path / "latentrt-0001-seed5.png"
+
+    def late(path: Path, **options: bool) -> None:
+        if path == quicker:
+            quicker.write_bytes(b"theirs")
+        touch(path, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Path, "touch", late)
+    assert write_numbered(tmp_path, 5, b"ours").name == "latentrt-0002-seed5.png"
+    assert quicker.read_bytes() == b"theirs" and len(list(tmp_path.iterdir())) == 2
 
 
 def test_writing_below_a_file_is_one_clear_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(StorageError, match="cannot write"):
         write_atomically(tmp_path / "file" / "a.png", b"x")
+    with pytest.raises(StorageError, match="cannot write"):
+        write_numbered(tmp_path / "file", 5, b"x")

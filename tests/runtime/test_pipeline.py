@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 from latentrt.engines.errors import EngineError, RequestError
-from latentrt.engines.host import HostTensor
+from latentrt.engines.host import HostDevice, HostTensor
 from latentrt.runtime import Pipeline
 from latentrt.runtime.image import request_from_png
-from latentrt.runtime.loop import Mode
+from latentrt.runtime.loop import CapturedWork, Mode
 from PIL import Image
 
 PROMPTS = ["a red circle on a blue background", "a small star", "two rings"]
@@ -162,6 +162,42 @@ def test_an_exception_in_the_callback_cancels_and_the_pipeline_lives_on(pipe: Pi
     assert np.array_equal(generate(pipe, seed=6), plain)
 
 
+def test_a_cancelled_request_in_low_memory_leaves_nothing_open(tiny_sd15_bundle: Path, pipe: Pipeline) -> None:
+    def cancel(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with Pipeline.open(tiny_sd15_bundle, "onnxruntime-cpu", threads=1, low_memory=True) as low:
+        with pytest.raises(KeyboardInterrupt):
+            generate(low, seed=6, callback_on_step_end=cancel)
+        assert low._engines == {}
+        generate(low, seed=6, width=128)
+        assert np.array_equal(generate(low, seed=6), generate(pipe, seed=6))
+
+
+def test_work_that_failed_the_first_time_is_not_taken_for_done() -> None:
+    stream, done = HostDevice().stream(), []
+
+    def work(stream: Any) -> None:
+        done.append(len(done))
+        if len(done) == 1:
+            raise EngineError("out of memory")
+
+    captured = CapturedWork()
+    with pytest.raises(EngineError):
+        captured.run("key", work, stream)
+    captured.run("key", work, stream)
+    assert done == [0, 1] and captured._graphs == {"key": None}
+
+
+def test_latents_replaced_after_the_last_step_are_decoded(pipe: Pipeline) -> None:
+    def erase_last(pipe: Pipeline, step: int, timestep: float, values: dict[str, Any]) -> dict[str, Any] | None:
+        return {"latents": np.zeros_like(values["latents"])} if step == 2 else None
+
+    erased = pipe(PROMPTS[0], seed=6, callback_on_step_end=erase_last, **QUICK).images[0]
+    latents = pipe(PROMPTS[0], seed=6, output_type="latent", **QUICK).images
+    assert np.array_equal(erased, pipe.decode(np.zeros_like(latents))[0])
+
+
 def test_a_callback_may_show_a_preview(pipe: Pipeline) -> None:
     shown: list[Image.Image] = []
 
@@ -229,6 +265,8 @@ def test_memory_is_bounded_over_shapes_and_freed_at_close(tiny_sd15_bundle: Path
     assert device.memory_in_use() == 0
     with pytest.raises(EngineError, match="closed"):
         generate(pipe)
+    with pytest.raises(EngineError, match="closed"):
+        pipe.decode(np.zeros((1, 4, 8, 8), np.float32))
 
 
 def test_timings_add_up(pipe: Pipeline) -> None:
