@@ -60,12 +60,13 @@ class Contender:
             import onnxruntime  # noqa: F401
         imported = time.perf_counter()
         self._last: tuple[dict[str, Any], list[Any]] = {}, []
-        self._runs: list[tuple[Any, float]] = []
+        self._runs: list[tuple[Any, float, float]] = []
         self._slow = {name: float(share) for name, share in (options.get("slow") or {}).items()}
         settings: dict[str, Any] = {"mode": mode or "step", "max_batch": options.get("max_batch", 4)}
         if mode == OWN_GRAPHS:
             settings |= {"mode": "eager", "graphs": "onnxruntime"}
-        if backend.endswith("cpu"):
+        self._on_cpu = backend.endswith("cpu")
+        if self._on_cpu:
             settings["threads"] = options["threads"]
             self._watch_networks()
         elif self._slow:
@@ -102,19 +103,24 @@ class Contender:
                 end += slow.get(binding._engine.name, 0.0) * (end - start)
                 while clock() < end:
                     pass
-            note((binding, end - start))
+            note((binding, start, end))
 
         onnxruntime_cpu.OnnxRuntimeBinding._run = timed  # type: ignore[method-assign, assignment]
 
     def _network_seconds(self) -> dict[str, float]:
         seconds: dict[str, float] = defaultdict(float)
-        for binding, took in self._runs:
-            seconds[binding._engine.name] += took
+        for binding, start, end in self._runs:
+            seconds[binding._engine.name] += end - start
         return dict(seconds)
+
+    def _watched_steps(self) -> list[float]:
+        """Return the seconds from the start of one denoiser run to the next, of one batch: between them lies a step."""
+        starts = [start for binding, start, _ in self._runs if binding._engine.name == "denoiser"]
+        return [after - before for before, after in pairwise(starts)]
 
     def run(self, request: dict[str, Any]) -> dict[str, Any]:
         """Answer one request; see `worker.Contender`. Steps are told apart in the modes that have borders there."""
-        pipe = self._pipe
+        pipe, borders = self._pipe, self._pipe.mode in ("eager", "step")
         self._runs.clear()
         events: list[Any] = []
 
@@ -123,7 +129,7 @@ class Contender:
                 events.clear()
             events.append(pipe._stream.record())
 
-        watched = {"progress": progress} if pipe.mode in ("eager", "step") else {}
+        watched = {"progress": progress} if borders and not self._on_cpu else {}
         start = time.perf_counter()
         result = self._generate(request, **watched)
         done = time.perf_counter()
@@ -132,9 +138,12 @@ class Contender:
         end = time.perf_counter()
         self._last = request, [np.asarray(picture) for picture in result.images]
         timings = result.timings
+        steps = [b.milliseconds_since(a) / 1e3 for a, b in pairwise(events)]
+        if borders and self._on_cpu and request["batch"] <= pipe.max_batch:
+            steps = self._watched_steps()
         return {
             "stages": {**{name: getattr(timings, name) for name in STAGES}, "png": end - done},
-            "steps": [b.milliseconds_since(a) / 1e3 for a, b in pairwise(events)],
+            "steps": steps,
             "evaluations": timings.steps,
             "total": end - start,
             "networks": self._network_seconds(),

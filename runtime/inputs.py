@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -66,8 +67,9 @@ def loop_arrays(
     slots = -(-table.draw_count // DRAW_BUCKET) * DRAW_BUCKET
     drawn = np.zeros((count, slots, *shape), np.float32) if slots else _filled(0.0, (count, 1, *shape))
     original = np.zeros((count, *shape), np.float32)
+    generator = _generator()
     for i, seed in enumerate(seeds):
-        generator = Generator(seed)
+        generator.restart(seed)
         if initial is not None:
             original[i] = initial.mean[0] + initial.std[0] * generator.randn(shape)
         noise[i] = generator.randn(shape)
@@ -97,6 +99,17 @@ def loop_arrays(
         "known": known,
         "repaint": repaint,
     }
+
+
+def _generator() -> Generator:
+    """Return this thread's generator: a new one costs more than the noise of a small picture."""
+    if not hasattr(_thread, "generator"):
+        _thread.generator = Generator(0)
+    generator: Generator = _thread.generator
+    return generator
+
+
+_thread = threading.local()
 
 
 @lru_cache(maxsize=32)
