@@ -79,7 +79,7 @@ def conditions(record: Record) -> str:
     machine, state = record["machine"], record["conditions"]
     where = machine["gpu"]["name"] if state["device"] == "cuda" else f"{machine['processor']}, {machine['cores']} cores"
     threads = "1 thread" if state["threads"] == 1 else f"{state['threads']} threads"
-    pinned = " pinned" if "turns" in state else ""
+    pinned = " pinned" if record["kind"] in ("latency", "scaling") else ""
     parts = [f"{where}, {threads}{pinned}, {machine['memory_gib']:g} GiB, {machine['system']}"]
     if "model" in record:
         parts.append(f"weights: {record['model']['weights']}; sampler: {record['model']['sampler']}")
