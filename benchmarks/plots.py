@@ -8,6 +8,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib import ticker
 from matplotlib.figure import Figure
 
 from .records import Record
@@ -58,9 +59,7 @@ def distribution(records: Sequence[Record], title: str) -> bytes:
     axes.set_ylabel("share of requests within")
     axes.set_ylim(0, 1.02)
     axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda x, _: f"{x:,.0f}"))
-    axes.xaxis.set_minor_formatter(matplotlib.ticker.FuncFormatter(lambda x, _: f"{x:,.0f}"))
-    axes.tick_params(axis="x", which="minor", labelsize=7)
+    _number(axes.xaxis)
     axes.legend(fontsize=7, frameon=False)
     return _png(figure)
 
@@ -80,12 +79,19 @@ def growth(records: Sequence[Record], axis: str) -> bytes:
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xticks(ticks, [f"{value:,.0f}" for value in ticks])
-    axes.minorticks_off()
-    axes.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda y, _: f"{y:,.0f}"))
+    axes.xaxis.set_minor_locator(ticker.NullLocator())
+    _number(axes.yaxis)
     axes.set_xlabel(axis)
     axes.set_ylabel("milliseconds")
     axes.legend(fontsize=7, frameon=False)
     return _png(figure)
+
+
+def _number(axis: Any) -> None:
+    """Write plain numbers at a few round places of a logarithmic axis."""
+    axis.set_major_locator(ticker.LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    axis.set_minor_locator(ticker.NullLocator())
+    axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:,.0f}"))
 
 
 def _axes(height: float, title: str) -> tuple[Figure, Any]:

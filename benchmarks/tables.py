@@ -247,7 +247,9 @@ def _s(seconds: float | None) -> str:
 
 def mib(size: float) -> str:
     """Return bytes as text."""
-    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
+    if size >= 2**30:
+        return f"{size / 2**30:.2f} GiB"
+    return f"{size / 2**20:.0f} MiB" if size >= 10 * 2**20 else f"{size / 2**20:.1f} MiB"
 
 
 def _rule(column: int, width: int) -> str:

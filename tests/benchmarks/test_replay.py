@@ -73,6 +73,6 @@ def test_records_of_the_loop_and_of_builds_become_tables(tmp_path: Path) -> None
     text = report.text(found)
     assert f"{found[1]['seconds_per_step']['p50'] * 1e6:.1f} |" in text and "| cpu, loop  |" in text
     row = next(line for line in text.splitlines() if line.startswith("| m fp16, decoder"))
-    assert [cell.strip() for cell in row.split("|")[2:-1]] == ["1.25", "failed", "3 MiB", "5.00 GiB"]
+    assert [cell.strip() for cell in row.split("|")[2:-1]] == ["1.25", "failed", "3.0 MiB", "5.00 GiB"]
     assert "pinned" not in text
     assert report.write_plots(found, tmp_path) == []
