@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,6 +37,8 @@ class Tokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.info = info
+        self.encode_negative = lru_cache(16)(self.encode)
+        """As `encode`; for negative prompts, of which most requests have the same few."""
 
     def encode(self, text: str) -> Encoded:
         """Return begin + text + end, padded to the fixed length; what does not fit is cut and reported."""
@@ -56,12 +59,12 @@ def encode_prompts(
     With two guidance branches all negative prompts come first. What was cut off is logged and added to `warnings`.
     """
     texts = [prompt for prompt, _, _ in images]
-    if branches == 2:
-        texts = [negative for _, negative, _ in images] + texts
+    negatives = [negative for _, negative, _ in images] if branches == 2 else []
     ids = {}
     for tokenizer in tokenizers:
-        encoded = {text: tokenizer.encode(text) for text in dict.fromkeys(texts)}
-        ids[tokenizer.info.output] = np.stack([encoded[text].ids for text in texts])
+        encoded = {text: tokenizer.encode_negative(text) for text in dict.fromkeys(negatives)}
+        encoded |= {text: tokenizer.encode(text) for text in dict.fromkeys(texts) if text not in encoded}
+        ids[tokenizer.info.output] = np.stack([encoded[text].ids for text in negatives + texts])
         for text, (_, truncated) in encoded.items():
             room = tokenizer.info.max_length - 2
             message = f"prompt {text[:40]!r}… is longer than {room} tokens: {truncated!r} is not used"
