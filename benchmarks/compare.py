@@ -2,6 +2,9 @@
 
 On a machine that others use too, noise only adds: medians of the same program differ by a tenth from one minute to the
 next, while the fastest requests of each process stay within a few percent. So processes are compared by their fastest.
+
+Such a machine also changes its speed for minutes. A contender that is not latentrt and has the same version in both
+runs cannot have changed: it is not judged, and what its requests took more or less is taken off the others.
 """
 
 from __future__ import annotations
@@ -9,14 +12,22 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from statistics import median
 from typing import Any
 
 from .records import Record, latest
 
-TOLERANCE = 0.05
+TOLERANCE = 0.04
 """The share by which all processes of a run must differ from all of the other; the same code twice stays below it."""
+DRIFT_TOLERANCE = 0.25
+"""What is added to it, as a share of the machine's own change: not all work is slowed alike."""
+DRIFT, UNSURE = 0.02, 0.06
+"""Changes of the machine that are worth a note, and that may hide a tenth in one stage."""
 FLOOR_SECONDS = 50e-6
 """Changes below this are not reported: the clock, the scheduler and the garbage collector make as much."""
+UNCORRECTED = 0.02
+"""The share by which a figure must differ, in the same direction, before that correction: some work is not slowed."""
+ALONE = "nothing that stayed the same was measured in both runs: changes of the machine itself are not told apart"
 FEWEST = 3
 MEMORY_TOLERANCE = 0.05
 MEMORY_FLOOR = 16 * 2**20
@@ -58,25 +69,52 @@ def compare(before: Iterable[Record], after: Iterable[Record]) -> Comparison:
     """Compare the newest records of the same work and contender in both sets, stage by stage."""
     old, new = latest(before), latest(after)
     shared = [key for key in old if key in new]
+    controls = [key for key in shared if _is_control(old[key], new[key])]
+    judged = [key for key in shared if key not in controls] or shared
     changes: list[Change] = []
     doubts: dict[str, None] = {}
-    for key in shared:
-        changes += _changes(old[key], new[key])
+    for key in judged:
+        beside = [(old[c], new[c]) for c in controls if c not in judged and _work(c) == _work(key)]
+        drift = median(_fastest(b) / _fastest(a) for a, b in beside) if beside else 1.0
+        if not beside:
+            doubts |= {ALONE: None}
+        elif abs(drift - 1) > DRIFT:
+            again = "; measure again for a sure answer" if abs(drift - 1) > UNSURE else ""
+            doubts |= {f"the machine took {drift - 1:+.1%} for what has not changed: corrected for that{again}": None}
+        changes += _changes(old[key], new[key], drift)
         doubts |= dict.fromkeys(_doubts(old[key], new[key]))
-    return Comparison(changes, len(shared), list(doubts))
+    return Comparison(changes, len(judged), list(doubts))
 
 
-def _changes(old: Record, new: Record) -> list[Change]:
+def _is_control(old: Record, new: Record) -> bool:
+    """Tell whether a contender is somebody else's and the same in both records."""
+    same = all(old["contender"][name] == new["contender"][name] for name in ("versions", "options"))
+    return same and not old["contender"]["name"].startswith("latentrt/")
+
+
+def _work(key: Sequence[str]) -> tuple[str, ...]:
+    """Return a record's key without the contender."""
+    return (*key[:3], *key[4:])
+
+
+def _fastest(record: Record) -> float:
+    return float(min(record["samples"]["total"]))
+
+
+def _changes(old: Record, new: Record, drift: float) -> list[Change]:
     """Return what changed, the stages that changed most first and the whole request before them."""
     found = []
+    tolerance = 1 + TOLERANCE + DRIFT_TOLERANCE * abs(drift - 1)
     for figure, samples in old["samples"].items():
-        again = new["samples"].get(figure, [])
-        if min(len(samples), len(again)) < FEWEST or min(*samples, *again) <= 0:
+        seen = new["samples"].get(figure, [])
+        if min(len(samples), len(seen)) < FEWEST or min(*samples, *seen) <= 0:
             continue
+        again = [value / drift for value in seen]
+        raw = min(seen) / min(samples) - 1
         before, after = _fastest_of_processes(old, samples), _fastest_of_processes(new, again)
-        if min(after) > max(before) * (1 + TOLERANCE):
+        if min(after) > max(before) * tolerance and raw > UNCORRECTED:
             least = min(after) / max(before)
-        elif min(before) > max(after) * (1 + TOLERANCE):
+        elif min(before) > max(after) * tolerance and raw < -UNCORRECTED:
             least = max(after) / min(before)
         else:
             continue

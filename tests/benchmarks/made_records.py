@@ -28,6 +28,7 @@ def latency_record(
     noise: float = 0.01,
     factors: dict[str, float] | None = None,
     peak_bytes: int = 2**27,
+    versions: dict[str, str] | None = None,
     **changes: Any,
 ) -> dict[str, Any]:
     """Return a record whose stages scatter by `noise` around `STAGES` times `factors`."""
@@ -64,7 +65,7 @@ def latency_record(
             "sampler": "PNDMScheduler",
         },
         "ceiling": {"flops": 1e11, "bytes": 1e10, "measured": {}},
-        "contender": {"name": contender, "title": title, "versions": {"numpy": "2"}, "options": {}},
+        "contender": {"name": contender, "title": title, "versions": versions or {"numpy": "2"}, "options": {}},
         "seconds": {name: summarize(values) for name, values in samples.items()},
         "samples": samples,
         "start": {"import": 0.3, "open": 0.2, "build": None, "first_request": 0.4},

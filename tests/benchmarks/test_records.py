@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 from latentrt.benchmarks import records, report
-from latentrt.benchmarks.compare import compare, lines
+from latentrt.benchmarks.compare import ALONE, compare, lines
 from latentrt.engines.errors import RequestError
 from latentrt.runtime import cli
 
-from .made_records import latency_record, missing_record, scaling_record
+from .made_records import STAGES, latency_record, missing_record, scaling_record
 
 
 def test_records_come_back_as_written_with_seven_digits(tmp_path: Path) -> None:
@@ -52,8 +52,8 @@ def test_latest_keeps_one_record_of_each_kind_of_work() -> None:
 def test_the_same_contender_twice_shows_no_difference() -> None:
     for noise in (0.002, 0.01, 0.05):
         found = compare([latency_record(1, noise=noise)], [latency_record(2, noise=noise)])
-        assert (found.changes, found.compared, found.doubts) == ([], 1, [])
-    assert lines(found) == ["no change beyond noise in 1 contenders"]
+        assert (found.changes, found.compared, found.doubts) == ([], 1, [ALONE])
+    assert lines(found)[-1] == "no change beyond noise in 1 contenders"
 
 
 @pytest.mark.parametrize("stage", ["encode", "denoise", "decode"])
@@ -82,6 +82,25 @@ def test_noise_that_only_adds_is_no_change() -> None:
     assert compare([latency_record(1)], [disturbed]).changes == []
 
 
+def test_what_has_not_changed_tells_of_the_machine() -> None:
+    """diffusers of the same version took a tenth longer: so may we; what we took beyond that is a change."""
+    theirs: dict[str, Any] = {"contender": "diffusers/eager", "versions": {"torch": "2.13"}}
+    slow = dict.fromkeys(STAGES, 1.1)
+    before = [latency_record(1), latency_record(3, **theirs)]
+    found = compare(before, [latency_record(2, factors=slow), latency_record(4, factors=slow, **theirs)])
+    assert (found.changes, found.compared) == ([], 1)
+    assert re.fullmatch(r"the machine took \+\d+\.\d% for what has not changed: corrected for that", found.doubts[0])
+    after = [latency_record(2, factors=slow | {"decode": 1.25}), latency_record(4, factors=slow, **theirs)]
+    assert [change.figure for change in compare(before, after).changes] == ["decode"]
+    # work that the machine did not slow is not taken for faster
+    after = [latency_record(2, factors=slow | {"decode": 1.0}), latency_record(4, factors=slow, **theirs)]
+    assert compare(before, after).changes == []
+    # another version is judged, and is no measure of the machine
+    newer = latency_record(4, factors=slow, contender="diffusers/eager", versions={"torch": "2.14"})
+    judged = compare(before, [latency_record(2), newer])
+    assert judged.compared == 2 and {change.contender for change in judged.changes} == {"diffusers/eager"}
+
+
 def test_an_improvement_is_no_regression() -> None:
     found = compare([latency_record(1)], [latency_record(2, factors={"denoise": 0.8})])
     assert [change.figure for change in found.changes] == ["total", "denoise"]
@@ -91,7 +110,7 @@ def test_an_improvement_is_no_regression() -> None:
 def test_more_memory_is_a_regression() -> None:
     found = compare([latency_record(1)], [latency_record(2, peak_bytes=2**28)])
     assert [(change.figure, change.worse) for change in found.changes] == [("peak memory", True)]
-    assert "128 → 256 MiB" in lines(found)[0]
+    assert "128 → 256 MiB" in lines(found)[-1]
 
 
 def test_tiny_stages_are_not_reported() -> None:
@@ -104,7 +123,10 @@ def test_doubts_are_named() -> None:
     found = compare(
         [latency_record(1)], [latency_record(2, conditions=noisy, machine=latency_record()["machine"] | {"cores": 4})]
     )
-    assert found.doubts == ["others used 40% of the machine during the second run", "the machines differ: cores 2 → 4"]
+    assert found.doubts[1:] == [
+        "others used 40% of the machine during the second run",
+        "the machines differ: cores 2 → 4",
+    ]
 
 
 def test_compare_command_exits_by_what_it_finds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
