@@ -21,6 +21,7 @@ from ..runtime.cli.progress import progress_bar
 from ..runtime.image import encode_png, grid
 from ..runtime.pipeline import Pipeline
 from .fidelity import fidelity
+from .method import SETTLE_MOST, SETTLE_SECONDS
 from .process import Worker
 from .workloads import Workload, workload
 
@@ -101,11 +102,13 @@ def _side_by_side(console: Console, bundle: Path, work: Workload, threads: int) 
                 )
                 for _ in range(WARMUP):
                     worker.run(work.as_request(), save=saved[name])
+                worker.settle(SETTLE_SECONDS, SETTLE_MOST)
             status.update("measuring")
             runs: dict[str, list[dict[str, Any]]] = {name: [] for name in workers}
             for _ in range(ROUNDS):
                 for name, worker in workers.items():
                     runs[name].append(worker.run(work.as_request()))
+                    worker.settle(SETTLE_SECONDS, SETTLE_MOST)
         finally:
             for worker in workers.values():
                 worker.close()
