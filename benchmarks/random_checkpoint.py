@@ -76,10 +76,15 @@ TINY_VAE = SD_VAE | {
     "down_block_types": ["DownEncoderBlock2D"] * 3,
     "up_block_types": ["UpDecoderBlock2D"] * 3,
 }
-Family = Literal["sd15", "sd21", "tiny-sd15", "tiny-sd21"]
+Family = Literal["sd15", "sd21", "shallow-sd15", "tiny-sd15", "tiny-sd21"]
 FAMILIES: dict[str, tuple[Config, Config, Config]] = {  # U-Net, text encoder, VAE
     "sd15": (SD15_UNET, SD15_TEXT, SD_VAE),
     "sd21": (SD21_UNET, SD21_TEXT, SD_VAE),
+    "shallow-sd15": (
+        SD15_UNET | {"layers_per_block": 1},
+        SD15_TEXT | {"num_hidden_layers": 2},
+        SD_VAE | {"layers_per_block": 1},
+    ),
     "tiny-sd15": (TINY_UNET | {"attention_head_dim": 8}, SD15_TEXT | TINY_TEXT, TINY_VAE),
     "tiny-sd21": (
         TINY_UNET | {"attention_head_dim": [1, 1], "use_linear_projection": True},
@@ -108,7 +113,8 @@ def write_random_checkpoint(
 ) -> Path:
     """Write a diffusers folder of an architecture with random weights and return it.
 
-    `sd21` predicts v and has OpenCLIP's text encoder; `tiny-*` have the same parts with 200,000 weights each.
+    `sd21` predicts v and has OpenCLIP's text encoder; `shallow-sd15` has the full width and the fewest layers; `tiny-*`
+    have the same parts with 200,000 weights each.
     """
     out = Path(out)
     unet, text, vae = FAMILIES[family]
