@@ -106,6 +106,9 @@ def verify(
     or `CheckpointError` when one of the two cannot be opened.
     """
     opened = Bundle.open(bundle)
+    if problems := opened.problems():  # engines in the cache would hide it
+        name, problem = next(iter(problems.items()))
+        raise BundleError(f"{bundle}: {name} {problem}: export it again")
     checkpoint = open_checkpoint(source, tokenizer=tokenizer, prediction_type=prediction_type)
     checkpoint.check()
     manifest = opened.manifest

@@ -44,8 +44,8 @@ class OnnxRuntimeCpu:
     captures = True
 
     def __init__(self, *, cache: EngineCache | None = None, threads: int | None = None) -> None:
-        if threads is not None and threads < 1:
-            raise RequestError(f"threads is {threads}: give 1 or more")
+        if threads is not None and not 1 <= threads <= (os.cpu_count() or 1):
+            raise RequestError(f"threads is {threads}: this machine has {os.cpu_count()} cores, give 1 or more of them")
         if reason := unavailable_reason():
             raise BackendUnavailableError(f"backend {self.name}: {reason}")
         self.device = HostDevice()

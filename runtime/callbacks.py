@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from ..engines.device import Stream
+from ..engines.errors import RequestError
 from .request import GenerationRequest
 from .step_table import StepTable
 from .workspace import Workspace
@@ -49,8 +52,10 @@ def step_hook(
             return
         latents = workspace.loop.latents(index + 1).read(stream)
         replaced = callback(pipe, index, float(table.timesteps[index]), {"latents": latents})
-        latents_after = (replaced or {}).get("latents")
-        if latents_after is not None:
+        if replaced is not None and not isinstance(replaced, dict):
+            raise RequestError(f"callback_on_step_end returned {type(replaced).__name__}: return a dict, or nothing")
+        if (replaced or {}).get("latents") is not None:
+            latents_after = np.asarray((replaced or {})["latents"], np.float32)
             scale = float(table.input_scales[min(index + 1, len(table) - 1)])
             workspace.loop.replace_latents(index + 1, latents_after, scale, stream)
 

@@ -208,6 +208,7 @@ class Pipeline:
         Every call binds the decoder anew, which on a GPU may take longer than running it.
         """
         self._check_open()
+        latents = np.asarray(latents, np.float32)
         graph = self.bundle.graph("decoder")
         engine = self._engine(graph, {"latents": latents.shape})
         pixels = run_once(self.backend.device, engine, graph, {"latents": latents}, self._stream)["image"]

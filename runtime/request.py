@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from ..engines.bundle import Manifest
 from ..engines.errors import RequestError
@@ -37,8 +37,8 @@ class GenerationRequest(BaseModel):
 
     @field_validator("prompt", "negative_prompt", mode="before")
     @classmethod
-    def _one_or_many(cls, value: Any) -> Any:
-        if value is None:
+    def _one_or_many(cls, value: Any, info: ValidationInfo) -> Any:
+        if value is None and info.field_name == "negative_prompt":
             return ("",)
         return (value,) if isinstance(value, str) else value
 

@@ -79,6 +79,10 @@ def run(
         from ...benchmarks import scaling as growth
     width, height = _size(size)
     chosen = machine.default_device() if device == "auto" else device
+    if device == "cuda" and machine.default_device() != "cuda":
+        raise RequestError("device is 'cuda': no NVIDIA GPU answers on this machine; give cpu or auto")
+    if output is not None and output.is_dir():
+        raise RequestError(f"output {output} is a folder: name a .jsonl file")
     work = workloads.workload(workload).but(
         steps=steps,
         batch=batch,
@@ -136,7 +140,7 @@ def write_report(
         raise typer.Exit(0 if current else 1)
     for path in paths:
         typer.echo(report.write_page(records.read(path), path.with_suffix(".html")))
-    for plot in report.write_plots(found, records.RESULTS / "plots"):
+    for plot in report.write_plots(found, paths[0].parent / "plots"):
         typer.echo(plot)
     typer.echo(readme)
 

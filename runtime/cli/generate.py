@@ -53,6 +53,8 @@ def generate(
     single = output.suffix.lower() == ".png"
     if output.suffix and not single and not output.is_dir():
         raise RequestError(f"output {output} is neither a .png file nor a folder: pictures are written as PNG")
+    if single and output.is_dir():
+        raise RequestError(f"output {output} is a folder with the name of a picture: name a file in it")
     if single and len(texts) * count != 1:
         raise RequestError(f"output {output} is one file for {len(texts) * count} pictures: give a folder")
     if grid is not None and grid.suffix.lower() != ".png":
@@ -91,7 +93,11 @@ def generate(
                     progress=progress,
                 )
             except BaseException:  # what was finished is on disk: say where
-                _echo(writer.rescued())
+                rescued = writer.rescued()
+                if as_json and rescued:
+                    typer.echo(json.dumps({"images": rescued}, indent=2))
+                elif not as_json:
+                    _echo(rescued)
                 raise
             done = time.perf_counter()
             entries = writer.entries()

@@ -49,8 +49,10 @@ def options_of(function: Callable[..., Any], owner: str, given: Sequence[str] | 
     options = {}
     for text in given or ():
         name, equals, value = text.partition("=")
-        if not equals or name not in known:
+        if not equals:
             raise RequestError(f"option is {text!r}: give NAME=VALUE, where {owner} has {', '.join(known)}")
+        if name not in known:
+            raise RequestError(f"{owner} has no option {name!r}: it has {', '.join(known)}")
         options[name] = _value(name, value, known[name])
     return options
 

@@ -71,3 +71,12 @@ def test_unknown_graphs_and_backends_are_named(tiny_sd15_bundle: Path) -> None:
         layer_errors(bundle, "unet", "onnxruntime-cpu")
     with pytest.raises(BackendUnavailableError, match="tensorrt-rtx"):
         layer_errors(bundle, "decoder", "tensorrt-rtx")
+
+
+def test_a_damaged_bundle_is_refused_although_its_engines_are_cached(
+    tiny_sd15_bundle: Path, tiny_sd15_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damaged = shutil.copytree(tiny_sd15_bundle, tmp_path / "bundle")
+    (damaged / "decoder.onnx").write_bytes((damaged / "decoder.onnx").read_bytes()[:-1])
+    assert run(["verify", str(damaged), "--against", str(tiny_sd15_checkpoint)]) == 1
+    assert "decoder.onnx" in capsys.readouterr().err

@@ -76,8 +76,10 @@ def test_options_of_the_backend_are_taken_by_name(
     assert set(report["memory"]) == {"encode", "denoise", "decode"}
     assert run([*arguments, "--option", "threads=0"]) == 2
     assert run([*arguments, "--threads", "1", "--option", "threads=1"]) == 2
+    assert run([*arguments, "--threads", "999"]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert lines[0].startswith("latentrt: error: threads is 0") and "threads was given twice" in lines[1]
+    assert "threads is 999: this machine has" in lines[2]
 
 
 def test_options_are_of_the_type_that_the_backend_declares() -> None:
@@ -98,10 +100,10 @@ def test_options_are_of_the_type_that_the_backend_declares() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("level=5", r"option is 'level=5': give NAME=VALUE, where tensorrt has gpu, build, weights_on_gpu"),
+        ("level=5", r"tensorrt has no option 'level': it has gpu, build, weights_on_gpu"),
         ("gpu", r"option is 'gpu': give NAME=VALUE"),
         ("gpu=one", r"option gpu is 'one': input should be a valid integer"),
-        ("cache=x", r"option is 'cache=x'"),
+        ("cache=x", r"tensorrt has no option 'cache'"),
     ],
 )
 def test_a_bad_option_is_named(text: str, message: str) -> None:

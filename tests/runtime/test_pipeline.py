@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from latentrt.engines.errors import EngineError, RequestError
+from latentrt.engines.errors import EngineError, RequestError, ShapeError
 from latentrt.engines.host import HostDevice, HostTensor
 from latentrt.runtime import Pipeline
 from latentrt.runtime.image import request_from_png
@@ -198,6 +198,16 @@ def test_latents_replaced_after_the_last_step_are_decoded(pipe: Pipeline) -> Non
     assert np.array_equal(erased, pipe.decode(np.zeros_like(latents))[0])
 
 
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [(5, "callback_on_step_end returned int"), ({"latents": [1.0]}, r"cannot write float32\[1\]")],
+    ids=str,
+)
+def test_what_a_callback_returns_wrongly_is_named(pipe: Pipeline, returned: Any, message: str) -> None:
+    with pytest.raises((RequestError, ShapeError), match=message):
+        generate(pipe, seed=6, callback_on_step_end=lambda *_: returned)
+
+
 def test_a_callback_may_show_a_preview(pipe: Pipeline) -> None:
     shown: list[Image.Image] = []
 
@@ -280,6 +290,7 @@ def test_timings_add_up(pipe: Pipeline) -> None:
     [
         ({"prompt": []}, "prompt"),
         ({"prompt": 5}, "prompt"),
+        ({"prompt": None}, "prompt is None"),
         ({"prompt": PROMPTS, "negative_prompt": ["a", "b"]}, "2 negative prompts for 3 prompts"),
         ({"output_type": "jpeg"}, "choose pil, np or latent"),
         ({"num_inference_steps": 2.5}, "num_inference_steps is 2.5"),
