@@ -60,7 +60,7 @@ def distribution(records: Sequence[Record], title: str) -> bytes:
     axes.set_ylim(0, 1.02)
     axes.set_xscale("log")
     _number(axes.xaxis)
-    axes.legend(fontsize=7, frameon=False)
+    figure.legend(fontsize=7, frameon=False, loc="outside right upper")
     return _png(figure)
 
 
