@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import _thread
 import json
+import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -173,6 +175,15 @@ def write_manifest_again(bundle: Bundle) -> object:
     return bundle.manifest.model_copy(update={"files": describe_files(bundle.path)})
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Python's own handler, which a shell takes away from what it starts in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_stops_a_build(tmp_path: Path) -> None:
     bundle = write_bundle(tmp_path / "bundle", vision_graph("float16"))
     reported: list[tuple[str, int, int]] = []
