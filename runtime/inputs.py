@@ -102,7 +102,7 @@ def loop_arrays(
 
 
 def _generator() -> Generator:
-    """Return this thread's generator: a new one costs more than the noise of a small picture."""
+    """Return this thread's generator, to be restarted for each image: making one gathers entropy that nobody uses."""
     if not hasattr(_thread, "generator"):
         _thread.generator = Generator(0)
     generator: Generator = _thread.generator

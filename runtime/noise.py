@@ -33,7 +33,7 @@ class Generator:
         self.restart(seed)
 
     def restart(self, seed: int) -> None:
-        """Begin the stream of a seed, at a tenth of the cost of a new generator."""
+        """Begin the stream of a seed; raises RequestError as the constructor does."""
         self.seed = checked_seed(seed)
         self._mt19937.seed(self.seed & 0xFFFFFFFF)
         self._spare: float | None = None
