@@ -18,12 +18,12 @@ from rich.table import Table
 from ..engines.errors import LatentRTError
 from ..runtime.cli.files import write_atomically
 from ..runtime.cli.progress import progress_bar
-from ..runtime.image import encode_png, grid
+from ..runtime.pictures.image import encode_png, grid
 from ..runtime.pipeline import Pipeline
-from .fidelity import fidelity
-from .method import SETTLE_MOST, SETTLE_SECONDS
-from .process import Worker
-from .workloads import Workload, workload
+from .contenders.process import Worker
+from .measure.method import SETTLE_MOST, SETTLE_SECONDS
+from .measure.workloads import Workload, workload
+from .quality.fidelity import fidelity
 
 PROMPTS = (
     "a red circle on a blue background",

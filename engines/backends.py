@@ -7,11 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
 
-from . import onnxruntime_cpu, onnxruntime_cuda, tensorrt
 from .bundle import Bundle, GraphInfo
 from .device import Device
 from .engine import Engine
 from .errors import BackendUnavailableError, RequestError
+from .onnxruntime import cpu as onnxruntime_cpu
+from .onnxruntime import cuda as onnxruntime_cuda
+from .tensorrt import engine as tensorrt
 
 Shapes = Mapping[str, Sequence[int]]
 

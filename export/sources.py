@@ -8,7 +8,7 @@ from pathlib import Path
 from ..engines.errors import CheckpointError, RequestError
 from .checkpoint import Checkpoint
 from .diffusers_folder import TOKENIZER_FILES, VARIANTS, WEIGHTS, open_folder
-from .single_file import PREDICTION_TYPES, open_single_file
+from .single_files.stable_diffusion import PREDICTION_TYPES, open_single_file
 from .weights import PICKLE_REASON, PICKLES
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")

@@ -9,9 +9,9 @@ import numpy as np
 
 from ..engines.device import Stream
 from ..engines.errors import RequestError
+from .loop.workspace import Workspace
 from .request import GenerationRequest
-from .step_table import StepTable
-from .workspace import Workspace
+from .sampling.step_table import StepTable
 
 if TYPE_CHECKING:
     from .pipeline import Pipeline

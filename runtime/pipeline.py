@@ -19,15 +19,15 @@ from ..engines.device import Array
 from ..engines.engine import Engine
 from ..engines.errors import EngineError, RequestError, SchedulerError
 from .callbacks import BatchCallback, Progress, StepCallback, silent, step_hook
-from .image import image_pixels, latent_mask
-from .inputs import InitialImage, load_pictures, loop_arrays
-from .loop import Mode
+from .loop.denoise import Mode
+from .loop.inputs import InitialImage, load_pictures, loop_arrays
+from .loop.workspace import Workspace, run_once
+from .pictures.image import image_pixels, latent_mask
+from .prompt.tokenizer import Tokenizer, encode_prompts
 from .request import GenerationRequest
 from .result import GenerationResult, Timings
-from .samplers import step_table
-from .step_table import StepTable
-from .tokenizer import Tokenizer, encode_prompts
-from .workspace import Workspace, run_once
+from .sampling import step_table
+from .sampling.step_table import StepTable
 
 OutputType = Literal["pil", "np", "latent"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from .loop.workspace import Trace
 from .request import GenerationRequest
-from .workspace import Trace
 
 
 @dataclass

@@ -16,7 +16,7 @@ from typer.core import TyperGroup
 from ...engines.errors import MissingExtraError, RequestError
 
 if TYPE_CHECKING:
-    from ...benchmarks.records import Record
+    from ...benchmarks.report.records import Record
 
 
 class _WorkloadGroup(TyperGroup):
@@ -74,9 +74,11 @@ def run(
     from .generate import _size
 
     with _bench_extra():
-        from ...benchmarks import bench as benchmark
-        from ...benchmarks import machine, records, report, workloads
-        from ...benchmarks import scaling as growth
+        from ...benchmarks.measure import bench as benchmark
+        from ...benchmarks.measure import machine, workloads
+        from ...benchmarks.measure import scaling as growth
+        from ...benchmarks.report import page as report
+        from ...benchmarks.report import records
     width, height = _size(size)
     chosen = machine.default_device() if device == "auto" else device
     if device == "cuda" and machine.default_device() != "cuda":
@@ -130,7 +132,8 @@ def write_report(
 ) -> None:
     """Write the README's tables, the plots and one self-contained page from records."""
     with _bench_extra():
-        from ...benchmarks import records, report
+        from ...benchmarks.report import page as report
+        from ...benchmarks.report import records
     paths = results or sorted(records.RESULTS.glob("*.jsonl"))
     if not paths:
         raise RequestError(f"no records in {records.RESULTS}: run `latentrt bench embedded` first")
@@ -152,8 +155,8 @@ def compare(
 ) -> None:
     """Say what changed beyond noise from A to B; exit 1 when anything got worse."""
     with _bench_extra():
-        from ...benchmarks import compare as comparison
-        from ...benchmarks import records
+        from ...benchmarks.report import compare as comparison
+        from ...benchmarks.report import records
     found = comparison.compare(records.read_run(before), records.read_run(after))
     if not found.compared:
         raise RequestError(f"{before} and {after} have no work and contender in common: nothing can be compared")
@@ -182,7 +185,7 @@ def quality(
         raise RequestError("no score was asked for: give --clip, --pickscore or --inception with local weights")
     prompts = _prompts(None, prompt_file)
     with _bench_extra():
-        from ...benchmarks import quality as scoring
+        from ...benchmarks.quality import scores as scoring
     networks: dict[str, Any] = {
         "clip": scoring.ClipFeatures(clip) if clip else None,
         "pick": scoring.ClipFeatures(pick) if pick else None,

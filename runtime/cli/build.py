@@ -17,12 +17,12 @@ from ...engines.device import Tensor
 from ...engines.engine import BoundEngine
 from ...engines.errors import BackendUnavailableError, RequestError
 from ...engines.host import HostDevice
-from ...engines.plan import Profile, profile_for
-from ...engines.planner import Planner, target_of_compute_capability
-from ...engines.tensorrt import TensorRt, plan_options
-from ..inputs import loop_arrays
-from ..samplers import step_table
-from ..workspace import Workspace
+from ...engines.tensorrt.engine import TensorRt, plan_options
+from ...engines.tensorrt.plan import Profile, profile_for
+from ...engines.tensorrt.planner import Planner, target_of_compute_capability
+from ..loop.inputs import loop_arrays
+from ..loop.workspace import Workspace
+from ..sampling import step_table
 from .options import BackendOptions, backend_options, options_of
 from .progress import progress_bar
 

@@ -61,7 +61,7 @@ def generate(
         raise RequestError(f"grid {grid} is not a .png file: grids are written as PNG")
     from dataclasses import asdict
 
-    from .. import image as images
+    from ..pictures import image as images
     from ..pipeline import Pipeline
     from .pictures import PictureWriter
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from ..image import encode_png
+from ..pictures.image import encode_png
 from ..request import GenerationRequest
 from .files import write_atomically, write_numbered
 

@@ -14,8 +14,8 @@ from .options import BackendOptions, backend_options
 from .progress import progress_bar
 
 if TYPE_CHECKING:
-    from ...benchmarks.layers import LayerReport
-    from ...benchmarks.verify import Report
+    from ...export.layers import LayerReport
+    from ...export.verify import Report
 
 
 def verify(
@@ -34,7 +34,7 @@ def verify(
 ) -> None:
     """Compare every graph and one whole request with PyTorch on this machine; exit 1 past the bound."""
     try:
-        from ...benchmarks.verify import verify as run_verify
+        from ...export.verify import verify as run_verify
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("latentrt"):
             raise
@@ -65,8 +65,8 @@ def verify(
 
 
 def _layers(bundle: Path, graph: str, backend: str) -> list[LayerReport]:
-    from ...benchmarks.layers import layer_errors
     from ...engines.bundle import Bundle
+    from ...export.layers import layer_errors
 
     return layer_errors(Bundle.open(bundle), graph, backend)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from latentrt.benchmarks.samples import summarize
-from latentrt.benchmarks.workloads import workload
+from latentrt.benchmarks.measure.statistics import summarize
+from latentrt.benchmarks.measure.workloads import workload
 
 STAGES = {"tokenize": 2e-4, "encode": 2e-3, "prepare": 5e-4, "denoise": 0.3, "decode": 0.03, "png": 2e-3}
 MACHINE = {

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from latentrt.benchmarks import quality
-from latentrt.benchmarks.fidelity import fidelity, psnr, relative_error, ssim
+from latentrt.benchmarks.quality import scores as quality
+from latentrt.benchmarks.quality.fidelity import fidelity, psnr, relative_error, ssim
 from latentrt.engines.errors import CheckpointError, RequestError
 from latentrt.runtime import cli
 

@@ -7,27 +7,22 @@ from typing import Any
 
 import numpy as np
 import pytest
-from latentrt.benchmarks import (
-    bench,
-    contender_latentrt,
-    contenders,
-    machine,
-    method,
-    process,
-    records,
-    report,
-    scaling,
-)
-from latentrt.benchmarks.method import Measured, Plan, groups, measure, paired_ratio
-from latentrt.benchmarks.process import Worker, run_process
-from latentrt.benchmarks.workloads import Model, precision, workload
-from latentrt.engines import onnxruntime_cpu
+from latentrt.benchmarks import contenders
+from latentrt.benchmarks.contenders import latentrt as contender_latentrt
+from latentrt.benchmarks.contenders import process
+from latentrt.benchmarks.contenders.process import Worker, run_process
+from latentrt.benchmarks.measure import bench, machine, method, scaling
+from latentrt.benchmarks.measure.method import Measured, Plan, groups, measure, paired_ratio
+from latentrt.benchmarks.measure.workloads import Model, precision, workload
+from latentrt.benchmarks.report import page as report
+from latentrt.benchmarks.report import records
 from latentrt.engines.bundle import Bundle
 from latentrt.engines.errors import EngineError, RequestError
+from latentrt.engines.onnxruntime import cpu as onnxruntime_cpu
 
 FAKE = """
 import os, sys
-from latentrt.benchmarks import worker
+from latentrt.benchmarks.contenders import worker
 
 class Contender:
     def __init__(self, variant, options):

@@ -4,8 +4,17 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from latentrt.benchmarks.oracle import judge, normalise, recognise, score
-from latentrt.benchmarks.scenes import COLORS, OPPOSITE, SHAPES, Object, Scene, draw, held_out_scenes, random_scene
+from latentrt.benchmarks.quality.oracle import judge, normalise, recognise, score
+from latentrt.benchmarks.quality.scenes import (
+    COLORS,
+    OPPOSITE,
+    SHAPES,
+    Object,
+    Scene,
+    draw,
+    held_out_scenes,
+    random_scene,
+)
 from scipy import ndimage
 
 KINDS = ("single", "pair")

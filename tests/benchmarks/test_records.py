@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from latentrt.benchmarks import records, report
-from latentrt.benchmarks.compare import ALONE, compare, lines
+from latentrt.benchmarks.report import page as report
+from latentrt.benchmarks.report import records
+from latentrt.benchmarks.report.compare import ALONE, compare, lines
 from latentrt.engines.errors import RequestError
 from latentrt.runtime import cli
 

@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
-from latentrt.benchmarks import records, replay, report
-from latentrt.benchmarks.replay import measure, null_loop, traced
-from latentrt.engines.cuda import CudaDevice
-from latentrt.engines.cuda_driver import Driver
+from latentrt.benchmarks.measure import replay
+from latentrt.benchmarks.measure.replay import measure, null_loop, traced
+from latentrt.benchmarks.report import page as report
+from latentrt.benchmarks.report import records
+from latentrt.engines.cuda.device import CudaDevice
+from latentrt.engines.cuda.driver import Driver
 from latentrt.engines.host import HostDevice
-from latentrt.runtime.loop import Mode
+from latentrt.runtime.loop.denoise import Mode
 
 from ..engines.simulated_cuda import SimulatedDriver
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from latentrt.benchmarks.roofline import Cost, count, graph_cost
+from latentrt.benchmarks.measure.roofline import Cost, count, graph_cost
 from latentrt.engines.bundle import Bundle
 from latentrt.engines.errors import BundleError
 from onnx import TensorProto, helper

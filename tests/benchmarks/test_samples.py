@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from latentrt.benchmarks.samples import power_law, summarize
-from latentrt.benchmarks.scenarios import highest_rate, latencies, offline, server, single_stream
+from latentrt.benchmarks.measure.scenarios import highest_rate, latencies, offline, server, single_stream
+from latentrt.benchmarks.measure.statistics import power_law, summarize
 
 
 def test_summary_of_samples_that_are_easy_to_count() -> None:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from latentrt.benchmarks.scenes import (
+from latentrt.benchmarks.quality.scenes import (
     COLORS,
     PALETTE,
     SHAPES,

@@ -15,11 +15,13 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 import pytest
-from latentrt.engines import onnxruntime_cuda, planner, tensorrt
 from latentrt.engines.cache import EngineCache
-from latentrt.engines.cuda import CudaDevice
-from latentrt.engines.cuda_driver import Driver
+from latentrt.engines.cuda.device import CudaDevice
+from latentrt.engines.cuda.driver import Driver
 from latentrt.engines.errors import EngineError
+from latentrt.engines.onnxruntime import cuda as onnxruntime_cuda
+from latentrt.engines.tensorrt import engine as tensorrt
+from latentrt.engines.tensorrt import planner
 
 from .simulated_cuda import SimulatedDriver
 

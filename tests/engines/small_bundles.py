@@ -7,15 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from latentrt.engines.bundle import (
-    Bundle,
-    GraphInfo,
-    LatentInfo,
-    Manifest,
-    TensorInfo,
-    describe_files,
-    write_manifest,
-)
+from latentrt.engines.bundle import Bundle, GraphInfo, LatentInfo, Manifest, TensorInfo, describe_files, write_manifest
 from onnx import TensorProto, helper, numpy_helper
 
 KINDS = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "int64": TensorProto.INT64}

@@ -129,8 +129,8 @@ def test_a_library_that_does_not_know_the_operator_builds_the_models(
 ) -> None:
     pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
     from latentrt.engines.bundle import Bundle
-    from latentrt.engines.plan import PlanOptions, profile_for
-    from latentrt.engines.tensorrt_builder import build_plan, load_library
+    from latentrt.engines.tensorrt.builder import build_plan, load_library
+    from latentrt.engines.tensorrt.plan import PlanOptions, profile_for
     from latentrt.runtime.cli.build import requested_shapes
 
     library = load_library("tensorrt-rtx")

@@ -15,8 +15,8 @@ import pytest
 from latentrt.engines.backends import Backend, open_backend, unavailable_reasons
 from latentrt.engines.bundle import Bundle
 from latentrt.engines.cache import EngineCache
-from latentrt.engines.cuda import CudaDevice
-from latentrt.engines.cuda_driver import Driver, unavailable_reason
+from latentrt.engines.cuda.device import CudaDevice
+from latentrt.engines.cuda.driver import Driver, unavailable_reason
 from latentrt.engines.device import Array, Device, Stream, Tensor
 from latentrt.engines.engine import Engine
 from latentrt.engines.errors import EngineError, ShapeError

@@ -13,12 +13,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from latentrt.engines import cuda, cuda_graph
-from latentrt.engines.arena import Arena
-from latentrt.engines.cuda import CudaDevice
-from latentrt.engines.cuda_driver import Driver, unavailable_reason
+from latentrt.engines.cuda import device as cuda
+from latentrt.engines.cuda import graph as cuda_graph
+from latentrt.engines.cuda.device import CudaDevice
+from latentrt.engines.cuda.driver import Driver, unavailable_reason
 from latentrt.engines.errors import BackendUnavailableError, EngineError
 from latentrt.engines.host import HostDevice
+from latentrt.engines.tensorrt.arena import Arena
 
 from .simulated_cuda import CUresult, SimulatedDriver
 

@@ -12,8 +12,8 @@ from latentrt.engines.backends import open_backend
 from latentrt.engines.bundle import Bundle
 from latentrt.engines.cache import EngineCache
 from latentrt.engines.errors import EngineError, RequestError, ShapeError
-from latentrt.engines.plan import PlanOptions, Profile, plan_key, profile_for
-from latentrt.engines.planner import check_tensors
+from latentrt.engines.tensorrt.plan import PlanOptions, Profile, plan_key, profile_for
+from latentrt.engines.tensorrt.planner import check_tensors
 
 from .simulated_backends import tensorrt_backend
 from .small_bundles import linear_bundle

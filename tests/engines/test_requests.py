@@ -10,7 +10,7 @@ import pytest
 from latentrt.engines.backends import open_backend, unavailable_reasons
 from latentrt.engines.bundle import Bundle
 from latentrt.engines.cache import EngineCache
-from latentrt.runtime.loop import Mode
+from latentrt.runtime.loop.denoise import Mode
 from latentrt.runtime.pipeline import Pipeline
 
 from .simulated_backends import onnxruntime_backend, tensorrt_backend

@@ -13,13 +13,13 @@ from types import SimpleNamespace
 import numpy as np
 import onnx
 import pytest
-from latentrt.engines import tensorrt_builder
 from latentrt.engines.bundle import Bundle, GraphInfo, TensorInfo
 from latentrt.engines.cache import EngineCache
 from latentrt.engines.errors import BackendUnavailableError, EngineError, RequestError
-from latentrt.engines.plan import PlanOptions, Profile
-from latentrt.engines.planner import Planner, target_of_compute_capability
-from latentrt.engines.tensorrt_builder import build_plan, load_library
+from latentrt.engines.tensorrt import builder as tensorrt_builder
+from latentrt.engines.tensorrt.builder import build_plan, load_library
+from latentrt.engines.tensorrt.plan import PlanOptions, Profile
+from latentrt.engines.tensorrt.planner import Planner, target_of_compute_capability
 from latentrt.runtime.cli import build as build_command
 from latentrt.runtime.pipeline import Pipeline
 from onnx import helper
@@ -293,7 +293,7 @@ def test_bad_requests_are_refused_before_anything_is_built(
 
 
 def test_building_for_this_machine_needs_its_gpu(tiny_sd15_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from latentrt.engines import tensorrt
+    from latentrt.engines.tensorrt import engine as tensorrt
 
     monkeypatch.setattr(tensorrt, "no_driver", lambda: "no NVIDIA driver is installed")
     with pytest.raises(BackendUnavailableError, match=r"no NVIDIA driver.*with --compute-capability X\.Y it builds"):

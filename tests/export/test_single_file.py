@@ -15,7 +15,7 @@ pytest.importorskip("diffusers")
 
 from diffusers.loaders import single_file_utils  # noqa: E402
 from latentrt.export.checkpoint import Checkpoint  # noqa: E402
-from latentrt.export.single_file import original_unet_name, original_vae_name  # noqa: E402
+from latentrt.export.single_files.stable_diffusion import original_unet_name, original_vae_name  # noqa: E402
 from latentrt.export.sources import open_checkpoint  # noqa: E402
 
 

@@ -11,8 +11,8 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from latentrt.runtime.noise import Generator
-from latentrt.runtime.samplers import step_table
+from latentrt.runtime.sampling import step_table
+from latentrt.runtime.sampling.noise import Generator
 
 SHAPE = (1, 4, 4, 4)
 SEED = 9

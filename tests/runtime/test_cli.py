@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 from latentrt.engines.errors import RequestError
-from latentrt.engines.onnxruntime_cpu import OnnxRuntimeCpu
-from latentrt.engines.tensorrt import plan_options
+from latentrt.engines.onnxruntime.cpu import OnnxRuntimeCpu
+from latentrt.engines.tensorrt.engine import plan_options
 from latentrt.runtime.cli import run
 from latentrt.runtime.cli.options import options_of
-from latentrt.runtime.workspace import Workspace
+from latentrt.runtime.loop.workspace import Workspace
 from PIL import Image
 
 PROMPT = "a red circle on a blue background"
@@ -83,8 +83,8 @@ def test_options_of_the_backend_are_taken_by_name(
 
 
 def test_options_are_of_the_type_that_the_backend_declares() -> None:
-    from latentrt.engines.onnxruntime_cuda import OnnxRuntimeCuda
-    from latentrt.engines.tensorrt import TensorRt
+    from latentrt.engines.onnxruntime.cuda import OnnxRuntimeCuda
+    from latentrt.engines.tensorrt.engine import TensorRt
 
     given = ["weights_on_gpu=1.5G", "workspace=500MiB", "optimization_level=4", "hardware=ampere_plus", "build=no"]
     assert options_of(TensorRt, "tensorrt", given) == {
@@ -107,7 +107,7 @@ def test_options_are_of_the_type_that_the_backend_declares() -> None:
     ],
 )
 def test_a_bad_option_is_named(text: str, message: str) -> None:
-    from latentrt.engines.tensorrt import TensorRt
+    from latentrt.engines.tensorrt.engine import TensorRt
 
     with pytest.raises(RequestError, match=message):
         options_of(TensorRt, "tensorrt", [text])

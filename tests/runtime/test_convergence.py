@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from latentrt.runtime.samplers import step_table
-from latentrt.runtime.step_table import HISTORY, StepTable
+from latentrt.runtime.sampling import step_table
+from latentrt.runtime.sampling.step_table import HISTORY, StepTable
 
 MEAN, SPREAD = 0.7, 0.5
 # so many training timesteps that rounding a timestep to a whole number does not show

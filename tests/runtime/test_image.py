@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from latentrt.engines.errors import RequestError, StorageError
 from latentrt.runtime.cli.files import write_atomically, write_numbered
-from latentrt.runtime.image import encode_png, grid, image_pixels, latent_mask, load_image, request_from_png
+from latentrt.runtime.pictures.image import encode_png, grid, image_pixels, latent_mask, load_image, request_from_png
 from PIL import Image
 
 

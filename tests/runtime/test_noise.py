@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from latentrt.engines.errors import RequestError
-from latentrt.runtime.noise import Generator, randn
+from latentrt.runtime.sampling.noise import Generator, randn
 
 SEEDS = [0, 1, 1234, 2**32 - 1, 2**32, 2**32 + 1, 2**63, 2**64 - 1]
 TOLERANCE = 1e-6

@@ -14,8 +14,8 @@ import pytest
 from latentrt.engines.errors import EngineError, RequestError, ShapeError
 from latentrt.engines.host import HostDevice, HostTensor
 from latentrt.runtime import Pipeline
-from latentrt.runtime.image import request_from_png
-from latentrt.runtime.loop import CapturedWork, Mode
+from latentrt.runtime.loop.denoise import CapturedWork, Mode
+from latentrt.runtime.pictures.image import request_from_png
 from PIL import Image
 
 PROMPTS = ["a red circle on a blue background", "a small star", "two rings"]

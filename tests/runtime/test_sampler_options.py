@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 from latentrt.engines.errors import LatentRTError, RequestError, SchedulerError
-from latentrt.runtime.samplers import names, step_table
-from latentrt.runtime.samplers.catalog import SAMPLERS
+from latentrt.runtime.sampling import names, step_table
+from latentrt.runtime.sampling.catalog import SAMPLERS
 
 DIFFUSION = [name for name in SAMPLERS if name != "FlowMatchEulerDiscreteScheduler"]
 PLAIN = {"clip_sample": False, "skip_prk_steps": True}

@@ -7,10 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from latentrt.runtime import schedules
-from latentrt.runtime.samplers import step_table
-from latentrt.runtime.samplers.catalog import SAMPLERS
-from latentrt.runtime.sigmas import beta_quantiles, respaced_sigmas, timesteps_from_sigmas
+from latentrt.runtime.sampling import schedules, step_table
+from latentrt.runtime.sampling.catalog import SAMPLERS
+from latentrt.runtime.sampling.sigmas import beta_quantiles, respaced_sigmas, timesteps_from_sigmas
 from scipy import stats
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": 1000, "trained_betas": None}

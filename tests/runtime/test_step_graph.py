@@ -8,9 +8,9 @@ import numpy as np
 import onnxruntime
 import pytest
 from latentrt.export.step_graph import step_graph
-from latentrt.runtime.noise import Generator
-from latentrt.runtime.samplers import step_table
-from latentrt.runtime.step_table import StepTable, branch_weights, pack
+from latentrt.runtime.sampling import step_table
+from latentrt.runtime.sampling.noise import Generator
+from latentrt.runtime.sampling.step_table import StepTable, branch_weights, pack
 
 CHANNELS, HEIGHT, WIDTH = 4, 6, 5
 IMAGE = (CHANNELS, HEIGHT, WIDTH)

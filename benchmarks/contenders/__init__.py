@@ -1,0 +1,97 @@
+"""Who is measured: latentrt on every backend and mode that works here, and what else its users could run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import get_args
+
+from ...engines.backends import unavailable_reasons
+from ...engines.errors import RequestError
+from ...runtime.loop.denoise import Mode
+from .process import interpreter
+
+REFERENCE = "diffusers/eager"
+"""The contender whose answers are the reference when it runs in fp32."""
+
+
+OWN_GRAPHS = "own-graphs"
+"""A mode in which the backend's library captures and replays its graphs itself."""
+MODES = {"onnxruntime-cuda": ("eager", OWN_GRAPHS)}
+"""Modes of the backends that do not have all of the loop's."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A contender by name, what it is in words, and why it cannot run here (None when it can)."""
+
+    name: str
+    title: str
+    missing: str | None = None
+
+    @property
+    def ours(self) -> bool:
+        """Whether this is latentrt."""
+        return self.name.startswith("latentrt/")
+
+
+def candidates(device: str) -> list[Candidate]:
+    """Return every contender that this project knows for a device, `cpu` or `cuda`, latentrt first."""
+    ours = []
+    for backend, reason in unavailable_reasons().items():
+        if (backend.endswith("-cpu")) == (device == "cpu"):
+            for mode in MODES.get(backend, sorted(get_args(Mode), key=lambda mode: mode != "step")):
+                ours.append(Candidate(f"latentrt/{backend}/{mode}", f"latentrt ({backend}, {mode})", reason))
+    torch = _missing("torch", "diffusers", "transformers")
+    others = [
+        Candidate("diffusers/eager", "diffusers", torch),
+        Candidate("diffusers/compile", "diffusers + torch.compile", torch or _no_compiler(device)),
+        Candidate("optimum", "ONNX Runtime through Optimum", _optimum_missing()),
+    ]
+    if device == "cpu":
+        openvino = _missing("openvino") or torch
+        others.append(Candidate("openvino", "OpenVINO in diffusers", openvino))
+    return ours + others
+
+
+def choose(device: str, names: Sequence[str] | None = None) -> list[Candidate]:
+    """Return the candidates whose names begin with one of `names` (all of them by default), missing ones included.
+
+    Raises `RequestError` for a name that no candidate has.
+    """
+    known = candidates(device)
+    if not names:
+        return known
+    for name in names:
+        if not any(c.name.startswith(name) for c in known):
+            raise RequestError(f"unknown contender {name!r}: choose from {', '.join(c.name for c in known)}")
+    return [c for c in known if any(c.name.startswith(name) for name in names)]
+
+
+def _missing(*modules: str) -> str | None:
+    for module in modules:
+        try:
+            found = find_spec(module) is not None
+        except ModuleNotFoundError:
+            found = False
+        if not found:
+            return f"{module} is not installed"
+    return None
+
+
+def _optimum_missing() -> str | None:
+    if interpreter("optimum") is not None or _missing("optimum.onnxruntime") is None:
+        return None
+    return (
+        "optimum-onnx is not installed; it wants an older transformers than ours, so install it with latentrt in a "
+        "virtual environment of its own and name its interpreter in LATENTRT_BENCH_PYTHON_OPTIMUM"
+    )
+
+
+def _no_compiler(device: str) -> str | None:
+    import shutil
+
+    if device == "cpu" and not any(shutil.which(name) for name in ("g++", "clang++", "c++")):
+        return "torch.compile needs a C++ compiler on the CPU"
+    return None

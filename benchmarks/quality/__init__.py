@@ -1,0 +1,1 @@
+"""How near pictures are to a reference, and how good they are."""

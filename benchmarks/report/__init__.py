@@ -1,0 +1,1 @@
+"""Records, and everything that is made from them."""

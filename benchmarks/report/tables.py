@@ -1,0 +1,261 @@
+"""Tables of what records say; the terminal, the README and the page show the same ones."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..measure.bench import NETWORKS
+from .records import Record, latest
+
+DASH = "–"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of text under a title, with a sentence on what the columns are where they need one."""
+
+    title: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    note: str = ""
+
+    def markdown(self) -> str:
+        """Return the table as Markdown, numbers to the right, columns padded to read well as plain text."""
+        cells = [list(self.header), *map(list, self.rows)]
+        widths = [max(len(row[i]) for row in cells) for i in range(len(self.header))]
+        lines = [_line(self.header, widths), _line([_rule(i, w) for i, w in enumerate(widths)], widths)]
+        lines += [_line(row, widths) for row in self.rows]
+        return "\n".join([*lines, *(["", self.note] if self.note else [])])
+
+
+@dataclass(frozen=True)
+class Section:
+    """All tables of one workload on one machine, newest records only."""
+
+    title: str
+    conditions: str
+    tables: list[Table]
+    missing: list[str]
+    records: list[Record]
+
+
+def sections(records: Iterable[Record]) -> list[Section]:
+    """Return a section for each machine and workload, in the order in which they were first measured."""
+    records = list(records)
+    grouped: dict[tuple[str, ...], list[Record]] = {}
+    for kind in ("latency", "scaling"):
+        for key, record in latest(records, kind).items():
+            where = (record["machine"]["processor"], str(record["machine"]["gpu"]), *key[:3], key[4], kind)
+            grouped.setdefault(where, []).append(record)
+    out = []
+    for group in grouped.values():
+        first = group[0]
+        if first["kind"] == "scaling":
+            out.append(Section(f"{work_title(first)}: growth", conditions(first), [scaling_table(group)], [], group))
+            continue
+        absent = [r for r in records if r["kind"] == "missing" and r["run"] in {g["run"] for g in group}]
+        names = {r["contender"]["name"] for r in group}
+        missing = [f"{r['contender']['title']}: {r['reason']}" for r in absent if r["contender"]["name"] not in names]
+        makers = (latency_table, start_table, roofline_table, scenario_table)
+        tables = [table for make in makers if (table := make(group)).rows]
+        out.append(Section(work_title(first), conditions(first), tables, missing, group))
+    return out
+
+
+def work_title(record: Record) -> str:
+    """Return what was done, in a line."""
+    work = record["workload"]
+    batch = "" if work["batch"] == 1 else f", batch {work['batch']}"
+    plural = "step" if work["steps"] == 1 else "steps"
+    steps = "" if record["kind"] == "scaling" else f", {work['steps']} {plural}"
+    return f"{work['name']}: {work['width']}×{work['height']}{steps}{batch}, {work['precision']}"
+
+
+def conditions(record: Record) -> str:
+    """Return where, how and when a record was made, in a sentence."""
+    machine, state = record["machine"], record["conditions"]
+    where = machine["gpu"]["name"] if state["device"] == "cuda" else f"{machine['processor']}, {machine['cores']} cores"
+    threads = "1 thread" if state["threads"] == 1 else f"{state['threads']} threads"
+    pinned = " pinned" if record["kind"] in ("latency", "scaling") else ""
+    parts = [f"{where}, {threads}{pinned}, {machine['memory_gib']:g} GiB, {machine['system']}"]
+    if "model" in record:
+        parts.append(f"weights: {record['model']['weights']}; sampler: {record['model']['sampler']}")
+    if "turns" in state:
+        rounds = record["seconds"]["total"]["count"]
+        parts.append(f"{rounds} rounds after {state['warmup']} warm-up requests, by turns: {state['turns']}")
+    if not state["quiet"]:
+        parts.append(f"NOT QUIET: others used {state['others_share']:.0%} of the machine")
+    return "; ".join([*parts, f"{record['date'][:10]}; `{record['command']}`"])
+
+
+def latency_table(group: Sequence[Record]) -> Table:
+    """Return whole requests and their stages for each contender."""
+    rows = []
+    for record in group:
+        seconds, near = record["seconds"], record.get("fidelity") or {}
+        total = seconds["total"]
+        ratio = record["ratio_to_first"]
+        whole = seconds["encode"]["p50"] == 0  # captured as one: it has no borders between stages
+        stages = [DASH if whole else _ms(seconds[name]["p50"]) for name in ("encode", "denoise", "decode")]
+        rows.append(
+            [
+                record["contender"]["title"],
+                *(_ms(total[p]) for p in ("p50", "p90", "p99")),
+                *stages,
+                _ms(seconds["step"]["p50"]) if "step" in seconds else DASH,
+                f"{ratio:.2f} ×" if ratio else DASH,
+                mib(record["memory"]["peak_bytes"]),
+                str(near.get("max_pixel_difference", DASH)),
+            ]
+        )
+    head = ["", "request p50", "p90", "p99", "encode", "denoise", "decode", "step", "time ×", "memory", "pixels"]
+    note = (
+        "Milliseconds from prompt to PNG bytes; `time ×`: median over rounds, against the first row; `memory`: peak "
+        "resident; `pixels`: largest difference, of 255, to diffusers in fp32 with the same noise."
+    )
+    return Table("Latency", head, rows, note)
+
+
+def start_table(group: Sequence[Record]) -> Table:
+    """Return what it takes until the first picture."""
+    rows = []
+    for record in group:
+        start, cold = record["start"], record.get("cold")
+        rows.append(
+            [
+                record["contender"]["title"],
+                *(_s(start[name]) for name in ("import", "build", "open", "first_request")),
+                _s(cold["seconds"]["p50"]) if cold else DASH,
+                mib(cold["peak_bytes"]) if cold else DASH,
+            ]
+        )
+    head = ["", "import", "build, once", "open", "first request", "shell to PNG", "its memory"]
+    note = "Seconds; `shell to PNG` is a whole cold process: `latentrt generate`, or the shortest diffusers script."
+    export = group[0]["model"]
+    if export["export_seconds"]:
+        peak = export["export_peak_bytes"] / 2**30
+        note += f" Exporting the checkpoint took {export['export_seconds']:.0f} s and {peak:.1f} GiB, once."
+    return Table("First picture", head, rows, note)
+
+
+def roofline_table(group: Sequence[Record]) -> Table:
+    """Return, for each network, what it asks for and what share of the machine's limit contenders reach."""
+    ours, others = _partition(group)
+    shown = [*ours[:1], *others]  # the modes of latentrt run the same networks
+    rows = []
+    for network in NETWORKS:
+        entries = [record["roofline"][network] for record in shown]
+        one = entries[0]
+        asks = [f"{one['operations'] / 1e9:,.4g}", f"{one['bytes'] / 2**20:,.4g}", _ms(one["limit_seconds"])]
+        rows.append([network, *asks, *map(_reached, entries)])
+    ceiling, first = group[0]["ceiling"], shown[0]["roofline"]
+    lacking = min(NETWORKS, key=lambda name: first[name]["share_of_limit"] or math.inf)
+    note = (
+        f"Milliseconds a run, and the share of the machine's limit: {ceiling['flops'] / 1e9:,.0f} GFLOP/s and "
+        f"{ceiling['bytes'] / 1e9:,.1f} GB/s, the fastest matrix product and copy in the same run. "
+        f"Furthest from it in the first column: {lacking}."
+    )
+    head = ["graph", "GFLOP", "MiB", "limit", *(record["contender"]["title"] for record in shown)]
+    return Table("Share of the hardware's limit", head, rows, note)
+
+
+def _reached(entry: dict[str, Any]) -> str:
+    share = entry["share_of_limit"]  # None for a request captured whole: its networks have no times of their own
+    return DASH if share is None else f"{_ms(entry['seconds'])} ({share:.0%})"
+
+
+def _partition(group: Sequence[Record]) -> tuple[list[Record], list[Record]]:
+    ours = [record for record in group if record["contender"]["name"].startswith("latentrt/")]
+    return ours, [record for record in group if record not in ours]
+
+
+def scenario_table(group: Sequence[Record]) -> Table:
+    """Return MLPerf's scenarios."""
+    rows = []
+    for record in group:
+        found = record.get("scenarios")
+        if not found:
+            continue
+        offline, server = found["Offline"], found.get("Server")
+        seen = server["confirmed"] if server else None
+        met = f"{seen['p99_seconds']:.2f} s in {seen['requests']} requests" if seen else DASH
+        rows.append(
+            [
+                record["contender"]["title"],
+                _ms(found["SingleStream"]["p90_seconds"]),
+                f"{offline['images_per_second']:.3g} (batch {offline['batch']})",
+                f"{server['rate']:.3g}" if server else DASH,
+                met,
+                f"{record['orchestration']['p50']:.2%}" if record.get("orchestration") else DASH,
+                _oracle(record.get("oracle")),
+            ]
+        )
+    bound = group[0]["workload"]["latency_bound"]
+    note = (
+        f"Server: requests a second, Poisson arrivals, of which 99 % are answered within {bound:g} s; the rate comes "
+        "from a simulated queue, `seen p99` from real requests at that rate. `orchestration`: share of a request "
+        "outside the three networks."
+    )
+    head = [
+        "",
+        "SingleStream p90, ms",
+        "Offline, images/s",
+        "Server, requests/s",
+        "seen p99",
+        "orchestration",
+        "oracle",
+    ]
+    return Table("Scenarios", head, rows, note)
+
+
+def scaling_table(group: Sequence[Record]) -> Table:
+    """Return the fitted exponents of each axis."""
+    rows = []
+    for record in group:
+        points, fits = record["points"], record["fits"]
+        ends = f"{points[0]['x']:,.0f} to {points[-1]['x']:,.0f}"
+        times = f"{_ms(points[0]['seconds'])} to {_ms(points[-1]['seconds'])}"
+        grown = [_exponent(fits[name]) for name in ("request", "denoise", "memory")]
+        rows.append([record["contender"]["title"], record["axis"], ends, times, *grown])
+    note = (
+        "Exponents of a power law with their standard errors: 1 is linear. Memory is counted above the opened process."
+    )
+    return Table("Growth", ["", "with", "from", "request, ms", "request", "denoise", "memory"], rows, note)
+
+
+def _exponent(fit: dict[str, Any] | None) -> str:
+    return f"{fit['exponent']:.2f} ± {fit['error']:.2f}" if fit else DASH
+
+
+def _oracle(found: dict[str, Any] | None) -> str:
+    if not found:
+        return DASH
+    return f"{found['single']:.0%} single, {found['pair']:.0%} pairs"
+
+
+def _ms(seconds: float) -> str:
+    value = seconds * 1e3
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _s(seconds: float | None) -> str:
+    return DASH if seconds is None else f"{seconds:.2f}" if seconds < 100 else f"{seconds:,.0f}"
+
+
+def mib(size: float) -> str:
+    """Return bytes as text."""
+    if size >= 2**30:
+        return f"{size / 2**30:.2f} GiB"
+    return f"{size / 2**20:.0f} MiB" if size >= 10 * 2**20 else f"{size / 2**20:.1f} MiB"
+
+
+def _rule(column: int, width: int) -> str:
+    return "-" * width if column == 0 else "-" * (width - 1) + ":"
+
+
+def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
+    pad: Callable[[int, str], str] = lambda i, cell: cell.ljust(widths[i]) if i == 0 else cell.rjust(widths[i])  # noqa: E731
+    return "| " + " | ".join(pad(i, cell) for i, cell in enumerate(cells)) + " |"

@@ -1,0 +1,188 @@
+"""ONNX Runtime on the CPU: graphs optimized once for this processor, kept in the engine cache, memory-mapped at open.
+
+Opening a full-size U-Net from its ONNX file takes ten seconds and a second copy of the weights; the optimized graph
+with its weights in a separate file opens in under a second and shares the page cache.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..attention import load_graph, rewrite
+from ..bundle import Bundle, GraphInfo
+from ..cache import EngineCache
+from ..device import Stream, Tensor
+from ..engine import check_binding
+from ..errors import BackendUnavailableError, EngineError, RequestError
+from ..host import HostDevice, HostStream
+
+BUILDER = 1
+"""Raised when what `_build` does to a graph changes, so that engines built before are not reused."""
+
+log = logging.getLogger(__name__)
+
+
+def unavailable_reason() -> str | None:
+    """Return why this backend cannot run here, or None when it can."""
+    try:
+        import onnxruntime  # noqa: F401
+    except ImportError:
+        return "onnxruntime is not installed: run `pip install 'latentrt[cpu]'`"
+    return None
+
+
+class OnnxRuntimeCpu:
+    """Opens bundle graphs with ONNX Runtime's CPU provider."""
+
+    name = "onnxruntime-cpu"
+    dynamic = True
+    captures = True
+
+    def __init__(self, *, cache: EngineCache | None = None, threads: int | None = None) -> None:
+        if threads is not None and not 1 <= threads <= (os.cpu_count() or 1):
+            raise RequestError(f"threads is {threads}: this machine has {os.cpu_count()} cores, give 1 or more of them")
+        if reason := unavailable_reason():
+            raise BackendUnavailableError(f"backend {self.name}: {reason}")
+        self.device = HostDevice()
+        self.threads = threads or _physical_cores()
+        self._cache = cache or EngineCache()
+
+    def open(
+        self, bundle: Bundle, graph: GraphInfo, shapes: Mapping[str, Sequence[int]] | None = None
+    ) -> OnnxRuntimeEngine:
+        """Open one graph of a bundle, building its engine first when the cache has none."""
+        folder = self._cache.get(graph.name, self.key(bundle, graph), lambda out: self._build(bundle, graph, out))
+        return OnnxRuntimeEngine(graph, self._session(folder / "model.onnx", graph))
+
+    def key(self, bundle: Bundle, graph: GraphInfo) -> dict[str, Any]:
+        """Return everything that changes an engine of this backend."""
+        import onnxruntime
+
+        return {
+            "backend": self.name,
+            "builder": BUILDER,
+            "graph": bundle.digest(graph),
+            "onnxruntime": onnxruntime.__version__,
+            "cpu": _cpu_identity(),
+        }
+
+    def _build(self, bundle: Bundle, graph: GraphInfo, out: Path) -> dict[str, Any]:
+        import onnxruntime as ort
+
+        files = [bundle.file(name) for name in graph.files]
+        options = self._options()
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+        options.optimized_model_filepath = str(out / "model.onnx")
+        for entry, value in {
+            "session.optimized_model_external_initializers_file_name": "model.onnx.data",
+            "session.optimized_model_external_initializers_min_size_in_bytes": "1024",
+            "session.model_external_initializers_file_folder_path": str(files[0].parent),
+            "session.disable_prepacking": "1",
+        }.items():
+            options.add_session_config_entry(entry, value)
+        log.info("building %s for %s", graph.name, self.name)
+        try:
+            ort.InferenceSession(_graph_for_cpu(files[0]), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime's own exceptions share no base class
+            raise EngineError(f"graph {graph.name} cannot be built for {self.name}: {_first_line(error)}") from error
+        return {"tensors": [t.model_dump() for t in graph.inputs + graph.outputs]}
+
+    def _options(self) -> Any:
+        import onnxruntime as ort
+
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        options.intra_op_num_threads = self.threads
+        options.inter_op_num_threads = 1
+        # Every session has its own threads. Those of the last graph would spin on while the next graph runs: on two
+        # cores that cost a fifth of a request and doubled the decoder's time.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        return options
+
+    def _session(self, path: Path, graph: GraphInfo) -> Any:
+        import onnxruntime as ort
+
+        options = self._options()
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.add_session_config_entry("session.disable_prepacking", "1")
+        if graph.stage == "step" and not any(t.name == "context" for t in graph.inputs):
+            options.intra_op_num_threads = 1  # a few small element-wise nodes: waking a second thread costs more
+        try:
+            return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:
+            raise EngineError(f"engine {path} cannot be opened ({_first_line(error)}): delete its folder") from error
+
+
+class OnnxRuntimeEngine:
+    """One session; each binding keeps its own input and output addresses."""
+
+    def __init__(self, graph: GraphInfo, session: Any) -> None:
+        self.name = graph.name
+        self.inputs = {t.name: t for t in graph.inputs}
+        self.outputs = {t.name: t for t in graph.outputs}
+        self._session = session
+
+    def bind(self, tensors: Mapping[str, Tensor]) -> OnnxRuntimeBinding:
+        """Bind inputs and outputs to host memory; see `Engine.bind`."""
+        if self._session is None:
+            raise EngineError(f"engine {self.name} is closed")
+        check_binding(self, tensors)
+        return OnnxRuntimeBinding(self, tensors)
+
+    def close(self) -> None:
+        """Free the session; calling it again does nothing."""
+        self._session = None
+
+
+class OnnxRuntimeBinding:
+    """Fixed addresses for one session."""
+
+    def __init__(self, engine: OnnxRuntimeEngine, tensors: Mapping[str, Tensor]) -> None:
+        self._engine = engine
+        self._tensors = dict(tensors)  # keeps the memory alive
+        self._binding = engine._session.io_binding()
+        for name, tensor in tensors.items():
+            bind = self._binding.bind_input if name in engine.inputs else self._binding.bind_output
+            bind(name, "cpu", 0, tensor.dtype, tensor.shape, tensor.pointer)
+
+    def enqueue(self, stream: Stream) -> None:
+        """Run now, or record the run when the stream captures."""
+        assert isinstance(stream, HostStream)
+        stream.submit(self._run)
+
+    def _run(self) -> None:
+        session = self._engine._session
+        if session is None:
+            raise EngineError(f"engine {self._engine.name} is closed")
+        try:
+            session.run_with_iobinding(self._binding)
+        except Exception as error:
+            raise EngineError(f"engine {self._engine.name} failed: {_first_line(error)}") from error
+
+
+def _graph_for_cpu(path: Path) -> bytes:
+    model = load_graph(path, "cpu")
+    rewrite(model, fuse=True)
+    return model.SerializeToString()
+
+
+def _physical_cores() -> int:
+    return max(1, len(os.sched_getaffinity(0)))
+
+
+def _cpu_identity() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        facts = {k.strip(): v.strip() for k, _, v in (line.partition(":") for line in lines)}
+        return f"{facts.get('model name', '')} {facts.get('flags', facts.get('Features', ''))}"
+    except OSError:
+        return platform.processor() or platform.machine()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

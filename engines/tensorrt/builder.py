@@ -1,0 +1,268 @@
+"""Plans from ONNX graphs: one builder over `tensorrt` (10.12 and later, 11) and `tensorrt_rtx`.
+
+Precision lives in the graph's own types: networks are strongly typed. What a release does not offer is left out by
+asking for it (`hasattr`), in one place each. TensorRT itself needs a GPU to build; TensorRT-RTX needs none and builds
+for a compute capability.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import threading
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from ..attention import load_graph, rewrite
+from ..errors import BackendUnavailableError, EngineError, RequestError
+from .plan import PlanOptions, Profile
+
+MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+EXTRAS = {"tensorrt": "tensorrt", "tensorrt-rtx": "rtx"}
+OLDEST = {"tensorrt": (10, 12), "tensorrt-rtx": (1, 0)}
+
+Progress = Callable[[str, int, int], None]
+"""Called with a phase of the build, the steps done in it and its steps in all."""
+
+log = logging.getLogger(__name__)
+
+
+class Library:
+    """One of the two TensorRT packages, with the logger that collects its errors."""
+
+    def __init__(self, backend: str) -> None:
+        """Import the package; raises `BackendUnavailableError` when it is missing, broken or too old."""
+        self.backend = backend
+        try:
+            self.trt: Any = importlib.import_module(MODULES[backend])
+            self.version = str(self.trt.__version__)
+        except (ImportError, OSError, AttributeError, RuntimeError) as error:
+            raise BackendUnavailableError(
+                f"backend {backend}: {MODULES[backend]} cannot be imported ({error}): "
+                f"run `pip install 'latentrt[{EXTRAS[backend]}]'`"
+            ) from error
+        if tuple(int(part) for part in self.version.split(".")[:2]) < OLDEST[backend]:
+            oldest = ".".join(map(str, OLDEST[backend]))
+            raise BackendUnavailableError(
+                f"backend {backend}: {MODULES[backend]} {self.version} is installed, {oldest} or later is needed: "
+                f"run `pip install 'latentrt[{EXTRAS[backend]}]'`"
+            )
+        self.reads_attention = hasattr(self.trt, "IAttention")
+        """Whether its parser knows the operator `Attention`, as from TensorRT 10.14 on."""
+        self.errors: list[str] = []
+        self.logger = self._logger()
+
+    def compute_capabilities(self) -> dict[str, Any]:
+        """Return the compute capabilities that plans can be built for without that GPU, such as `8.6`."""
+        kinds = getattr(getattr(self.trt, "ComputeCapability", None), "__members__", {})
+        return {f"{name[2:-1]}.{name[-1]}": kind for name, kind in kinds.items() if name.startswith("SM")}
+
+    def failure(self, what: str) -> EngineError:
+        """Return an error with what the library logged since the last one."""
+        messages, self.errors[:] = list(dict.fromkeys(self.errors)), []
+        why = "; ".join(" ".join(message.split())[:400] for message in messages[:2]) or "the library gave no reason"
+        return EngineError(f"{what}: {why}")
+
+    def _logger(self) -> Any:
+        trt: Any = self.trt
+        errors = self.errors
+        levels = {"INTERNAL_ERROR": logging.DEBUG, "ERROR": logging.DEBUG, "WARNING": logging.INFO}
+
+        class Log(trt.ILogger):
+            def __init__(self) -> None:
+                trt.ILogger.__init__(self)
+
+            def log(self, severity: Any, message: str) -> None:
+                if severity.name in ("ERROR", "INTERNAL_ERROR"):
+                    errors.append(message)
+                log.log(levels.get(severity.name, logging.DEBUG), "%s: %s", trt.__name__, message)
+
+        return Log()
+
+
+load_library = cache(Library)
+
+
+def build_plan(
+    library: Library,
+    graph: Path,
+    output: Path,
+    profile: Profile,
+    options: PlanOptions,
+    *,
+    compute_capability: str | None = None,
+    timing_cache: Path | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Build the plan of an ONNX file (external data beside it) into `output` and return facts for its sidecar.
+
+    `compute_capability` is the architecture that an RTX plan is for. Ctrl-C stops the build at the next step that the
+    library reports. Raises `EngineError` with the library's own first errors.
+    """
+    trt = library.trt
+    library.errors.clear()
+    builder = trt.Builder(library.logger)
+    network = _parse(library, builder, graph)
+    config = builder.create_builder_config()
+    _configure(library, config, options, compute_capability)
+    shapes = builder.create_optimization_profile()
+    try:
+        for name, (low, best, high) in profile.ranges.items():
+            shapes.set_shape(name, low, best, high)
+        fits = config.add_optimization_profile(shapes) >= 0
+    except (ValueError, RuntimeError) as error:
+        library.errors.append(str(error))
+        fits = False
+    if not fits:
+        raise library.failure(f"graph {graph.name} does not take the shapes {profile}")
+    timings = _load_timing_cache(library, config, timing_cache)
+    plan = _build(library, builder, network, config, graph.name, progress)
+    output.write_bytes(memoryview(plan))
+    if timings is not None and timing_cache is not None:
+        _write_atomically(timing_cache, bytes(memoryview(config.get_timing_cache().serialize())))
+    return {"tensors": _tensors(network), "layers": network.num_layers, "plan_bytes": output.stat().st_size}
+
+
+def _parse(library: Library, builder: Any, graph: Path) -> Any:
+    trt = library.trt
+    strongly_typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+    network = builder.create_network(0 if strongly_typed is None else 1 << int(strongly_typed))
+    parser = trt.OnnxParser(network, library.logger)
+    if library.reads_attention:
+        parsed = parser.parse_from_file(str(graph))
+    else:
+        model = load_graph(graph, EXTRAS[library.backend])
+        rewrite(model, expand=True)
+        parsed = parser.parse(model.SerializeToString(), str(graph))
+    if not parsed:
+        errors = [parser.get_error(i) for i in range(parser.num_errors)]
+        library.errors[:0] = [f"node {error.node_name()}: {error.desc()}" for error in errors]
+        raise library.failure(f"{library.backend} cannot read {graph.name}")
+    attention = getattr(trt.LayerType, "ATTENTION_OUTPUT", None)
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        if attention is not None and layer.type == attention:
+            # `get_layer` returns the base class. Without this, an Attention that no fused kernel serves can fail the
+            # build; with it, such an Attention (and no other) falls apart into MatMul and Softmax.
+            layer.__class__ = trt.IAttentionOutputLayer
+            layer.attention.decomposable = True
+    return network
+
+
+def _configure(library: Library, config: Any, options: PlanOptions, compute_capability: str | None) -> None:
+    trt = library.trt
+    if options.workspace is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace)
+    if options.optimization_level is not None:
+        config.builder_optimization_level = options.optimization_level
+    if options.hardware is not None:
+        levels = {n.lower(): level for n, level in trt.HardwareCompatibilityLevel.__members__.items() if n != "NONE"}
+        if options.hardware not in levels:
+            raise RequestError(
+                f"hardware is {options.hardware!r}: {library.backend} {library.version} has {', '.join(levels)}"
+            )
+        config.hardware_compatibility_level = levels[options.hardware]
+    if options.weight_streaming:
+        config.set_flag(trt.BuilderFlag.WEIGHT_STREAMING)
+    elif hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):  # the plan never allocates while it runs or is captured
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
+    if compute_capability is not None:
+        known = library.compute_capabilities()
+        config.num_compute_capabilities = 1
+        config.set_compute_capability(known.get(compute_capability, trt.ComputeCapability.CURRENT), 0)
+
+
+def _build(library: Library, builder: Any, network: Any, config: Any, name: str, progress: Progress | None) -> Any:
+    """Build in a thread, so that Ctrl-C arrives here at once and can stop the builder at its next step.
+
+    An event says when the thread is done: `Thread.join` returns too early once Ctrl-C has interrupted it.
+    """
+    stop, done = threading.Event(), threading.Event()
+    if hasattr(library.trt, "IProgressMonitor"):
+        monitor = _monitor(library.trt, stop, progress)  # the config does not keep it alive
+        config.progress_monitor = monitor
+    built: list[Any] = []
+
+    def work() -> None:
+        try:
+            built.append(builder.build_serialized_network(network, config))
+        except Exception as error:  # the bindings raise RuntimeError and ValueError; either is the answer
+            library.errors.append(str(error))
+        finally:
+            done.set()
+
+    thread = threading.Thread(target=work, name=f"build {name}", daemon=True)
+    try:
+        thread.start()
+        while not done.wait(0.1):
+            pass
+    except BaseException:
+        stop.set()
+        if thread.ident is not None:
+            done.wait()
+        raise
+    if not built or built[0] is None:
+        raise library.failure(f"{library.backend} cannot build {name}")
+    return built[0]
+
+
+def _monitor(trt: Any, stop: threading.Event, progress: Progress | None) -> Any:
+    class Monitor(trt.IProgressMonitor):
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.phases: dict[str, int] = {}
+
+        def phase_start(self, name: str, parent: str | None, steps: int) -> None:
+            self.phases[name] = steps
+
+        def step_complete(self, name: str, step: int) -> bool:
+            if progress is not None and not stop.is_set():
+                progress(name, step + 1, self.phases.get(name, step + 1))
+            return not stop.is_set()
+
+        def phase_finish(self, name: str) -> None:
+            self.phases.pop(name, None)
+
+    return Monitor()
+
+
+def _load_timing_cache(library: Library, config: Any, path: Path | None) -> Any:
+    """Give the builder the timings of earlier builds; TensorRT-RTX measures nothing when it builds and has none."""
+    if path is None or library.backend != "tensorrt":
+        return None
+    data = path.read_bytes() if path.is_file() else b""
+    timings = config.create_timing_cache(data)
+    if not config.set_timing_cache(timings, False):  # written by another version or for another GPU
+        timings = config.create_timing_cache(b"")
+        config.set_timing_cache(timings, False)
+    return timings
+
+
+def _write_atomically(path: Path, data: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_bytes(data)
+    temporary.replace(path)
+
+
+def _tensors(network: Any) -> list[dict[str, Any]]:
+    """Return name, kind, dtype and shape (-1 where dynamic) of the built network's inputs and outputs."""
+    inputs = [("input", network.get_input(i)) for i in range(network.num_inputs)]
+    outputs = [("output", network.get_output(i)) for i in range(network.num_outputs)]
+    return [
+        {"name": t.name, "mode": mode, "dtype": _DTYPES.get(t.dtype.name, t.dtype.name), "shape": list(t.shape)}
+        for mode, t in inputs + outputs
+    ]
+
+
+_DTYPES: Mapping[str, str] = {
+    "FLOAT": "float32",
+    "HALF": "float16",
+    "BF16": "bfloat16",
+    "INT32": "int32",
+    "INT64": "int64",
+    "UINT8": "uint8",
+    "BOOL": "bool",
+}

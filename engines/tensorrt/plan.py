@@ -1,0 +1,209 @@
+"""TensorRT plans in the engine cache: what one is for, which one fits, and why another does not."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..bundle import Bundle, GraphInfo
+from ..cache import SIDECAR, EngineCache
+from ..engine import solve_sizes
+from ..errors import EngineError, RequestError, ShapeError
+
+PLAN = "engine.plan"
+HARDWARE = ("ampere_plus", "same_compute_capability")
+"""What a plan may be compatible with beyond the GPU that it is built on."""
+BUILDER = 1
+"""Raised when what the builder does to a network changes, so that plans built before are not reused."""
+
+Shape = tuple[int, ...]
+Shapes = Mapping[str, Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Profile:
+    """The input shapes that a plan serves: the smallest, the one it is tuned for, and the largest, by input."""
+
+    ranges: Mapping[str, tuple[Shape, Shape, Shape]]
+
+    @classmethod
+    def of(cls, *shapes: Shapes) -> Profile:
+        """Return the profile that spans the given shapes and is tuned for the first; one set of shapes is static."""
+        first = shapes[0]
+        ranges = {}
+        for name in first:
+            sizes = list(zip(*(tuple(each[name]) for each in shapes), strict=True))
+            ranges[name] = (tuple(map(min, sizes)), tuple(first[name]), tuple(map(max, sizes)))
+        return cls(ranges)
+
+    @property
+    def static(self) -> bool:
+        """Whether it is for one set of shapes only."""
+        return all(low == high for low, _, high in self.ranges.values())
+
+    def covers(self, shapes: Shapes) -> bool:
+        """Tell whether a plan of this profile takes these input shapes."""
+        return set(shapes) == set(self.ranges) and all(
+            len(shape) == len(low) and all(a <= n <= b for a, n, b in zip(low, shape, high, strict=True))
+            for (low, _, high), shape in ((self.ranges[name], shape) for name, shape in shapes.items())
+        )
+
+    def __str__(self) -> str:
+        return ", ".join(
+            f"{name} {_shape(low)}" if low == high else f"{name} {_shape(low)} to {_shape(high)}"
+            for name, (low, _, high) in self.ranges.items()
+        )
+
+
+def profile_for(graph: GraphInfo, *shapes: Shapes) -> Profile:
+    """Return the profile of a plan for input shapes; several sets of shapes give a dynamic one.
+
+    Raises `ShapeError` when an input has no shape or shapes contradict the graph.
+    """
+    inputs = {spec.name: spec for spec in graph.inputs}
+    for each in shapes:
+        if missing := [name for name in inputs if name not in each]:
+            raise ShapeError(f"graph {graph.name} needs the shape of its input {missing[0]!r} to be built")
+        solve_sizes(inputs, each)
+    return Profile.of(*({name: each[name] for name in inputs} for each in shapes))
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """What a plan is built with; `None` leaves a choice to the library."""
+
+    optimization_level: int | None = None
+    """0 (fastest build) to 5 (fastest engine)."""
+    workspace: int | None = None
+    """Bytes of scratch memory that a tactic may use."""
+    hardware: str | None = None
+    """`ampere_plus` or `same_compute_capability`: the plan also runs on other GPUs, and is slower."""
+    weight_streaming: bool = False
+    """Whether weights may stay in host memory and be streamed to the GPU."""
+
+    def __post_init__(self) -> None:
+        level, workspace = self.optimization_level, self.workspace
+        if level is not None and not 0 <= level <= 5:
+            raise RequestError(f"optimization_level is {level}: give 0 (fastest build) to 5 (fastest engine)")
+        if workspace is not None and workspace <= 0:
+            raise RequestError(f"workspace is {workspace}: give a number of bytes above 0, such as 2GiB")
+        if self.hardware not in (None, *HARDWARE):
+            raise RequestError(f"hardware is {self.hardware!r}: choose {', '.join(HARDWARE)}, or leave it out")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A plan in the cache: its folder and its sidecar."""
+
+    folder: Path
+    facts: Mapping[str, Any]
+
+    @classmethod
+    def open(cls, folder: Path) -> Plan:
+        """Read the sidecar of a finished plan."""
+        return cls(folder, json.loads((folder / SIDECAR).read_text(encoding="utf-8")))
+
+    @property
+    def path(self) -> Path:
+        """The serialized engine."""
+        return self.folder / PLAN
+
+    @property
+    def profile(self) -> Profile:
+        """The shapes that it serves."""
+        return profile_from_json(self.facts["key"]["profile"])
+
+
+def profile_from_json(data: Mapping[str, Any]) -> Profile:
+    """Return the profile that a sidecar records."""
+    return Profile({name: (tuple(low), tuple(best), tuple(high)) for name, (low, best, high) in data.items()})
+
+
+def plan_key(
+    bundle: Bundle,
+    graph: GraphInfo,
+    *,
+    backend: str,
+    version: str,
+    target: Mapping[str, str],
+    profile: Profile,
+    options: PlanOptions,
+) -> dict[str, Any]:
+    """Return everything that changes a plan."""
+    return {
+        "backend": backend,
+        "builder": BUILDER,
+        "graph": bundle.digest(graph),
+        "version": version,
+        "target": dict(target),
+        "options": asdict(options),
+        "profile": {name: [list(shape) for shape in triple] for name, triple in profile.ranges.items()},
+    }
+
+
+def find_dynamic(cache: EngineCache, graph: GraphInfo, key: Mapping[str, Any], shapes: Shapes) -> Plan | None:
+    """Return a plan that differs from `key` in its profile alone and serves the given shapes, or None."""
+    for entry in _plans(cache, graph):
+        same = {**entry["key"], "profile": None} == {**key, "profile": None}
+        if same and profile_from_json(entry["key"]["profile"]).covers(shapes):
+            return Plan(entry["folder"], entry)
+    return None
+
+
+def _plans(cache: EngineCache, graph: GraphInfo) -> list[dict[str, Any]]:
+    return [e for e in cache.entries() if e.get("graph") == graph.name and "profile" in e.get("key", {})]
+
+
+def missing_plan(cache: EngineCache, bundle: Bundle, graph: GraphInfo, key: Mapping[str, Any]) -> EngineError:
+    """Return the error that says which plans of a graph exist, why none fits, and how to build one that does."""
+    backend = key["backend"]
+    others = [entry["key"] for entry in _plans(cache, graph) if entry["key"]["backend"] == backend]
+    reasons = dict.fromkeys(_difference(other, key) for other in others)
+    have = f"those in the cache are for {'; '.join(reasons)}" if reasons else "the cache has none"
+    profile = profile_from_json(key["profile"])
+    return EngineError(
+        f"no {backend} plan of {graph.name} fits {profile}: {have}. Build it with "
+        f"`{build_command(bundle, graph, backend, profile, key['options'])}`"
+    )
+
+
+def build_command(bundle: Bundle, graph: GraphInfo, backend: str, profile: Profile, options: Mapping[str, Any]) -> str:
+    """Return the command that builds a bundle's plans for the size and batch of one graph's shapes."""
+    latent, branches = bundle.manifest.latent, 2 if bundle.manifest.default_guidance_scale > 1 else 1
+    shapes = {name: best for name, (_, best, _) in profile.ranges.items()}
+    sizes = solve_sizes({t.name: t for t in graph.inputs}, shapes)
+    command = f"latentrt build {bundle.path} --backend {backend}"
+    if "h" in sizes and "w" in sizes:
+        command += f" --size {sizes['w'] * latent.downscale}x{sizes['h'] * latent.downscale}"
+    batch = sizes.get("B", max(1, sizes.get("R", branches) // branches))
+    command += f" --batch {batch}"
+    for name, value in options.items():
+        if name == "weight_streaming" and value:
+            command += " --option weights_on_gpu=0"
+        elif value is not None and value is not False:
+            command += f" --option {name}={value}"
+    return command
+
+
+def _difference(other: Mapping[str, Any], key: Mapping[str, Any]) -> str:
+    """Return what a cached plan is for, in the first respect in which it differs from what is wanted."""
+    if other["graph"] != key["graph"]:
+        return "another export of this graph"
+    if other["version"] != key["version"]:
+        return f"{key['backend']} {other['version']} (installed: {key['version']})"
+    if other["target"] != key["target"]:
+        return f"{_target(other['target'])} (wanted: {_target(key['target'])})"
+    if other["options"] != key["options"] or other["builder"] != key["builder"]:
+        return "other build options"
+    return str(profile_from_json(other["profile"]))
+
+
+def _target(target: Mapping[str, str]) -> str:
+    return ", ".join(f"{name.replace('_', ' ')} {target[name]}" for name in sorted(target))
+
+
+def _shape(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape))

@@ -1,0 +1,136 @@
+"""Plans for one target: found in the engine cache, or built into it. Needs no GPU for TensorRT-RTX."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..bundle import Bundle, GraphInfo
+from ..cache import EngineCache
+from ..cuda.device import CudaDevice
+from ..errors import EngineError, RequestError
+from .builder import Progress, build_plan, load_library
+from .plan import PLAN, Plan, PlanOptions, Profile, Shapes, find_dynamic, missing_plan, plan_key, profile_for
+
+Target = Mapping[str, str]
+"""What a plan runs on, as far as it matters to it."""
+
+
+def target_of_device(backend: str, device: CudaDevice, options: PlanOptions) -> Target:
+    """Return the target of plans that are built for this machine's GPU."""
+    capability = {"compute_capability": device.compute_capability}
+    if options.hardware == "ampere_plus":
+        return {"compute_capability": "8.0 or later"}
+    if backend == "tensorrt-rtx" or options.hardware == "same_compute_capability":
+        return capability
+    return {"gpu": device.name, **capability, "driver": device.driver_version}
+
+
+def target_of_compute_capability(backend: str, capability: str) -> Target:
+    """Return the target of plans built ahead of time; raises `RequestError` for one that the library does not know."""
+    if backend != "tensorrt-rtx":
+        raise RequestError(f"backend {backend} builds on the GPU that runs the plan: give --backend tensorrt-rtx")
+    known = load_library(backend).compute_capabilities()
+    if capability not in known:
+        raise RequestError(f"tensorrt-rtx has no compute capability {capability!r}: choose {', '.join(known)}")
+    return {"compute_capability": capability}
+
+
+class Planner:
+    """Finds and builds plans of one backend for one target."""
+
+    def __init__(
+        self,
+        backend: str,
+        target: Target,
+        *,
+        cache: EngineCache | None = None,
+        options: PlanOptions | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        """Load the library; raises `BackendUnavailableError` when it cannot be imported."""
+        if backend == "tensorrt-rtx" and options is not None and options.hardware:
+            raise RequestError("tensorrt-rtx has no option hardware: its plans run on every GPU of an architecture")
+        self.backend = backend
+        self.library = load_library(backend)
+        self.target = dict(target)
+        self.cache = cache or EngineCache()
+        self.options = options or PlanOptions()
+        self._progress = progress
+
+    def plan(self, bundle: Bundle, graph: GraphInfo, shapes: Shapes, *, build: bool = True) -> Plan:
+        """Return a plan that serves the shapes: one made for them, else a dynamic one that covers them, else a new one.
+
+        Raises `EngineError` when the build fails, or when there is none and `build` is false.
+        """
+        profile = profile_for(graph, shapes)
+        key = self._key(bundle, graph, profile)
+        if folder := self.cache.find(graph.name, key):
+            return Plan.open(folder)
+        if found := find_dynamic(self.cache, graph, key, shapes):
+            return found
+        if not build:
+            raise missing_plan(self.cache, bundle, graph, key)
+        return self.build(bundle, graph, profile)
+
+    def build(self, bundle: Bundle, graph: GraphInfo, profile: Profile) -> Plan:
+        """Return the plan of exactly this profile, building it when the cache has none."""
+
+        def work(folder: Path) -> dict[str, Any]:
+            start = time.perf_counter()
+            files = [bundle.file(name) for name in graph.files]
+            facts = build_plan(
+                self.library,
+                files[0],
+                folder / PLAN,
+                profile,
+                self.options,
+                compute_capability=self.target.get("compute_capability") if self.backend == "tensorrt-rtx" else None,
+                timing_cache=self.cache.root / f"timings-{self.library.version}-{self._name()}.cache",
+                progress=None if self._progress is None else self._named(graph.name),
+            )
+            check_tensors(graph, facts["tensors"])
+            return {**facts, "build_seconds": round(time.perf_counter() - start, 3)}
+
+        return Plan.open(self.cache.get(graph.name, self._key(bundle, graph, profile), work))
+
+    def is_built(self, bundle: Bundle, graph: GraphInfo, profile: Profile) -> bool:
+        """Tell whether the cache has the plan of exactly this profile."""
+        return self.cache.find(graph.name, self._key(bundle, graph, profile)) is not None
+
+    def _key(self, bundle: Bundle, graph: GraphInfo, profile: Profile) -> dict[str, Any]:
+        return plan_key(
+            bundle,
+            graph,
+            backend=self.backend,
+            version=self.library.version,
+            target=self.target,
+            profile=profile,
+            options=self.options,
+        )
+
+    def _name(self) -> str:
+        return "".join(c if c.isalnum() else "-" for c in "-".join(self.target.values()))
+
+    def _named(self, graph: str) -> Progress:
+        report = self._progress
+        assert report is not None
+        return lambda phase, done, total: report(f"{graph}: {phase}", done, total)
+
+
+def check_tensors(graph: GraphInfo, tensors: list[dict[str, Any]]) -> None:
+    """Check that a built network has the inputs and outputs that the manifest declares; raises `EngineError`."""
+    built = {(t["mode"], t["name"]): t for t in tensors}
+    for mode, specs in (("input", graph.inputs), ("output", graph.outputs)):
+        for spec in specs:
+            tensor = built.pop((mode, spec.name), None)
+            if tensor is None or tensor["dtype"] != spec.dtype or len(tensor["shape"]) != len(spec.shape):
+                got = f"{tensor['dtype']}{tensor['shape']}" if tensor else "missing"
+                raise EngineError(
+                    f"{mode} {spec.name} of graph {graph.name} is {got} in the plan and {spec.dtype}{list(spec.shape)} "
+                    "in the manifest: export the checkpoint again"
+                )
+    if built:
+        raise EngineError(f"the plan of {graph.name} has a tensor {next(iter(built))[1]!r} that the manifest lacks")

@@ -1,0 +1,1 @@
+"""The denoising loop: buffers, bound engines and captured work of a request."""

@@ -1,0 +1,181 @@
+"""The denoising loop: N times (denoiser, step graph) over two alternating sets of buffers.
+
+Everything that a step needs is on the device, the step counter too, and every address is fixed: a step is enqueued, or
+captured once and replayed, with nothing coming from the host. The step graph must not write over its own inputs, so
+even steps read set 0 and write set 1, and odd steps the other way round.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import partial
+from typing import Literal
+
+import numpy as np
+
+from ...engines.bundle import GraphInfo
+from ...engines.device import Array, Device, Graph, Stream, Tensor
+from ...engines.engine import BoundEngine, Engine
+
+OpenEngine = Callable[[GraphInfo, Mapping[str, Sequence[int]]], Engine]
+"""Opens a graph's engine for given input shapes; the same engine when it is open already."""
+
+Mode = Literal["eager", "step", "loop", "request"]
+"""What is captured once and replayed: nothing, a step (an even and an odd one), all steps, or encode to decode."""
+
+STATE = ("latents", "history", "model_input", "timestep", "row")
+"""What a step reads from one set of buffers and writes, as `next_…`, to the other."""
+
+
+class DenoiseLoop:
+    """Buffers, bound engines and captured steps for one shape of request.
+
+    `arrays` are the host arrays of a first request, by the names of the step graph's inputs plus `model_input` and
+    `timestep`: their shapes and types are the loop's. `conditioning` are device tensors that the denoiser also reads.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        denoiser: GraphInfo,
+        arrays: Mapping[str, Array],
+        conditioning: Mapping[str, Tensor],
+    ) -> None:
+        """Allocate the buffers."""
+
+        def empty(names: list[str]) -> dict[str, Tensor]:
+            return {name: device.empty(arrays[name].shape, arrays[name].dtype) for name in names}
+
+        self._conditioning = conditioning
+        self._constants = empty([name for name in arrays if name not in STATE])
+        self._sets = [empty(list(STATE)), empty(list(STATE))]
+        dtype = next(spec.dtype for spec in denoiser.outputs if spec.name == "prediction")
+        self._prediction = device.empty(arrays["model_input"].shape, dtype)
+        self._owned = [self._prediction, *self._constants.values(), *self._sets[0].values(), *self._sets[1].values()]
+        self._unchanged: dict[str, Array] = {}
+        self._bound: list[tuple[BoundEngine, BoundEngine]] = []
+        self._captured = CapturedWork()
+        self._steps = [("even", partial(self._enqueue_step, 0)), ("odd", partial(self._enqueue_step, 1))]
+
+    def bind(self, open_engine: OpenEngine, denoiser: GraphInfo, step: GraphInfo) -> None:
+        """Open both engines and bind them to each set of buffers; does nothing when they are bound."""
+        bound = []
+        for here, there in (self._sets, self._sets[::-1]) if not self._bound else ():
+            network = {**self._conditioning, "model_input": here["model_input"], "timestep": here["timestep"]}
+            update = {"prediction": self._prediction, **self._constants, **here}
+            update = {spec.name: update[spec.name] for spec in step.inputs}
+            pair = (open_engine(denoiser, shapes_of(network)), open_engine(step, shapes_of(update)))
+            update |= {f"next_{name}": tensor for name, tensor in there.items()}
+            bound.append((pair[0].bind({**network, "prediction": self._prediction}), pair[1].bind(update)))
+        self._bound = self._bound or bound
+
+    def unbind(self) -> None:
+        """Let go of the engines and of what was captured of them; the buffers stay."""
+        self._captured.close()
+        self._bound = []
+
+    def load(self, arrays: Mapping[str, Array], stream: Stream) -> None:
+        """Copy a request's arrays to the device; shapes must be those of the first request.
+
+        Read-only arrays that are still there from the request before (its sampler's tables) are not copied again.
+        """
+        for name, array in arrays.items():
+            if name in STATE:
+                self._sets[0][name].write(array, stream)
+            elif self._unchanged.get(name) is not array:
+                self._unchanged.pop(name, None)
+                self._constants[name].write(array, stream)
+                if not array.flags.writeable:
+                    self._unchanged[name] = array
+
+    def latents(self, steps_done: int) -> Tensor:
+        """Return the tensor that holds the latents [B, C, h, w] after a number of steps."""
+        return self._sets[steps_done % 2]["latents"]
+
+    def replace_latents(self, steps_done: int, latents: Array, input_scale: float, stream: Stream) -> None:
+        """Overwrite the latents after a number of steps, and the model input that follows from them."""
+        state = self._sets[steps_done % 2]
+        state["latents"].write(latents, stream)
+        rows = np.tile(latents * np.float32(input_scale), (state["model_input"].shape[0] // len(latents), 1, 1, 1))
+        state["model_input"].write(rows.astype(state["model_input"].dtype), stream)
+
+    def run(
+        self, steps: int, stream: Stream, *, mode: Mode = "step", on_step: Callable[[int], None] | None = None
+    ) -> Tensor:
+        """Enqueue `steps` steps and return the tensor of the final latents; nothing waits unless `on_step` does.
+
+        `on_step(i)` is called after step i was enqueued; with it, nothing larger than a step is captured.
+        """
+        if mode == "loop" and on_step is None:
+            self._captured.run(steps, partial(self.enqueue, steps), stream)
+            return self.latents(steps)
+        for index in range(steps):
+            key, enqueue = self._steps[index % 2]
+            if mode == "eager":
+                enqueue(stream)
+            else:
+                self._captured.run(key, enqueue, stream)
+            if on_step is not None:
+                on_step(index)
+        return self.latents(steps)
+
+    def enqueue(self, steps: int, stream: Stream) -> None:
+        """Enqueue `steps` steps, engine by engine."""
+        for index in range(steps):
+            self._enqueue_step(index % 2, stream)
+
+    def _enqueue_step(self, parity: int, stream: Stream) -> None:
+        for bound in self._bound[parity]:
+            bound.enqueue(stream)
+
+    def close(self) -> None:
+        """Free graphs and buffers; calling it again does nothing."""
+        self.unbind()
+        for tensor in self._owned:
+            tensor.close()
+        self._owned = []
+
+
+class CapturedWork:
+    """Captured graphs by key, at most `capacity` of them; the least recently used goes first.
+
+    Work with a new key runs as it is, is captured the second time, and replayed from then on: GPU libraries allocate
+    and choose kernels in the first run of a binding, which a capture forbids, and a loop's state allows no dry run.
+    """
+
+    def __init__(self, capacity: int = 8) -> None:
+        self._capacity = capacity
+        self._graphs: OrderedDict[Hashable, Graph | None] = OrderedDict()
+
+    def run(self, key: Hashable, enqueue: Callable[[Stream], None], stream: Stream) -> None:
+        """Do what `enqueue` does with the stream: by calling it, or by replaying what it did."""
+        if key not in self._graphs:
+            enqueue(stream)
+            self._graphs[key] = None
+            if len(self._graphs) > self._capacity:
+                _close(self._graphs.popitem(last=False)[1])
+            return
+        graph = self._graphs[key]
+        if graph is None:
+            with stream.capture() as capture:
+                enqueue(stream)
+            graph = self._graphs[key] = capture.finish()
+        self._graphs.move_to_end(key)
+        graph.replay(stream)
+
+    def close(self) -> None:
+        """Free all graphs; calling it again does nothing."""
+        for graph in self._graphs.values():
+            _close(graph)
+        self._graphs.clear()
+
+
+def _close(graph: Graph | None) -> None:
+    if graph is not None:
+        graph.close()
+
+
+def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of named tensors."""
+    return {name: tensor.shape for name, tensor in tensors.items()}

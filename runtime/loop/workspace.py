@@ -1,0 +1,190 @@
+"""Tensors and bound engines of one request shape, from token ids to pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import get_args
+
+from ...engines.bundle import Bundle, GraphInfo, Stage, TensorInfo
+from ...engines.device import Array, Device, Event, Stream, Tensor
+from ...engines.engine import BoundEngine, Engine, shape_of, solve_sizes
+from ...engines.errors import BundleError, EngineError
+from .denoise import CapturedWork, DenoiseLoop, Mode, OpenEngine, shapes_of
+
+Release = Callable[[Stage], None]
+"""Closes the engines of a stage."""
+
+
+def allocate_outputs(device: Device, graph: GraphInfo, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a new tensor for every output of a graph, shaped by its inputs."""
+    sizes = solve_sizes({spec.name: spec for spec in graph.inputs}, shapes_of(inputs))
+    return {spec.name: device.empty(shape_of(spec, sizes), spec.dtype) for spec in graph.outputs}
+
+
+def run_once(
+    device: Device, engine: Engine, graph: GraphInfo, inputs: Mapping[str, Array], stream: Stream
+) -> dict[str, Array]:
+    """Run a graph once on host arrays and return its outputs on the host; nothing stays allocated."""
+    tensors = {name: device.empty(array.shape, array.dtype) for name, array in inputs.items()}
+    try:
+        tensors |= allocate_outputs(device, graph, tensors)
+        for name, array in inputs.items():
+            tensors[name].write(array, stream)
+        bound = engine.bind(tensors)  # lives until its work is done
+        bound.enqueue(stream)
+        return {spec.name: tensors[spec.name].read(stream) for spec in graph.outputs}
+    finally:
+        for tensor in tensors.values():
+            tensor.close()
+
+
+@dataclass
+class Trace:
+    """Points in the stream before, between and after encode, denoise and decode, and the memory used by then."""
+
+    events: list[Event] = field(default_factory=list)
+    memory: dict[str, int] = field(default_factory=dict)
+    """Bytes of the device's memory in use when the stage's work had been enqueued, its engines still open."""
+
+    def seconds(self) -> list[float]:
+        """Return how long each stage took; waits for the last."""
+        return [after.milliseconds_since(before) / 1e3 for before, after in pairwise(self.events)]
+
+
+class Workspace:
+    """Everything that is allocated once for a shape and used again by the next request of that shape.
+
+    Graphs are wired by tensor name: what one writes, every later one reads. With `release`, engines are opened for
+    their stage and closed after it, so that one stage's weights are in memory at a time.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        bundle: Bundle,
+        open_engine: OpenEngine,
+        token_ids: Mapping[str, Array],
+        arrays: Mapping[str, Array],
+        release: Release | None = None,
+    ) -> None:
+        """Allocate all tensors and, unless engines are released after each stage, bind them."""
+        self._device, self._bundle, self._open, self._release = device, bundle, open_engine, release
+        self._tensors: dict[str, Tensor] = {name: device.empty(ids.shape, ids.dtype) for name, ids in token_ids.items()}
+        self._prompt_graphs = [graph for graph in bundle.manifest.graphs if graph.stage == "prompt"]
+        for graph in self._prompt_graphs:
+            self._tensors |= allocate_outputs(device, graph, self._inputs(graph, graph.inputs))
+        denoiser, decoder = bundle.graph("denoiser"), bundle.graph("decoder")
+        conditioning = self._inputs(denoiser, [spec for spec in denoiser.inputs if spec.name not in arrays])
+        self.loop = DenoiseLoop(device, denoiser, arrays, conditioning)
+        self.pictures = allocate_outputs(device, decoder, {"latents": self.loop.latents(0)})
+        self._prompt: list[BoundEngine] = []
+        self._decoders: list[BoundEngine] = []
+        self._requests = CapturedWork()
+        if release is None:
+            self._bind_prompt()
+            self._bind_loop()
+            self._bind_decoder()
+
+    def load(self, token_ids: Mapping[str, Array], arrays: Mapping[str, Array], stream: Stream) -> None:
+        """Copy a request's token ids and loop arrays to the device."""
+        for name, ids in token_ids.items():
+            self._tensors[name].write(ids, stream)
+        self.loop.load(arrays, stream)
+
+    def run(
+        self, steps: int, stream: Stream, *, mode: Mode, decode: bool, on_step: Callable[[int], None] | None
+    ) -> Trace:
+        """Enqueue a loaded request and return where its stages begin and end in the stream.
+
+        A request captured whole has no points between its stages: its time counts as denoising.
+        """
+        if mode == "request" and on_step is None and self._release is None:
+            before = stream.record()
+
+            def enqueue(stream: Stream) -> None:
+                self._encode(stream)
+                self.loop.enqueue(steps, stream)
+                if decode:
+                    self._decoders[steps % 2].enqueue(stream)
+
+            self._requests.run((steps, decode), enqueue, stream)
+            after = stream.record()
+            return Trace([before, before, after, after], {"denoise": self._device.memory_used()})
+        trace = Trace([stream.record()])
+        try:
+            self._bind_prompt()
+            self._encode(stream)
+            self._done("encode", "prompt", trace, stream)
+            self._bind_loop()
+            self.loop.run(steps, stream, mode=mode, on_step=on_step)
+            self._done("denoise", "step", trace, stream)
+            if decode:
+                self._bind_decoder()
+                self._decoders[steps % 2].enqueue(stream)
+                self._done("decode", "end", trace, stream)
+            else:
+                trace.events.append(stream.record())
+        except BaseException:  # a cancelled request must not keep engines that the next one closes
+            with suppress(EngineError):
+                for stage in get_args(Stage):
+                    self._let_go(stage, stream)
+            raise
+        return trace
+
+    def _encode(self, stream: Stream) -> None:
+        for bound in self._prompt:
+            bound.enqueue(stream)
+
+    def _bind_prompt(self) -> None:
+        bound = []
+        for graph in self._prompt_graphs if not self._prompt else ():
+            inputs = self._inputs(graph, graph.inputs)
+            outputs = self._inputs(graph, graph.outputs)
+            bound.append(self._open(graph, shapes_of(inputs)).bind({**inputs, **outputs}))
+        self._prompt = self._prompt or bound
+
+    def _bind_loop(self) -> None:
+        self.loop.bind(self._open, self._bundle.graph("denoiser"), self._bundle.graph("step"))
+
+    def _bind_decoder(self) -> None:
+        graph, bound = self._bundle.graph("decoder"), []
+        for parity in (0, 1) if not self._decoders else ():
+            inputs = {"latents": self.loop.latents(parity)}
+            bound.append(self._open(graph, shapes_of(inputs)).bind({**inputs, **self.pictures}))
+        self._decoders = self._decoders or bound
+
+    def _done(self, name: str, stage: Stage, trace: Trace, stream: Stream) -> None:
+        """Note the end of a stage, and let go of its engines when they are not to stay."""
+        trace.events.append(stream.record())
+        trace.memory[name] = self._device.memory_used()
+        self._let_go(stage, stream)
+
+    def _let_go(self, stage: Stage, stream: Stream) -> None:
+        """Close a stage's engines once their work is done, unless engines stay open."""
+        if self._release is None:
+            return
+        stream.synchronize()
+        if stage == "prompt":
+            self._prompt = []
+        elif stage == "step":
+            self.loop.unbind()
+        elif stage == "end":
+            self._decoders = []
+        self._release(stage)
+
+    def close(self) -> None:
+        """Free all memory; calling it again does nothing."""
+        self._requests.close()
+        self.loop.close()
+        self._prompt, self._decoders = [], []
+        for tensor in (*self._tensors.values(), *self.pictures.values()):
+            tensor.close()
+        self._tensors, self.pictures = {}, {}
+
+    def _inputs(self, graph: GraphInfo, specs: Sequence[TensorInfo]) -> dict[str, Tensor]:
+        if missing := [spec.name for spec in specs if spec.name not in self._tensors]:
+            raise BundleError(f"graph {graph.name} reads {missing[0]!r}, which no earlier graph of the bundle writes")
+        return {spec.name: self._tensors[spec.name] for spec in specs}

@@ -1,0 +1,140 @@
+"""Samplers on dx/dsigma = (x - x0) / sigma, latents scaled as x0 + sigma * noise (Karras et al. 2022)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from .predictions import Form, clean_and_noise
+from .quadrature import quadrature_factors
+from .schedules import Options, Schedule, timestep_at
+from .step_table import StepTable, TableBuilder
+
+__all__ = ["euler", "euler_ancestral", "flow_euler", "heun", "kdpm2", "kdpm2_ancestral", "lms"]
+
+
+def euler(schedule: Schedule, options: Options) -> StepTable:
+    """Euler's method (Karras et al. 2022, algorithm 1 without churn)."""
+    table, s = TableBuilder(), schedule.sigmas
+    for i in range(schedule.start, len(schedule)):
+        slope = slope_at(table, s[i], options)
+        close_row(table, schedule.timesteps[i], s[i], table.latents + (s[i + 1] - s[i]) * slope)
+    return table.table(first_sigma(schedule, options))
+
+
+def euler_ancestral(schedule: Schedule, options: Options) -> StepTable:
+    """Euler down to sigma_down, then fresh noise up to the next sigma (k-diffusion's ancestral step)."""
+    table, s = TableBuilder(), schedule.sigmas
+    for i in range(schedule.start, len(schedule)):
+        down, up = ancestral(s[i], s[i + 1])
+        latents = table.latents + (down - s[i]) * slope_at(table, s[i], options) + up * table.noise
+        close_row(table, schedule.timesteps[i], s[i], latents, draw=True)
+    return table.table(first_sigma(schedule, options))
+
+
+def heun(schedule: Schedule, options: Options) -> StepTable:
+    """Heun's second-order method (Karras et al. 2022, algorithm 1); slots: the step's first latents and first slope."""
+    table, s, t = TableBuilder(history=2), schedule.sigmas, schedule.timesteps
+    for i in range(schedule.start, len(schedule)):
+        h = s[i + 1] - s[i]
+        slope = slope_at(table, s[i], options)
+        close_row(table, t[i], s[i], table.latents + h * slope, [table.latents, slope])
+        if s[i + 1] > 0:
+            start, first = table.history
+            slope = slope_at(table, s[i + 1], options)
+            close_row(table, t[i + 1], s[i + 1], start + h * (first + slope) / 2)
+    return table.table(first_sigma(schedule, options))
+
+
+def lms(schedule: Schedule, options: Options, order: int = 4) -> StepTable:
+    """Linear multistep: Adams-Bashforth on uneven sigmas (k-diffusion's sample_lms); slots: the past three slopes.
+
+    A run that starts later (image-to-image) keeps the full order with past slopes of zero, as diffusers does.
+    """
+    table, s = TableBuilder(history=order - 1), schedule.sigmas
+    for i in range(schedule.start, len(schedule)):
+        slopes = [slope_at(table, s[i], options), *table.history]
+        used = min(i + 1, order)
+        h = s[i + 1] - s[i]
+        nodes = (s[i - used + 1 : i + 1][::-1] - s[i]) / h
+        factors = h * quadrature_factors(nodes, 1 / np.arange(1, used + 1))
+        latents = table.latents + sum(factor * slope for factor, slope in zip(factors, slopes, strict=False))
+        close_row(table, schedule.timesteps[i], s[i], latents, slopes[: order - 1])
+    return table.table(first_sigma(schedule, options))
+
+
+def kdpm2(schedule: Schedule, options: Options) -> StepTable:
+    """Midpoint method in log sigma (k-diffusion's sample_dpm_2, no churn); slot: the step's first latents."""
+    return midpoint(schedule, options, ancestral_noise=False)
+
+
+def kdpm2_ancestral(schedule: Schedule, options: Options) -> StepTable:
+    """Midpoint method down to sigma_down, then fresh noise (k-diffusion's sample_dpm_2_ancestral)."""
+    return midpoint(schedule, options, ancestral_noise=True)
+
+
+def midpoint(schedule: Schedule, options: Options, ancestral_noise: bool) -> StepTable:
+    """Two rows a step: to the geometric mean of the sigmas, then the whole step with the slope found there."""
+    table, s, t = TableBuilder(history=1), schedule.sigmas, schedule.timesteps
+    n = len(schedule)
+    for i in range(schedule.start, n):
+        down, up = ancestral(s[i], s[i + 1]) if ancestral_noise else (s[i + 1], 0.0)
+        if i == n - 1:
+            close_row(table, t[i], s[i], table.latents - s[i] * slope_at(table, s[i], options))
+            break
+        middle = (s[i] * down) ** 0.5
+        close_row(table, t[i], s[i], table.latents + (middle - s[i]) * slope_at(table, s[i], options), [table.latents])
+        latents = table.history[0] + (down - s[i]) * slope_at(table, middle, options) + up * table.noise
+        close_row(table, timestep_at(schedule, middle), middle, latents, draw=ancestral_noise, known_sigma=s[i + 1])
+    return table.table(first_sigma(schedule, options))
+
+
+def flow_euler(schedule: Schedule, options: Options) -> StepTable:
+    """Euler's method on a rectified flow (Liu et al. 2022); stochastic_sampling noises the clean estimate anew."""
+    table, s = TableBuilder(), schedule.sigmas
+    stochastic = bool(options["stochastic_sampling"])
+    for i in range(schedule.start, len(schedule)):
+        if stochastic:
+            x0 = table.latents - s[i] * table.prediction
+            latents = (1 - s[i + 1]) * x0 + s[i + 1] * table.noise
+        else:
+            latents = table.latents + (s[i + 1] - s[i]) * table.prediction
+        table.row(schedule.timesteps[i], latents, known=(1 - s[i], s[i]), draw=stochastic)
+    return table.table()
+
+
+def slope_at(table: TableBuilder, sigma: float, options: Options) -> Form:
+    """Return dx/dsigma = (x - x0) / sigma from the prediction for latents at `sigma`."""
+    scale = (sigma**2 + 1) ** -0.5
+    x0, _ = clean_and_noise(options["prediction_type"], scale * table.latents, table.prediction, scale, sigma * scale)
+    if options.get("clip_sample"):
+        x0 = table.clip(x0, options["clip_sample_range"])
+    return (table.latents - x0) / sigma
+
+
+def close_row(
+    table: TableBuilder,
+    timestep: float,
+    sigma: float,
+    latents: Form,
+    history: Sequence[Form] = (),
+    *,
+    draw: bool = False,
+    known_sigma: float | None = None,
+) -> None:
+    """Close a row at `sigma`; the network sees unit variance. `known_sigma`: the noise level of `known`."""
+    known = (1.0, sigma if known_sigma is None else known_sigma)
+    table.row(timestep, latents, history, known=known, input_scale=(sigma**2 + 1) ** -0.5, draw=draw)
+
+
+def ancestral(sigma: float, sigma_next: float) -> tuple[float, float]:
+    """Split a step into (sigma_down, sigma_up) with sigma_down^2 + sigma_up^2 = sigma_next^2."""
+    up = (sigma_next**2 * (sigma**2 - sigma_next**2) / sigma**2) ** 0.5
+    return (sigma_next**2 - up**2) ** 0.5, up
+
+
+def first_sigma(schedule: Schedule, options: Options) -> float:
+    """Return the scale of the first noise: the largest sigma, or with "leading" spacing the deviation at it."""
+    largest = schedule.sigmas.max()
+    return float(largest if options["timestep_spacing"] in ("linspace", "trailing") else (largest**2 + 1) ** 0.5)

@@ -1,0 +1,210 @@
+"""A sampler as data: one small matrix per evaluation of the network.
+
+The columns of a row are the basis of the linear step, in this order:
+
+    latents | prediction | noise | clipped | history 1 .. H
+
+`weights[i]` maps the basis to the next latents (its first line) and the next history (the other lines). The clipped
+column is itself `clip(clip_weights[i] @ basis, -clip_limits[i], clip_limits[i])`; it serves `clip_sample` and is zero
+elsewhere. A table is built by running the sampler's own formulas on the unit vectors of this basis, so a sampler reads
+like its paper.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...engines.errors import SchedulerError
+
+__all__ = ["StepTable", "TableBuilder", "branch_weights", "pack"]
+
+Array = NDArray[Any]
+Form = NDArray[np.float64]  # a linear form over the columns: the coefficients of one quantity
+HISTORY = 4  # index of the first history column
+
+
+@dataclass(frozen=True, eq=False)
+class StepTable:
+    """The rows of one denoising run: N evaluations of the network, H history slots, K = 4 + H columns.
+
+    timesteps [N]           what the network is told
+    input_scales [N]        the network's input is `input_scales[i] * latents`
+    weights [N, 1 + H, K]   basis -> next latents, next history
+    clip_weights [N, K]     basis -> the clipped column, before the clip
+    clip_limits [N]         its limit; 0 where nothing is clipped
+    draws [N]               whether a fresh noise tensor is drawn for this row (in row order)
+    known [N + 1, 2]        (signal, noise) factors of a given image at the state before row i; last the clean image
+    init_noise_sigma        the first latents are `init_noise_sigma * noise`
+    """
+
+    timesteps: NDArray[np.float32]
+    input_scales: NDArray[np.float64]
+    weights: NDArray[np.float64]
+    clip_weights: NDArray[np.float64]
+    clip_limits: NDArray[np.float64]
+    draws: NDArray[np.bool_]
+    known: NDArray[np.float64]
+    init_noise_sigma: float
+
+    def __len__(self) -> int:
+        return len(self.timesteps)
+
+    @property
+    def history(self) -> int:
+        """Number of history slots."""
+        return self.weights.shape[1] - 1
+
+    def apply(
+        self, i: int, latents: Array, prediction: Array, history: Sequence[Array], noise: Array | float = 0.0
+    ) -> tuple[Array, list[Array]]:
+        """Run row i in numpy and return the next latents and history; the step graph does the same on the device."""
+        basis = [latents, prediction, noise, 0.0, *history]
+        form = sum(weight * part for weight, part in zip(self.clip_weights[i], basis, strict=True))
+        basis[HISTORY - 1] = np.clip(form, -self.clip_limits[i], self.clip_limits[i])
+        lines = [sum(weight * part for weight, part in zip(line, basis, strict=True)) for line in self.weights[i]]
+        return lines[0], lines[1:]
+
+    @property
+    def draw_count(self) -> int:
+        """Number of noise tensors that the run draws after the initial one."""
+        return int(self.draws.sum())
+
+
+class TableBuilder:
+    """Collects rows; `latents`, `prediction`, `noise` and `history` are the unit vectors that formulas run on."""
+
+    def __init__(self, history: int = 0) -> None:
+        self.latents, self.prediction, self.noise, self._clipped, *self.history = np.eye(HISTORY + history)
+        self.zero: Form = np.zeros(HISTORY + history)
+        self._clip: tuple[Form, float] = (self.zero, 0.0)
+        self._rows: list[tuple[NDArray[np.float64], Form, float]] = []
+        self._timesteps: list[float] = []
+        self._input_scales: list[float] = []
+        self._draws: list[bool] = []
+        self._known: list[tuple[float, float]] = []
+
+    def clip(self, form: Form, limit: float) -> Form:
+        """Clip a quantity of the current row to [-limit, limit]; at most once a row."""
+        self._clip = (form, limit)
+        return self._clipped
+
+    def row(
+        self,
+        timestep: float,
+        latents: Form,
+        history: Sequence[Form] = (),
+        *,
+        known: tuple[float, float],
+        input_scale: float = 1.0,
+        draw: bool = False,
+    ) -> None:
+        """Close a row with the next latents and the next history (missing slots become zero)."""
+        slots = [*history, *[self.zero] * (len(self.history) - len(history))]
+        self._rows.append((np.stack([latents, *slots]), *self._clip))
+        self._timesteps.append(float(timestep))
+        self._input_scales.append(float(input_scale))
+        self._draws.append(draw)
+        self._known.append(known)
+        self._clip = (self.zero, 0.0)
+
+    def table(self, init_noise_sigma: float = 1.0) -> StepTable:
+        """Return the finished table; raises SchedulerError when the formulas divide by zero for this schedule."""
+        weights, clip_weights, clip_limits = (np.array(part, np.float64) for part in zip(*self._rows, strict=True))
+        table = StepTable(
+            timesteps=np.array(self._timesteps, np.float32),
+            input_scales=np.array(self._input_scales),
+            weights=weights,
+            clip_weights=clip_weights,
+            clip_limits=clip_limits,
+            draws=np.array(self._draws),
+            known=np.array([*self._known, (1.0, 0.0)], np.float64),
+            init_noise_sigma=float(init_noise_sigma),
+        )
+        if not all(
+            np.isfinite(part).all()
+            for part in (weights, clip_weights, table.input_scales, table.timesteps, table.known)
+        ):
+            raise SchedulerError(
+                f"the sampler's formulas divide by zero for {len(table)} rows of this schedule: "
+                "choose another number of steps, spacing, final sigma or sampler"
+            )
+        return table
+
+
+def branch_weights(guidance: float | tuple[float, float], branches: int) -> list[float]:
+    """Return the factors that combine G guidance branches, unconditional first, into one prediction.
+
+    G = 1: no guidance. G = 2: (1 - g) u + g c (classifier-free guidance, Ho and Salimans 2022). G = 3 with guidance
+    (text, image): u + g_image (i - u) + g_text (c - i), branches u, i, c (Brooks et al. 2023, equation 3).
+    """
+    if branches == 1:
+        return [1.0]
+    text, image = guidance if isinstance(guidance, tuple) else (guidance, guidance)
+    return [1 - text, text] if branches == 2 else [1 - image, image - text, text]
+
+
+def pack(
+    tables: Sequence[StepTable], guidance_scales: Sequence[float | tuple[float, float]], branches: int
+) -> dict[str, NDArray[np.float32] | NDArray[np.int64]]:
+    """Lay the rows of a batch out for the step graph: B images, G branches, T rows, H history slots (at least one).
+
+    Each image has its own run of rows, closed by a row that holds the latents; its counter starts at `row[b]` and
+    follows `next_rows`.
+
+    weights [T, 1 + H, K, 1, 1, 1]   columns: latents, G predictions, noise, clipped, history
+    clip_weights [T, 1 + G, 1, 1, 1]   columns: latents, G predictions; scaled so that the clip is to [-1, 1]
+    known_weights [T, 2, 1, 1, 1], input_scales [T, 1, 1, 1], timesteps [T], next_rows [T], noise_index [T, 1, 1]
+    row [B]   the first row of each image
+    rows_of_image [B, G], image_of_row [R]   network rows are branch-major: g * B + b
+    """
+    images = len(tables)
+    slots = max(1, *(table.history for table in tables))
+    columns = 1 + branches + 2 + slots
+    first, total = [], 0
+    for table in tables:
+        first.append(total)
+        total += len(table) + 1
+    weights = np.zeros((total, 1 + slots, columns))
+    clip_weights = np.zeros((total, 1 + branches))
+    known, scales, timesteps = np.zeros((total, 2)), np.ones(total), np.zeros(total)
+    next_rows, noise_index = np.arange(total) + 1, np.zeros(total)
+    for start, table, guidance in zip(first, tables, guidance_scales, strict=True):
+        n, lines = len(table), 1 + table.history
+        rows, hold = slice(start, start + n), start + n
+        mix = np.array(branch_weights(guidance, branches))
+        limits = np.where(table.clip_limits > 0, table.clip_limits, 1.0)
+        latents, prediction, noise, clipped, history = np.split(table.weights, [1, 2, 3, HISTORY], axis=2)
+        parts = [latents, prediction * mix, noise, clipped * limits[:, None, None], history]
+        weights[rows, :lines, : columns - slots + table.history] = np.concatenate(parts, axis=2)
+        weights[hold, 0, 0] = 1
+        clip_weights[rows] = (
+            np.concatenate([table.clip_weights[:, :1], table.clip_weights[:, 1:2] * mix], axis=1) / limits[:, None]
+        )
+        known[start : hold + 1] = table.known
+        scales[rows], scales[hold] = table.input_scales, table.input_scales[-1]
+        timesteps[rows], timesteps[hold] = table.timesteps, table.timesteps[-1]
+        next_rows[hold] = hold
+        noise_index[rows] = np.maximum(np.cumsum(table.draws) - 1, 0)
+    floats = {
+        "weights": weights[..., None, None, None],
+        "clip_weights": clip_weights[..., None, None, None],
+        "known_weights": known[..., None, None, None],
+        "input_scales": scales[:, None, None, None],
+        "timesteps": timesteps,
+    }
+    rows_of_image = np.arange(branches) * images + np.arange(images)[:, None]
+    indices = {
+        "next_rows": next_rows,
+        "noise_index": noise_index[:, None, None],
+        "row": np.array(first),
+        "rows_of_image": rows_of_image,
+        "image_of_row": np.tile(np.arange(images), branches),
+    }
+    return {name: value.astype(np.float32) for name, value in floats.items()} | {
+        name: value.astype(np.int64) for name, value in indices.items()
+    }

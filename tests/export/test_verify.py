@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from latentrt.engines.bundle import Bundle
+from latentrt.engines.errors import BackendUnavailableError, BundleError
+from latentrt.export.layers import layer_errors
+from latentrt.export.verify import compare
+from latentrt.runtime.cli import run
+from safetensors.numpy import load_file, save_file
+
+GRAPHS = ["text_encoder", "denoiser", "decoder", "image_encoder"]
+
+
+def test_compare_measures_known_differences() -> None:
+    reference = np.array([3.0, 4.0])
+    report = compare("x", reference * 1.1, reference, bound=0.2)
+    assert report.max_abs_error == pytest.approx(0.4)
+    assert report.relative_error == pytest.approx(0.1)
+    assert report.cosine == pytest.approx(1.0)
+    assert report.within and not compare("x", reference * 1.3, reference, bound=0.2).within
+    assert not compare("x", np.array([3.0, np.nan]), reference, bound=0.2).within
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_bundle_verifies_against_its_own_checkpoint(
+    tiny_sd15_bundle: Path, tiny_sd15_checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [str(tiny_sd15_bundle), "--against", str(tiny_sd15_checkpoint), "--steps", "3", "--threads", "1"]
+    assert run(["verify", *arguments, "--json", "--layers", "text_encoder"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["within"] and report["backend"] == "onnxruntime-cpu"
+    assert {t["tensor"].split(".")[0] for t in report["tensors"]} == set(GRAPHS)
+    assert len(report["request"]["steps"]) == 4  # PNDM evaluates one step more
+    assert report["request"]["max_pixel_difference"] <= 2
+    assert report["layers"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_another_checkpoint_is_past_the_bound_and_the_wrong_graph_is_named(
+    tiny_sd15_bundle: Path, tiny_sd15_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(tiny_sd15_checkpoint, other)
+    (weights,) = (other / "unet").glob("*.safetensors")
+    tensors = load_file(weights)
+    tensors["conv_out.weight"] = tensors["conv_out.weight"] * np.float32(1.05)
+    save_file(tensors, weights)
+    arguments = ["verify", str(tiny_sd15_bundle), "--against", str(other), "--steps", "3", "--threads", "1"]
+    assert run(arguments) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert next(line for line in lines if "past the bound" in line).split()[0] == "denoiser.prediction"
+    assert lines[-1] == "past a bound"
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("graph", GRAPHS)
+def test_every_layer_of_every_graph_agrees_with_unoptimized_onnx_runtime(tiny_sd15_bundle: Path, graph: str) -> None:
+    layers = layer_errors(Bundle.open(tiny_sd15_bundle), graph, "onnxruntime-cpu")
+    assert len(layers) > 5
+    assert all(layer.nan_count == 0 and layer.relative_error < 1e-4 for layer in layers)
+
+
+def test_unknown_graphs_and_backends_are_named(tiny_sd15_bundle: Path) -> None:
+    bundle = Bundle.open(tiny_sd15_bundle)
+    with pytest.raises(BundleError, match="no graph 'unet'"):
+        layer_errors(bundle, "unet", "onnxruntime-cpu")
+    with pytest.raises(BackendUnavailableError, match="tensorrt-rtx"):
+        layer_errors(bundle, "decoder", "tensorrt-rtx")
+
+
+def test_a_damaged_bundle_is_refused_although_its_engines_are_cached(
+    tiny_sd15_bundle: Path, tiny_sd15_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damaged = shutil.copytree(tiny_sd15_bundle, tmp_path / "bundle")
+    (damaged / "decoder.onnx").write_bytes((damaged / "decoder.onnx").read_bytes()[:-1])
+    assert run(["verify", str(damaged), "--against", str(tiny_sd15_checkpoint)]) == 1
+    assert "decoder.onnx" in capsys.readouterr().err
