@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..engines.errors import LatentRTError
-from ..runtime.cli.files import write_atomically
+from ..engines.files import write_atomically
 from ..runtime.cli.progress import progress_bar
 from ..runtime.pictures.image import encode_png, grid
 from ..runtime.pipeline import Pipeline

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol
 
 from .bundle import Bundle, GraphInfo
 from .device import Device
-from .engine import Engine
+from .engine import Engine, Shapes
 from .errors import BackendUnavailableError, RequestError
 from .onnxruntime import cpu as onnxruntime_cpu
 from .onnxruntime import cuda as onnxruntime_cuda
 from .tensorrt import engine as tensorrt
-
-Shapes = Mapping[str, Sequence[int]]
 
 
 class Backend(Protocol):
@@ -34,7 +32,7 @@ class Backend(Protocol):
         """Whether one engine serves every shape; otherwise `open` needs the shapes that the engine is for."""
 
     @property
-    def captures(self) -> bool:
+    def can_capture(self) -> bool:
         """Whether its engines' work can be captured into graphs."""
 
     def open(self, bundle: Bundle, graph: GraphInfo, shapes: Shapes | None = None) -> Engine:

@@ -3,7 +3,7 @@
     <home>/engines/<graph>-<key>/engine.json   what the engine is for, and how to tell
                                 /…             the engine's own files
     <home>/engines/.building/<graph>-<key>     a build in progress; renamed when complete
-    <home>/engines/.locks/<graph>-<key>        held (flock) by the process that builds
+    <home>/engines/.locks/<graph>-<key>        held by the process that builds
 
 A build that was killed leaves only a folder under `.building`, which the next process that opens the cache removes: its
 lock is free. A key that cannot be computed is a miss.
@@ -11,18 +11,18 @@ lock is free. A key that cannot be computed is a miss.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 from .errors import StorageError
+from .files import locked
 
 SIDECAR = "engine.json"
 
@@ -102,17 +102,8 @@ class EngineCache:
                     log.info("removing the remains of an interrupted build: %s", leftover.name)
                     shutil.rmtree(leftover, ignore_errors=True)
 
-    @contextmanager
-    def _lock(self, entry: str, *, wait: bool = True) -> Iterator[bool]:
-        path = self.root / ".locks" / entry
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            except BlockingIOError:
-                yield False
-                return
-            yield True
+    def _lock(self, entry: str, *, wait: bool = True) -> AbstractContextManager[bool]:
+        return locked(self.root / ".locks" / entry, wait=wait)
 
     @contextmanager
     def _writing(self) -> Iterator[None]:

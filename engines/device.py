@@ -105,10 +105,10 @@ class Device(Protocol):
     def stream(self) -> Stream:
         """Create a stream."""
 
-    def memory_in_use(self) -> int:
+    def tensor_bytes(self) -> int:
         """Return the bytes that tensors of this device hold now."""
 
-    def memory_used(self) -> int:
+    def bytes_taken(self) -> int:
         """Return the bytes of the device's memory that went to this process: tensors, weights, contexts, arenas.
 
         The host counts resident pages. A GPU counts how much less is free than when it was opened, so what other

@@ -14,6 +14,9 @@ from .errors import ShapeError
 
 Sizes = dict[str, int]
 
+Shapes = Mapping[str, Sequence[int]]
+"""Shapes of tensors by name."""
+
 _TERM = re.compile(r"(?:(\d+)\*)?([A-Za-z_]\w*)(?:\+(\d+))?")
 
 

@@ -31,7 +31,13 @@ __all__ = [
     "ShapeError",
     "StorageError",
     "UnsupportedModelError",
+    "reason",
 ]
+
+
+def reason(error: BaseException) -> str:
+    """Return the first line of what a third party's exception says, or else its name: fit for the end of a message."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 class LatentRTError(Exception):

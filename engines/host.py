@@ -170,11 +170,11 @@ class HostDevice:
         """Create a stream."""
         return HostStream()
 
-    def memory_in_use(self) -> int:
+    def tensor_bytes(self) -> int:
         """Return the bytes that open tensors hold."""
         return self._bytes
 
-    def memory_used(self) -> int:
+    def bytes_taken(self) -> int:
         """Return the resident bytes of this process; where the system does not tell, the bytes of open tensors."""
         if self._statm is None:
             return self._bytes

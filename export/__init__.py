@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 from ..engines.bundle import Precision
 from ..engines.errors import MissingExtraError
+from ..engines.progress import Progress, silent
 
 __all__ = ["export_checkpoint"]
-
-Progress = Callable[[str, int, int], None]
-"""Called with a stage, the work done in it and the work in all."""
 
 
 def export_checkpoint(
@@ -23,7 +20,7 @@ def export_checkpoint(
     replace: bool = False,
     tokenizer: str | Path | None = None,
     prediction_type: str | None = None,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> Path:
     """Turn a checkpoint into a bundle and return the bundle's folder.
 
@@ -48,5 +45,5 @@ def export_checkpoint(
         replace=replace,
         tokenizer=tokenizer,
         prediction_type=prediction_type,
-        progress=progress or (lambda stage, done, total: None),
+        progress=progress,
     )

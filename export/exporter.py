@@ -25,7 +25,7 @@ from ..engines.bundle import (
     sha256_of,
     write_manifest,
 )
-from . import Progress
+from ..engines.progress import Progress
 from .activations import HALF_LIMIT, largest_activation
 from .checkpoint import Checkpoint
 from .graph import (

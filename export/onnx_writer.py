@@ -13,7 +13,7 @@ import onnx_ir as ir
 import torch
 from onnxscript import opset23 as op
 
-from ..engines.errors import ExportError
+from ..engines.errors import ExportError, reason
 from .graph import Graph, split_size
 from .networks import WholeAttention
 
@@ -43,11 +43,11 @@ def onnx_model(graph: Graph) -> ir.Model:
     try:
         model = _converted(graph, shortcut=True)
     except Exception as error:  # the exporter's errors share no base class
-        log.info("graph %s needs the full decomposition (%s)", graph.name, _reason(error))
+        log.info("graph %s needs the full decomposition (%s)", graph.name, _innermost(error))
         try:
             model = _converted(graph, shortcut=False)
         except Exception as error:
-            raise ExportError(f"graph {graph.name} cannot be traced ({_reason(error)})") from error
+            raise ExportError(f"graph {graph.name} cannot be traced ({_innermost(error)})") from error
     if model.opset_imports[""] != OPSET:
         raise ExportError(f"graph {graph.name} came out in opset {model.opset_imports['']}, not {OPSET}")
     for value, tensor in zip([*model.graph.inputs, *model.graph.outputs], graph.inputs + graph.outputs, strict=True):
@@ -189,8 +189,8 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _reason(error: BaseException) -> str:
-    """Return the first line of the innermost cause; the exporter wraps it in advice to file a report."""
+def _innermost(error: BaseException) -> str:
+    """Return the reason of the innermost cause; the exporter wraps it in advice to file a report."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return reason(error)

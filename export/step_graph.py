@@ -17,8 +17,8 @@ def step_graph(precision: Literal["fp32", "fp16"], channels: int) -> ModelProto:
     """Return the step graph for a network of the given precision and number of latent channels.
 
     B images, G branches, R = B G network rows, T table rows, H history slots, P = 1 + H lines, K = 3 + G + H columns,
-    D drawn noise tensors. Table and index inputs are what `runtime.step_table.pack` returns; `known` holds the latents
-    of a given image and their noise, which replace the result where `repaint` is false. In words:
+    D drawn noise tensors. Table and index inputs are what `step_table.pack` of the runtime returns; `original` holds the
+    latents of a given image and their noise, which replace the result where `mask` is false. In words:
 
         latents', history' = weights[row] @ [latents, predictions, noise, clipped, history]
         row' = next_rows[row]; model_input' = input_scales[row'] latents'; timestep' = timesteps[row']
@@ -35,7 +35,7 @@ def step_graph(precision: Literal["fp32", "fp16"], channels: int) -> ModelProto:
         value("row", ["B"], TensorProto.INT64),
         value("weights", ["T", "P", "K", 1, 1, 1]),
         value("clip_weights", ["T", "L", 1, 1, 1]),
-        value("known_weights", ["T", 2, 1, 1, 1]),
+        value("original_weights", ["T", 2, 1, 1, 1]),
         value("input_scales", ["T", 1, 1, 1]),
         value("timesteps", ["T"]),
         value("next_rows", ["T"], TensorProto.INT64),
@@ -43,8 +43,8 @@ def step_graph(precision: Literal["fp32", "fp16"], channels: int) -> ModelProto:
         value("rows_of_image", ["B", "G"], TensorProto.INT64),
         value("image_of_row", ["R"], TensorProto.INT64),
         value("noise", ["B", "D", *image]),
-        value("known", ["B", 2, *image]),
-        value("repaint", ["B", 1, "h", "w"], TensorProto.BOOL),
+        value("original", ["B", 2, *image]),
+        value("mask", ["B", 1, "h", "w"], TensorProto.BOOL),
     ]
     outputs = [
         value("next_latents", ["B", *image]),
@@ -89,12 +89,12 @@ def nodes(network: int) -> list[NodeProto]:
         node("ReduceSum", ["terms", "axis2"], "lines", keepdims=0),
         node("Gather", ["lines", "zero"], "sampled", axis=1),
         node("Slice", ["lines", "from1", "to_end", "axis1"], "next_history"),
-        # the next row: known latents, model input, timestep
+        # the next row: original latents, model input, timestep
         node("Gather", ["next_rows", "row"], "next_row"),
-        node("Gather", ["known_weights", "next_row"], "known_row"),
-        node("Mul", ["known", "known_row"], "known_terms"),
-        node("ReduceSum", ["known_terms", "axis1"], "known_latents", keepdims=0),
-        node("Where", ["repaint", "sampled", "known_latents"], "next_latents"),
+        node("Gather", ["original_weights", "next_row"], "original_row"),
+        node("Mul", ["original", "original_row"], "original_terms"),
+        node("ReduceSum", ["original_terms", "axis1"], "original_latents", keepdims=0),
+        node("Where", ["mask", "sampled", "original_latents"], "next_latents"),
         node("Gather", ["input_scales", "next_row"], "scale"),
         node("Mul", ["next_latents", "scale"], "scaled"),
         *([node("Cast", ["scaled"], "scaled_half", to=TensorProto.FLOAT16)] if half else []),

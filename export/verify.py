@@ -19,8 +19,9 @@ from ..engines.backends import Backend, open_backend
 from ..engines.bundle import Bundle, GraphInfo, Precision
 from ..engines.device import Array
 from ..engines.errors import BundleError
+from ..engines.progress import Progress, silent
 from ..runtime.loop.workspace import run_once
-from ..runtime.pipeline import Pipeline, Progress
+from ..runtime.pipeline import Pipeline
 from .checkpoint import Checkpoint
 from .exporter import graph_builders
 from .graph import Graph
@@ -97,7 +98,7 @@ def verify(
     seed: int = 0,
     tokenizer: str | Path | None = None,
     prediction_type: str | None = None,
-    progress: Progress = lambda stage, done, total: None,
+    progress: Progress = silent,
     **options: Any,
 ) -> Report:
     """Compare a bundle with its checkpoint at the bundle's default size; `options` go to the backend.

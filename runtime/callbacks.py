@@ -9,6 +9,7 @@ import numpy as np
 
 from ..engines.device import Stream
 from ..engines.errors import RequestError
+from ..engines.progress import Progress, silent
 from .loop.workspace import Workspace
 from .request import GenerationRequest
 from .sampling.step_table import StepTable
@@ -21,13 +22,6 @@ StepCallback = Callable[["Pipeline", int, float, dict[str, Any]], "dict[str, Any
 
 BatchCallback = Callable[[GenerationRequest, int, Sequence[Any]], None]
 """Called with the complete request, the index of the batch's first image in it, and the batch's images."""
-
-Progress = Callable[[str, int, int], None]
-"""Called with a stage, the work done in it and the work in all."""
-
-
-def silent(stage: str, done: int, total: int) -> None:
-    """Report no progress."""
 
 
 def step_hook(

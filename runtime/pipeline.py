@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
@@ -16,9 +16,10 @@ from PIL import Image
 from ..engines.backends import Backend, open_backend
 from ..engines.bundle import Bundle, GraphInfo, Stage
 from ..engines.device import Array
-from ..engines.engine import Engine
+from ..engines.engine import Engine, Shapes
 from ..engines.errors import EngineError, RequestError, SchedulerError
-from .callbacks import BatchCallback, Progress, StepCallback, silent, step_hook
+from ..engines.progress import Progress, silent
+from .callbacks import BatchCallback, StepCallback, step_hook
 from .loop.denoise import Mode
 from .loop.inputs import InitialImage, load_pictures, loop_arrays
 from .loop.workspace import Workspace, run_once
@@ -51,11 +52,11 @@ class Pipeline:
         progress: Progress = silent,
     ) -> None:
         """Open all engines that every request needs; see `open`."""
-        if mode not in (None, "eager") and not backend.captures:
+        if mode not in (None, "eager") and not backend.can_capture:
             raise RequestError(f"mode is {mode!r}: backend {backend.name} as opened cannot be captured; use eager")
         self.bundle = bundle
         self.backend = backend
-        self.mode: Mode = mode or ("step" if backend.captures else "eager")
+        self.mode: Mode = mode or ("step" if backend.can_capture else "eager")
         self.max_batch = max_batch
         self.low_memory = low_memory
         self._closed = False
@@ -248,7 +249,7 @@ class Pipeline:
         latent = self.bundle.manifest.latent
         return latent.channels, (request.height or 0) // latent.downscale, (request.width or 0) // latent.downscale
 
-    def _engine(self, graph: GraphInfo, shapes: Mapping[str, Sequence[int]]) -> Engine:
+    def _engine(self, graph: GraphInfo, shapes: Shapes) -> Engine:
         fixed = () if self.backend.dynamic else tuple(sorted((name, tuple(shape)) for name, shape in shapes.items()))
         key = (graph.name, fixed)
         if key not in self._engines:

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 
 from ..engines.bundle import Manifest
 from ..engines.errors import RequestError
+from .sizes import check_size
 
 MAX_SEED = 2**64 - 1
 MAX_SIZE = 8192
@@ -72,11 +73,7 @@ class GenerationRequest(BaseModel):
         if picture_size is not None:
             width, height = (max(multiple, side // multiple * multiple) for side in picture_size)
         width, height = self.width or width, self.height or height
-        for name, size in (("width", width), ("height", height)):
-            if size % multiple:
-                below = size // multiple * multiple
-                near = f"{below} or {below + multiple}" if below else f"{multiple}"
-                raise RequestError(f"{name} is {size}: this bundle needs a multiple of {multiple}; try {near}")
+        check_size(width, height, manifest.latent)
         scale = manifest.default_guidance_scale if self.guidance_scale is None else self.guidance_scale
         defaults = {
             "width": width,

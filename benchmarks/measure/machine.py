@@ -15,7 +15,7 @@ from typing import Any
 
 import psutil
 
-from ...runtime.cli.env import _processor
+from ...engines.machine import processor_name, usable_cores
 
 QUIET = 0.10
 """Share of the machine that others may use before a measurement counts as disturbed."""
@@ -26,8 +26,8 @@ def describe_machine() -> dict[str, Any]:
     meter = DeviceMeter.open()
     gpu = meter.describe() if meter else None
     return {
-        "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)),
+        "processor": processor_name(),
+        "cores": usable_cores(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
@@ -63,7 +63,7 @@ def stamp(watch: LoadWatch, device: str, command: str) -> dict[str, Any]:
         "source": source_version(),
         "machine": describe_machine(),
         "command": command,
-        "conditions": {"threads": len(os.sched_getaffinity(0)), "device": device, **watch.finish()},
+        "conditions": {"threads": usable_cores(), "device": device, **watch.finish()},
     }
 
 

@@ -100,13 +100,13 @@ def measure(device: Device, mode: Mode, steps: int, requests: int) -> dict[str, 
             seconds.append((time.perf_counter() - start) / steps)
             stream.synchronize()
         left, most = traced(lambda: loop.run(steps, stream, mode=mode))
-        held = device.memory_in_use()
+        held = device.tensor_bytes()
         loop.run(steps, stream, mode=mode)
         return {
             "seconds_per_step": summarize(seconds),
             "python_bytes_left": left,
             "python_bytes_at_most": most,
-            "device_bytes_taken": device.memory_in_use() - held,
+            "device_bytes_taken": device.tensor_bytes() - held,
         }
     finally:
         loop.close()

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import re
 import resource
 import shlex
 import sys
@@ -26,7 +25,8 @@ from ...engines.cache import EngineCache
 from ...engines.errors import LatentRTError
 from ...engines.tensorrt.plan import profile_for
 from ...engines.tensorrt.planner import Planner, target_of_compute_capability
-from ...runtime.cli.build import requested_shapes
+from ...runtime.shapes import requested_shapes
+from ...runtime.sizes import parse_size
 from ..report.records import RESULTS, append
 from .machine import LoadWatch, describe_machine, machine_slug, stamp
 
@@ -130,10 +130,10 @@ def main(arguments: list[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else arguments
     paths = {str(path): path.name for path in given.bundles}
     command = f"python -m latentrt.benchmarks.measure.rtx_compile {shlex.join(paths.get(word, word) for word in words)}"
-    match = re.fullmatch(r"(\d+)x(\d+)", given.size) if given.size else None
-    if given.size and not match:
-        parser.error(f"size is {given.size!r}: give WIDTHxHEIGHT, such as 512x512")
-    size = (int(match[1]), int(match[2])) if match else None
+    try:
+        size = parse_size(given.size) if given.size else None
+    except LatentRTError as error:
+        parser.error(str(error))
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stdout)
     output = given.output or RESULTS / f"{machine_slug(describe_machine())}.jsonl"
     failed = 0

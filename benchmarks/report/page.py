@@ -10,7 +10,7 @@ from pathlib import Path
 from string import Template
 
 from ...engines.errors import RequestError
-from ...runtime.cli.files import write_atomically
+from ...engines.files import write_atomically
 from . import plots
 from .engine_tables import compile_table, replay_table
 from .records import Record

@@ -72,11 +72,11 @@ class CudaDevice:
         """Create a stream that does not wait for the default stream."""
         return CudaStream(self)
 
-    def memory_in_use(self) -> int:
+    def tensor_bytes(self) -> int:
         """Return the bytes that open tensors hold; weights and contexts of engines are not counted."""
         return self._bytes
 
-    def memory_used(self) -> int:
+    def bytes_taken(self) -> int:
         """Return how many bytes less are free on the GPU than when it was opened, all programs counted."""
         return self._free_at_open - self.memory_free()[0]
 

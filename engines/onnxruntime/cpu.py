@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,10 @@ from ..attention import load_graph, rewrite
 from ..bundle import Bundle, GraphInfo
 from ..cache import EngineCache
 from ..device import Stream, Tensor
-from ..engine import check_binding
-from ..errors import BackendUnavailableError, EngineError, RequestError
+from ..engine import Shapes, check_binding
+from ..errors import BackendUnavailableError, EngineError, RequestError, reason
 from ..host import HostDevice, HostStream
+from ..machine import processor_identity, usable_cores
 
 BUILDER = 1
 """Raised when what `_build` does to a graph changes, so that engines built before are not reused."""
@@ -41,7 +41,7 @@ class OnnxRuntimeCpu:
 
     name = "onnxruntime-cpu"
     dynamic = True
-    captures = True
+    can_capture = True
 
     def __init__(self, *, cache: EngineCache | None = None, threads: int | None = None) -> None:
         if threads is not None and not 1 <= threads <= (os.cpu_count() or 1):
@@ -49,12 +49,10 @@ class OnnxRuntimeCpu:
         if reason := unavailable_reason():
             raise BackendUnavailableError(f"backend {self.name}: {reason}")
         self.device = HostDevice()
-        self.threads = threads or _physical_cores()
+        self.threads = threads or usable_cores()
         self._cache = cache or EngineCache()
 
-    def open(
-        self, bundle: Bundle, graph: GraphInfo, shapes: Mapping[str, Sequence[int]] | None = None
-    ) -> OnnxRuntimeEngine:
+    def open(self, bundle: Bundle, graph: GraphInfo, shapes: Shapes | None = None) -> OnnxRuntimeEngine:
         """Open one graph of a bundle, building its engine first when the cache has none."""
         folder = self._cache.get(graph.name, self.key(bundle, graph), lambda out: self._build(bundle, graph, out))
         return OnnxRuntimeEngine(graph, self._session(folder / "model.onnx", graph))
@@ -68,7 +66,7 @@ class OnnxRuntimeCpu:
             "builder": BUILDER,
             "graph": bundle.digest(graph),
             "onnxruntime": onnxruntime.__version__,
-            "cpu": _cpu_identity(),
+            "cpu": processor_identity(),
         }
 
     def _build(self, bundle: Bundle, graph: GraphInfo, out: Path) -> dict[str, Any]:
@@ -89,7 +87,7 @@ class OnnxRuntimeCpu:
         try:
             ort.InferenceSession(_graph_for_cpu(files[0]), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's own exceptions share no base class
-            raise EngineError(f"graph {graph.name} cannot be built for {self.name}: {_first_line(error)}") from error
+            raise EngineError(f"graph {graph.name} cannot be built for {self.name}: {reason(error)}") from error
         return {"tensors": [t.model_dump() for t in graph.inputs + graph.outputs]}
 
     def _options(self) -> Any:
@@ -115,7 +113,7 @@ class OnnxRuntimeCpu:
         try:
             return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:
-            raise EngineError(f"engine {path} cannot be opened ({_first_line(error)}): delete its folder") from error
+            raise EngineError(f"engine {path} cannot be opened ({reason(error)}): delete its folder") from error
 
 
 class OnnxRuntimeEngine:
@@ -162,27 +160,10 @@ class OnnxRuntimeBinding:
         try:
             session.run_with_iobinding(self._binding)
         except Exception as error:
-            raise EngineError(f"engine {self._engine.name} failed: {_first_line(error)}") from error
+            raise EngineError(f"engine {self._engine.name} failed: {reason(error)}") from error
 
 
 def _graph_for_cpu(path: Path) -> bytes:
     model = load_graph(path, "cpu")
     rewrite(model, fuse=True)
     return model.SerializeToString()
-
-
-def _physical_cores() -> int:
-    return max(1, len(os.sched_getaffinity(0)))
-
-
-def _cpu_identity() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        facts = {k.strip(): v.strip() for k, _, v in (line.partition(":") for line in lines)}
-        return f"{facts.get('model name', '')} {facts.get('flags', facts.get('Features', ''))}"
-    except OSError:
-        return platform.processor() or platform.machine()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

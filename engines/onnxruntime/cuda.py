@@ -12,7 +12,7 @@ caller's stream and the caller's behind it, so any stream may be given. Captured
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -22,8 +22,8 @@ from ..cache import EngineCache
 from ..cuda.device import CudaDevice, CudaStream, cuda_stream
 from ..cuda.driver import unavailable_reason as no_driver
 from ..device import Stream, Tensor
-from ..engine import check_binding
-from ..errors import BackendUnavailableError, EngineError, RequestError
+from ..engine import Shapes, check_binding
+from ..errors import BackendUnavailableError, EngineError, RequestError, reason
 
 Graphs = Literal["none", "onnxruntime", "ours"]
 
@@ -79,13 +79,11 @@ class OnnxRuntimeCuda:
         self.stream = self.device.stream()
         self.provider = provider
         self.graphs: Graphs = graphs
-        self.captures = graphs == "ours"
+        self.can_capture = graphs == "ours"
         self.graph_ids = itertools.count(1)
         self._cache = cache or EngineCache()
 
-    def open(
-        self, bundle: Bundle, graph: GraphInfo, shapes: Mapping[str, Sequence[int]] | None = None
-    ) -> OnnxRuntimeCudaEngine:
+    def open(self, bundle: Bundle, graph: GraphInfo, shapes: Shapes | None = None) -> OnnxRuntimeCudaEngine:
         """Open one graph of a bundle; its session serves every shape."""
         import onnxruntime as ort
 
@@ -102,7 +100,7 @@ class OnnxRuntimeCuda:
         try:
             session = ort.InferenceSession(_graph_for(self.provider, files[0]), options, providers=providers)
         except Exception as error:  # onnxruntime's own exceptions share no base class
-            raise EngineError(f"graph {graph.name} cannot be opened on {self.name}: {_first_line(error)}") from error
+            raise EngineError(f"graph {graph.name} cannot be opened on {self.name}: {reason(error)}") from error
         if PROVIDERS[self.provider] not in session.get_providers():
             raise EngineError(
                 f"onnxruntime opened graph {graph.name} without {PROVIDERS[self.provider]}: "
@@ -194,13 +192,13 @@ class OnnxRuntimeCudaBinding:
         try:
             engine.session.run_with_iobinding(self._binding, self._options)
         except Exception as error:
-            raise EngineError(f"engine {engine.name} failed: {_first_line(error)}") from error
+            raise EngineError(f"engine {engine.name} failed: {reason(error)}") from error
         finally:
             queue.follow(own)  # a capture that failed must still be joined, or it cannot be ended
         self._ran = True
 
     def _check_capture(self) -> None:
-        if not self._engine.backend.captures:
+        if not self._engine.backend.can_capture:
             raise EngineError(
                 f"engine {self._engine.name} cannot be captured: open {self._engine.backend.name} with graphs='ours', "
                 "or run its steps in eager mode"
@@ -217,7 +215,3 @@ def _graph_for(provider: str, path: Path) -> bytes:
     model = load_graph(path, "gpu")
     rewrite(model, fuse=provider == "cuda", expand=True)
     return model.SerializeToString()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

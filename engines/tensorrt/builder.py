@@ -9,23 +9,21 @@ from __future__ import annotations
 
 import importlib
 import logging
-import os
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from ..attention import load_graph, rewrite
 from ..errors import BackendUnavailableError, EngineError, RequestError
+from ..files import write_atomically
+from ..progress import Progress
 from .plan import PlanOptions, Profile
 
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 EXTRAS = {"tensorrt": "tensorrt", "tensorrt-rtx": "rtx"}
 OLDEST = {"tensorrt": (10, 12), "tensorrt-rtx": (1, 0)}
-
-Progress = Callable[[str, int, int], None]
-"""Called with a phase of the build, the steps done in it and its steps in all."""
 
 log = logging.getLogger(__name__)
 
@@ -122,7 +120,7 @@ def build_plan(
     plan = _build(library, builder, network, config, graph.name, progress)
     output.write_bytes(memoryview(plan))
     if timings is not None and timing_cache is not None:
-        _write_atomically(timing_cache, bytes(memoryview(config.get_timing_cache().serialize())))
+        write_atomically(timing_cache, bytes(memoryview(config.get_timing_cache().serialize())))
     return {"tensors": _tensors(network), "layers": network.num_layers, "plan_bytes": output.stat().st_size}
 
 
@@ -154,8 +152,8 @@ def _parse(library: Library, builder: Any, graph: Path) -> Any:
 
 def _configure(library: Library, config: Any, options: PlanOptions, compute_capability: str | None) -> None:
     trt = library.trt
-    if options.workspace is not None:
-        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace)
+    if options.scratch is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.scratch)
     if options.optimization_level is not None:
         config.builder_optimization_level = options.optimization_level
     if options.hardware is not None:
@@ -239,12 +237,6 @@ def _load_timing_cache(library: Library, config: Any, path: Path | None) -> Any:
         timings = config.create_timing_cache(b"")
         config.set_timing_cache(timings, False)
     return timings
-
-
-def _write_atomically(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(data)
-    temporary.replace(path)
 
 
 def _tensors(network: Any) -> list[dict[str, Any]]:

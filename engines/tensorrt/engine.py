@@ -7,9 +7,9 @@ of a backend share one arena of scratch memory: use one backend from one stream 
 from __future__ import annotations
 
 import importlib.util
-import os
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,12 @@ from ..cache import EngineCache
 from ..cuda.device import CudaDevice, CudaTensor, cuda_stream
 from ..cuda.driver import unavailable_reason as no_driver
 from ..device import Stream, Tensor
-from ..engine import check_binding, shape_of
-from ..errors import BackendUnavailableError, EngineError, RequestError, ShapeError
+from ..engine import Shapes, check_binding, shape_of
+from ..errors import BackendUnavailableError, EngineError, RequestError, ShapeError, StorageError
+from ..files import write_atomically
+from ..progress import Progress
 from .arena import Arena, ArenaBlock
-from .builder import EXTRAS, MODULES, Progress
+from .builder import EXTRAS, MODULES
 from .plan import Plan, PlanOptions
 from .planner import Planner, target_of_device
 
@@ -37,14 +39,14 @@ def unavailable_reason(name: str = "tensorrt") -> str | None:
 
 def plan_options(
     optimization_level: int | None = None,
-    workspace: int | None = None,
+    scratch: int | None = None,
     hardware: str | None = None,
     weights_on_gpu: int | None = None,
 ) -> PlanOptions:
     """Return what plans are built with, from the options of the backend that shape a plan; raises `RequestError`."""
     if weights_on_gpu is not None and weights_on_gpu < 0:
         raise RequestError(f"weights_on_gpu is {weights_on_gpu}: give a number of bytes, 0 or more, such as 500MB")
-    return PlanOptions(optimization_level, workspace, hardware, weights_on_gpu is not None)
+    return PlanOptions(optimization_level, scratch, hardware, weights_on_gpu is not None)
 
 
 class TensorRt:
@@ -61,7 +63,7 @@ class TensorRt:
         build: bool = True,
         weights_on_gpu: int | None = None,
         optimization_level: int | None = None,
-        workspace: int | None = None,
+        scratch: int | None = None,
         hardware: str | None = None,
         progress: Progress | None = None,
     ) -> None:
@@ -70,12 +72,12 @@ class TensorRt:
         `weights_on_gpu` is the number of bytes of an engine's weights that stay in GPU memory; the others are streamed
         from the host at each run, which rules out captured graphs. The other options are those of `PlanOptions`.
         """
-        options = plan_options(optimization_level, workspace, hardware, weights_on_gpu)
+        options = plan_options(optimization_level, scratch, hardware, weights_on_gpu)
         if reason := unavailable_reason(name):
             raise BackendUnavailableError(f"backend {name}: {reason}")
         self.name = name
         self.device = CudaDevice(gpu)
-        self.captures = weights_on_gpu is None
+        self.can_capture = weights_on_gpu is None
         self.weights_on_gpu = weights_on_gpu
         target = target_of_device(name, self.device, options)
         self.planner = Planner(name, target, cache=cache, options=options, progress=progress)
@@ -83,9 +85,7 @@ class TensorRt:
         self._build = build
         self._loaded: dict[Path, LoadedPlan] = {}
 
-    def open(
-        self, bundle: Bundle, graph: GraphInfo, shapes: Mapping[str, Sequence[int]] | None = None
-    ) -> TensorRtEngine:
+    def open(self, bundle: Bundle, graph: GraphInfo, shapes: Shapes | None = None) -> TensorRtEngine:
         """Open one graph for the given input shapes, building its plan first when the cache has none that fits."""
         plan = self.planner.plan(bundle, graph, shapes or {}, build=self._build)
         loaded = self._loaded.get(plan.folder)
@@ -136,12 +136,8 @@ class LoadedPlan:
         """Keep what TensorRT-RTX compiled for this GPU beside the plan; without it every start compiles it again."""
         if self._kernels is None:
             return
-        temporary = self._kernels_file.with_name(f".kernels.{os.getpid()}")
-        try:
-            temporary.write_bytes(bytes(memoryview(self._kernels.serialize())))
-            temporary.replace(self._kernels_file)
-        except OSError:  # a cache that cannot be written still works
-            temporary.unlink(missing_ok=True)
+        with suppress(StorageError):  # a cache that cannot be written still works
+            write_atomically(self._kernels_file, bytes(memoryview(self._kernels.serialize())))
 
     def close(self) -> None:
         """Free the engine and the contexts of its bindings."""
@@ -238,8 +234,8 @@ class TensorRtBinding:
             raise EngineError(f"engine {self._engine.name} is closed")
         queue, backend = cuda_stream(stream), self._engine.backend
         first = self._block is None
-        if queue.capturing is not None and (first or not backend.captures):
-            why = "has not run yet" if backend.captures else "streams its weights from the host"
+        if queue.capturing is not None and (first or not backend.can_capture):
+            why = "has not run yet" if backend.can_capture else "streams its weights from the host"
             raise EngineError(f"engine {self._engine.name} {why}: it cannot be captured; enqueue it outside a capture")
         if self._block is None:  # by now every binding has announced its need
             self._block = backend.arena.block(self._scratch)

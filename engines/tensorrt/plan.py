@@ -10,7 +10,7 @@ from typing import Any
 
 from ..bundle import Bundle, GraphInfo
 from ..cache import SIDECAR, EngineCache
-from ..engine import solve_sizes
+from ..engine import Shapes, solve_sizes
 from ..errors import EngineError, RequestError, ShapeError
 
 PLAN = "engine.plan"
@@ -20,7 +20,6 @@ BUILDER = 1
 """Raised when what the builder does to a network changes, so that plans built before are not reused."""
 
 Shape = tuple[int, ...]
-Shapes = Mapping[str, Sequence[int]]
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ class PlanOptions:
 
     optimization_level: int | None = None
     """0 (fastest build) to 5 (fastest engine)."""
-    workspace: int | None = None
+    scratch: int | None = None
     """Bytes of scratch memory that a tactic may use."""
     hardware: str | None = None
     """`ampere_plus` or `same_compute_capability`: the plan also runs on other GPUs, and is slower."""
@@ -85,11 +84,11 @@ class PlanOptions:
     """Whether weights may stay in host memory and be streamed to the GPU."""
 
     def __post_init__(self) -> None:
-        level, workspace = self.optimization_level, self.workspace
+        level, scratch = self.optimization_level, self.scratch
         if level is not None and not 0 <= level <= 5:
             raise RequestError(f"optimization_level is {level}: give 0 (fastest build) to 5 (fastest engine)")
-        if workspace is not None and workspace <= 0:
-            raise RequestError(f"workspace is {workspace}: give a number of bytes above 0, such as 2GiB")
+        if scratch is not None and scratch <= 0:
+            raise RequestError(f"scratch is {scratch}: give a number of bytes above 0, such as 2GiB")
         if self.hardware not in (None, *HARDWARE):
             raise RequestError(f"hardware is {self.hardware!r}: choose {', '.join(HARDWARE)}, or leave it out")
 

@@ -10,9 +10,11 @@ from typing import Any
 from ..bundle import Bundle, GraphInfo
 from ..cache import EngineCache
 from ..cuda.device import CudaDevice
+from ..engine import Shapes
 from ..errors import EngineError, RequestError
-from .builder import Progress, build_plan, load_library
-from .plan import PLAN, Plan, PlanOptions, Profile, Shapes, find_dynamic, missing_plan, plan_key, profile_for
+from ..progress import Progress
+from .builder import build_plan, load_library
+from .plan import PLAN, Plan, PlanOptions, Profile, find_dynamic, missing_plan, plan_key, profile_for
 
 Target = Mapping[str, str]
 """What a plan runs on, as far as it matters to it."""

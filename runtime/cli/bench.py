@@ -14,6 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from ...engines.errors import MissingExtraError, RequestError
+from ..sizes import parse_size
 
 if TYPE_CHECKING:
     from ...benchmarks.report.records import Record
@@ -71,15 +72,13 @@ def run(
     ] = None,
 ) -> None:
     """Measure a workload with every contender that is installed; append records and write a page beside them."""
-    from .generate import _size
-
     with _bench_extra():
         from ...benchmarks.measure import bench as benchmark
         from ...benchmarks.measure import machine, workloads
         from ...benchmarks.measure import scaling as growth
         from ...benchmarks.report import page as report
         from ...benchmarks.report import records
-    width, height = _size(size)
+    width, height = parse_size(size) if size else (None, None)
     chosen = machine.default_device() if device == "auto" else device
     if device == "cuda" and machine.default_device() != "cuda":
         raise RequestError("device is 'cuda': no NVIDIA GPU answers on this machine; give cpu or auto")

@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 import typer
 
 from ...engines.backends import Backend, open_backend
 from ...engines.bundle import Bundle, GraphInfo
-from ...engines.device import Tensor
-from ...engines.engine import BoundEngine
+from ...engines.engine import Shapes
 from ...engines.errors import BackendUnavailableError, RequestError
-from ...engines.host import HostDevice
 from ...engines.tensorrt.engine import TensorRt, plan_options
 from ...engines.tensorrt.plan import Profile, profile_for
 from ...engines.tensorrt.planner import Planner, target_of_compute_capability
-from ..loop.inputs import loop_arrays
-from ..loop.workspace import Workspace
-from ..sampling import step_table
+from ..shapes import requested_shapes
+from ..sizes import check_size, parse_size
 from .options import BackendOptions, backend_options, options_of
 from .progress import progress_bar
-
-Shapes = Mapping[str, Sequence[int]]
 
 
 def build(
@@ -90,50 +83,6 @@ class _Request:
         return f"{self.width}x{self.height} batch {self.images}"
 
 
-class _Notes:
-    """An engine that only takes note of the shapes that it is opened for."""
-
-    def __init__(self, graph: GraphInfo) -> None:
-        self.name = graph.name
-        self.inputs = {t.name: t for t in graph.inputs}
-        self.outputs = {t.name: t for t in graph.outputs}
-
-    def bind(self, tensors: Mapping[str, Tensor]) -> BoundEngine:
-        return self  # type: ignore[return-value]
-
-    def close(self) -> None: ...
-
-
-def requested_shapes(bundle: Bundle, width: int, height: int, images: int) -> dict[str, Shapes]:
-    """Return the input shapes of every graph for a request, as the runtime itself asks for them.
-
-    A workspace of that request is wired on the host with engines that only take notes.
-    """
-    manifest = bundle.manifest
-    branches = 2 if manifest.default_guidance_scale > 1 else 1
-    network = next(t.dtype for t in bundle.graph("denoiser").inputs if t.name == "model_input")
-    latent = manifest.latent
-    arrays = loop_arrays(
-        step_table(manifest.scheduler, manifest.default_num_inference_steps),
-        [0] * images,
-        (latent.channels, height // latent.downscale, width // latent.downscale),
-        guidance_scale=manifest.default_guidance_scale,
-        branches=branches,
-        network_dtype=network,
-    )
-    ids = {t.output: np.zeros((branches * images, t.max_length), np.int64) for t in manifest.tokenizers}
-    shapes: dict[str, Shapes] = {}
-
-    def open_engine(graph: GraphInfo, wanted: Shapes) -> _Notes:
-        shapes[graph.name] = {name: tuple(shape) for name, shape in wanted.items()}
-        return _Notes(graph)
-
-    Workspace(HostDevice(), bundle, open_engine, ids, arrays).close()
-    if bundle.has_graph("image_encoder"):
-        shapes["image_encoder"] = {"image": (1, height, width, 3)}
-    return shapes
-
-
 def _plans(
     bundle: Bundle, requests: Sequence[_Request], shapes: Sequence[Mapping[str, Shapes]], dynamic: bool
 ) -> Iterator[tuple[GraphInfo, Profile, str]]:
@@ -171,11 +120,6 @@ def _size(bundle: Bundle, text: str) -> tuple[int, int]:
     latent = bundle.manifest.latent
     if not text:
         return latent.default_width, latent.default_height
-    match = re.fullmatch(r"(\d{1,5})[xX](\d{1,5})", text.strip())
-    if not match:
-        raise RequestError(f"size is {text!r}: give WIDTHxHEIGHT in pixels, such as 512x512")
-    width, height = int(match[1]), int(match[2])
-    for name, side in (("width", width), ("height", height)):
-        if side == 0 or side % latent.size_multiple:
-            raise RequestError(f"{name} is {side}: this bundle needs a multiple of {latent.size_multiple}")
+    width, height = parse_size(text)
+    check_size(width, height, latent)
     return width, height

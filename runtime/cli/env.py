@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 from importlib import metadata
 from typing import Annotated, Any
@@ -12,6 +11,7 @@ import typer
 
 from ...engines.backends import unavailable_reasons
 from ...engines.cache import EngineCache, home
+from ...engines.machine import processor_name, usable_cores
 
 _PACKAGES = ["latentrt", "numpy", "pillow", "tokenizers", "pydantic", "typer"]
 _PACKAGES += ["onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx", "cuda-bindings"]
@@ -37,8 +37,8 @@ def _report() -> dict[str, Any]:
     return {
         "system": platform.platform(),
         "python": platform.python_version(),
-        "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)),
+        "processor": processor_name(),
+        "cores": usable_cores(),
         "cache": str(home()),
         "engines": len(engines),
         "engine_bytes": sum(entry["bytes"] for entry in engines),
@@ -52,11 +52,3 @@ def _version(name: str) -> str | None:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:  # noqa: PTH123
-            return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()

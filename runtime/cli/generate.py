@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 import time
 from pathlib import Path
@@ -12,7 +11,8 @@ from typing import Annotated, Any
 import typer
 
 from ...engines.errors import MissingExtraError, RequestError
-from .files import write_atomically
+from ...engines.files import write_atomically
+from ..sizes import parse_size
 from .options import BackendOptions, backend_options
 from .progress import progress_bar
 
@@ -49,7 +49,7 @@ def generate(
 ) -> None:
     """Turn prompts into pictures."""
     texts = _prompts(prompts, prompt_file)
-    width, height = _size(size)
+    width, height = parse_size(size) if size else (None, None)
     single = output.suffix.lower() == ".png"
     if output.suffix and not single and not output.is_dir():
         raise RequestError(f"output {output} is neither a .png file nor a folder: pictures are written as PNG")
@@ -153,12 +153,3 @@ def _prompts(arguments: list[str] | None, file: Path | None) -> list[str]:
     if not prompts:
         raise RequestError(f"{file or 'standard input'} holds no prompts: write one a line")
     return prompts
-
-
-def _size(text: str | None) -> tuple[int | None, int | None]:
-    if text is None:
-        return None, None
-    match = re.fullmatch(r"(\d{1,6})[xX](\d{1,6})", text.strip())
-    if not match:
-        raise RequestError(f"size is {text!r}: give WIDTHxHEIGHT in pixels, such as 512x512")
-    return int(match[1]), int(match[2])

@@ -10,9 +10,10 @@ from typing import Any
 
 from PIL import Image
 
+from ...engines.files import write_atomically
 from ..pictures.image import encode_png
 from ..request import GenerationRequest
-from .files import write_atomically, write_numbered
+from .files import write_numbered
 
 
 class PictureWriter:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 def progress_bar(what: str) -> Iterator[Callable[[str, int, int], None]]:
     """Yield a function `(stage, done, total)` that draws a bar until the block ends."""
     if not sys.stderr.isatty():
-        from ..callbacks import silent
+        from ...engines.progress import silent
 
         yield silent
         return

@@ -8,7 +8,7 @@ even steps read set 0 and write set 1, and odd steps the other way round.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping
 from functools import partial
 from typing import Literal
 
@@ -16,9 +16,9 @@ import numpy as np
 
 from ...engines.bundle import GraphInfo
 from ...engines.device import Array, Device, Graph, Stream, Tensor
-from ...engines.engine import BoundEngine, Engine
+from ...engines.engine import BoundEngine, Engine, Shapes
 
-OpenEngine = Callable[[GraphInfo, Mapping[str, Sequence[int]]], Engine]
+OpenEngine = Callable[[GraphInfo, Shapes], Engine]
 """Opens a graph's engine for given input shapes; the same engine when it is open already."""
 
 Mode = Literal["eager", "step", "loop", "request"]

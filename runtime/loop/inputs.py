@@ -20,7 +20,7 @@ from ..sampling.step_table import StepTable, pack
 
 Latents = npt.NDArray[np.float32]
 
-ROWS = ("weights", "clip_weights", "known_weights", "input_scales", "timesteps", "next_rows", "noise_index")
+ROWS = ("weights", "clip_weights", "original_weights", "input_scales", "timesteps", "next_rows", "noise_index")
 """Arrays with one line for each row of the packed tables."""
 
 ROW_BUCKET, DRAW_BUCKET = 64, 16
@@ -66,12 +66,12 @@ def loop_arrays(
     noise = np.empty((count, *shape), np.float32)
     slots = -(-table.draw_count // DRAW_BUCKET) * DRAW_BUCKET
     drawn = np.zeros((count, slots, *shape), np.float32) if slots else _filled(0.0, (count, 1, *shape))
-    original = np.zeros((count, *shape), np.float32)
+    start = np.zeros((count, *shape), np.float32)
     generator = _generator()
     for i, seed in enumerate(seeds):
         generator.restart(seed)
         if initial is not None:
-            original[i] = initial.mean[0] + initial.std[0] * generator.randn(shape)
+            start[i] = initial.mean[0] + initial.std[0] * generator.randn(shape)
         noise[i] = generator.randn(shape)
         if initial is not None and initial.mask is not None:
             generator.randn(shape)  # diffusers also encodes the masked picture, which only inpainting checkpoints read
@@ -80,15 +80,15 @@ def loop_arrays(
     if initial is None or repaint_all:
         latents = noise * np.float32(table.init_noise_sigma)
     else:
-        signal, sigma = table.known[0].astype(np.float32)
-        latents = signal * original + sigma * noise
+        signal, sigma = table.original[0].astype(np.float32)
+        latents = signal * start + sigma * noise
     packed = _packed(table, count, guidance_scale, branches)
     first = packed["row"]
     model_input = (packed["input_scales"][first] * latents).astype(network_dtype)
-    known, repaint = _filled(0.0, (count, 2, *shape)), _filled(True, (count, 1, *shape[1:]))
+    original, mask = _filled(0.0, (count, 2, *shape)), _filled(True, (count, 1, *shape[1:]))
     if initial is not None and initial.mask is not None:
-        known = np.stack([original, noise], axis=1)
-        repaint = np.repeat(initial.mask[None], count, axis=0)
+        original = np.stack([start, noise], axis=1)
+        mask = np.repeat(initial.mask[None], count, axis=0)
     return {
         **packed,
         "latents": latents,
@@ -96,8 +96,8 @@ def loop_arrays(
         "model_input": model_input[packed["image_of_row"]],
         "timestep": packed["timesteps"][first][packed["image_of_row"]],
         "noise": drawn,
-        "known": known,
-        "repaint": repaint,
+        "original": original,
+        "mask": mask,
     }
 
 

@@ -112,7 +112,7 @@ class Workspace:
 
             self._requests.run((steps, decode), enqueue, stream)
             after = stream.record()
-            return Trace([before, before, after, after], {"denoise": self._device.memory_used()})
+            return Trace([before, before, after, after], {"denoise": self._device.bytes_taken()})
         trace = Trace([stream.record()])
         try:
             self._bind_prompt()
@@ -159,7 +159,7 @@ class Workspace:
     def _done(self, name: str, stage: Stage, trace: Trace, stream: Stream) -> None:
         """Note the end of a stage, and let go of its engines when they are not to stay."""
         trace.events.append(stream.record())
-        trace.memory[name] = self._device.memory_used()
+        trace.memory[name] = self._device.bytes_taken()
         self._let_go(stage, stream)
 
     def _let_go(self, stage: Stage, stream: Stream) -> None:

@@ -26,8 +26,8 @@ def deis(schedule: Schedule, options: Options) -> StepTable:
         log_rhos = [-past.half_log_snr for past in level[i::-1][:used]]
         factors = log_rho_factors(log_rhos, log_rhos[0], -t.half_log_snr)
         moved = table.latents / s.signal + sum(factor * past for factor, past in zip(factors, now, strict=False))
-        known = (float(s.signal), float(s.noise))
-        table.row(schedule.timesteps[i], t.signal * moved, now[: order - 1], known=known)
+        original = (float(s.signal), float(s.noise))
+        table.row(schedule.timesteps[i], t.signal * moved, now[: order - 1], original=original)
     return table.table()
 
 

@@ -9,7 +9,7 @@ from .predictions import Form, clean_and_noise
 from .schedules import Options, Schedule
 from .step_table import StepTable, TableBuilder
 
-__all__ = ["ddim", "ddpm", "final_alpha", "known_at", "lcm"]
+__all__ = ["ddim", "ddpm", "final_alpha", "lcm", "original_at"]
 
 
 def ddim(schedule: Schedule, options: Options) -> StepTable:
@@ -25,7 +25,7 @@ def ddim(schedule: Schedule, options: Options) -> StepTable:
         x0 = clipped(table, x0, options)
         variance = eta**2 * (1 - a_next) / (1 - a) * (1 - a / a_next)
         latents = a_next**0.5 * x0 + (1 - a_next - variance) ** 0.5 * epsilon + variance**0.5 * table.noise
-        table.row(t, latents, known=known_at(a), draw=eta > 0)
+        table.row(t, latents, original=original_at(a), draw=eta > 0)
     return table.table()
 
 
@@ -43,7 +43,7 @@ def ddpm(schedule: Schedule, options: Options) -> StepTable:
         variance = beta if options["variance_type"] == "fixed_large" else small
         mean = a_next**0.5 * beta / (1 - a) * x0 + (a / a_next) ** 0.5 * (1 - a_next) / (1 - a) * table.latents
         latents = mean + variance**0.5 * table.noise if t > 0 else mean
-        table.row(t, latents, known=known_at(a), draw=bool(t > 0))
+        table.row(t, latents, original=original_at(a), draw=bool(t > 0))
     return table.table()
 
 
@@ -62,7 +62,7 @@ def lcm(schedule: Schedule, options: Options) -> StepTable:
         if not last:
             a_next = alphas[timesteps[i + 1]]
             latents = a_next**0.5 * latents + (1 - a_next) ** 0.5 * table.noise
-        table.row(t, latents, known=known_at(a), draw=not last)
+        table.row(t, latents, original=original_at(a), draw=not last)
     return table.table()
 
 
@@ -76,7 +76,7 @@ def final_alpha(alphas: np.ndarray, options: Options) -> float:
     return 1.0 if options["set_alpha_to_one"] else float(alphas[0])
 
 
-def known_at(a: float) -> tuple[float, float]:
+def original_at(a: float) -> tuple[float, float]:
     """Return the signal and noise factors at signal power `a`."""
     if not 0 <= a <= 1:
         raise SchedulerError(f"alphas_cumprod holds {a}: the betas of the scheduler config must lie in [0, 1]")

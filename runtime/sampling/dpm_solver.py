@@ -52,8 +52,8 @@ def dpm_multistep(schedule: Schedule, options: Options) -> StepTable:
         latents = exponential_step(
             table, table.latents, level[i], level[i + 1], differences, options, midpoint=midpoint
         )
-        known = (float(level[i].signal), float(level[i].noise))
-        table.row(schedule.timesteps[i], latents, now[: order - 1], known=known, draw=is_sde(options))
+        original = (float(level[i].signal), float(level[i].noise))
+        table.row(schedule.timesteps[i], latents, now[: order - 1], original=original, draw=is_sde(options))
     return table.table()
 
 
@@ -74,9 +74,9 @@ def dpm_singlestep(schedule: Schedule, options: Options) -> StepTable:
         latents = exponential_step(
             table, anchor, level[i - used + 1], level[i + 1], differences, options, midpoint=midpoint
         )
-        known = (float(level[i].signal), float(level[i].noise))
+        original = (float(level[i].signal), float(level[i].noise))
         history = [*now[: order - 1], anchor] if order > 1 else []
-        table.row(schedule.timesteps[i], latents, history, known=known, draw=is_sde(options))
+        table.row(schedule.timesteps[i], latents, history, original=original, draw=is_sde(options))
     return table.table()
 
 

@@ -86,7 +86,7 @@ def midpoint(schedule: Schedule, options: Options, ancestral_noise: bool) -> Ste
         middle = (s[i] * down) ** 0.5
         close_row(table, t[i], s[i], table.latents + (middle - s[i]) * slope_at(table, s[i], options), [table.latents])
         latents = table.history[0] + (down - s[i]) * slope_at(table, middle, options) + up * table.noise
-        close_row(table, timestep_at(schedule, middle), middle, latents, draw=ancestral_noise, known_sigma=s[i + 1])
+        close_row(table, timestep_at(schedule, middle), middle, latents, draw=ancestral_noise, original_sigma=s[i + 1])
     return table.table(first_sigma(schedule, options))
 
 
@@ -100,7 +100,7 @@ def flow_euler(schedule: Schedule, options: Options) -> StepTable:
             latents = (1 - s[i + 1]) * x0 + s[i + 1] * table.noise
         else:
             latents = table.latents + (s[i + 1] - s[i]) * table.prediction
-        table.row(schedule.timesteps[i], latents, known=(1 - s[i], s[i]), draw=stochastic)
+        table.row(schedule.timesteps[i], latents, original=(1 - s[i], s[i]), draw=stochastic)
     return table.table()
 
 
@@ -121,11 +121,11 @@ def close_row(
     history: Sequence[Form] = (),
     *,
     draw: bool = False,
-    known_sigma: float | None = None,
+    original_sigma: float | None = None,
 ) -> None:
-    """Close a row at `sigma`; the network sees unit variance. `known_sigma`: the noise level of `known`."""
-    known = (1.0, sigma if known_sigma is None else known_sigma)
-    table.row(timestep, latents, history, known=known, input_scale=(sigma**2 + 1) ** -0.5, draw=draw)
+    """Close a row at `sigma`; the network sees unit variance. `original_sigma`: the noise level of `original`."""
+    original = (1.0, sigma if original_sigma is None else original_sigma)
+    table.row(timestep, latents, history, original=original, input_scale=(sigma**2 + 1) ** -0.5, draw=draw)
 
 
 def ancestral(sigma: float, sigma_next: float) -> tuple[float, float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ...engines.errors import RequestError
-from .discrete import final_alpha, known_at
+from .discrete import final_alpha, original_at
 from .predictions import Form, clean_and_noise
 from .schedules import Options, Schedule
 from .step_table import StepTable, TableBuilder
@@ -67,7 +67,7 @@ class _Steps:
             used, mean = mean + table.prediction / 6, table.zero
         t_next = t - (0 if i % 2 else self.stride // 2)
         latents = self.transfer(anchor, anchor_t, t_next, used)
-        table.row(t, latents, [*past, anchor, mean], known=known_at(self.alphas[t]))
+        table.row(t, latents, [*past, anchor, mean], original=original_at(self.alphas[t]))
 
     def linear_multistep(self, i: int, t: int) -> None:
         """Row i of the Adams-Bashforth part; without Runge-Kutta it starts with Heun's method on the first step."""
@@ -86,4 +86,4 @@ class _Steps:
         else:
             used = (55 * e[0] - 59 * e[1] + 37 * e[2] - 9 * e[3]) / 24
         latents = self.transfer(start, t_from, t_next, used)
-        table.row(t, latents, history, known=known_at(self.alphas[t]))
+        table.row(t, latents, history, original=original_at(self.alphas[t]))

@@ -14,16 +14,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ...engines.device import Array
 from ...engines.errors import SchedulerError
 
 __all__ = ["StepTable", "TableBuilder", "branch_weights", "pack"]
 
-Array = NDArray[Any]
 Form = NDArray[np.float64]  # a linear form over the columns: the coefficients of one quantity
 HISTORY = 4  # index of the first history column
 
@@ -38,7 +37,7 @@ class StepTable:
     clip_weights [N, K]     basis -> the clipped column, before the clip
     clip_limits [N]         its limit; 0 where nothing is clipped
     draws [N]               whether a fresh noise tensor is drawn for this row (in row order)
-    known [N + 1, 2]        (signal, noise) factors of a given image at the state before row i; last the clean image
+    original [N + 1, 2]        (signal, noise) factors of a given image at the state before row i; last the clean image
     init_noise_sigma        the first latents are `init_noise_sigma * noise`
     """
 
@@ -48,7 +47,7 @@ class StepTable:
     clip_weights: NDArray[np.float64]
     clip_limits: NDArray[np.float64]
     draws: NDArray[np.bool_]
-    known: NDArray[np.float64]
+    original: NDArray[np.float64]
     init_noise_sigma: float
 
     def __len__(self) -> int:
@@ -86,7 +85,7 @@ class TableBuilder:
         self._timesteps: list[float] = []
         self._input_scales: list[float] = []
         self._draws: list[bool] = []
-        self._known: list[tuple[float, float]] = []
+        self._original: list[tuple[float, float]] = []
 
     def clip(self, form: Form, limit: float) -> Form:
         """Clip a quantity of the current row to [-limit, limit]; at most once a row."""
@@ -99,7 +98,7 @@ class TableBuilder:
         latents: Form,
         history: Sequence[Form] = (),
         *,
-        known: tuple[float, float],
+        original: tuple[float, float],
         input_scale: float = 1.0,
         draw: bool = False,
     ) -> None:
@@ -109,7 +108,7 @@ class TableBuilder:
         self._timesteps.append(float(timestep))
         self._input_scales.append(float(input_scale))
         self._draws.append(draw)
-        self._known.append(known)
+        self._original.append(original)
         self._clip = (self.zero, 0.0)
 
     def table(self, init_noise_sigma: float = 1.0) -> StepTable:
@@ -122,12 +121,12 @@ class TableBuilder:
             clip_weights=clip_weights,
             clip_limits=clip_limits,
             draws=np.array(self._draws),
-            known=np.array([*self._known, (1.0, 0.0)], np.float64),
+            original=np.array([*self._original, (1.0, 0.0)], np.float64),
             init_noise_sigma=float(init_noise_sigma),
         )
         if not all(
             np.isfinite(part).all()
-            for part in (weights, clip_weights, table.input_scales, table.timesteps, table.known)
+            for part in (weights, clip_weights, table.input_scales, table.timesteps, table.original)
         ):
             raise SchedulerError(
                 f"the sampler's formulas divide by zero for {len(table)} rows of this schedule: "
@@ -158,7 +157,7 @@ def pack(
 
     weights [T, 1 + H, K, 1, 1, 1]   columns: latents, G predictions, noise, clipped, history
     clip_weights [T, 1 + G, 1, 1, 1]   columns: latents, G predictions; scaled so that the clip is to [-1, 1]
-    known_weights [T, 2, 1, 1, 1], input_scales [T, 1, 1, 1], timesteps [T], next_rows [T], noise_index [T, 1, 1]
+    original_weights [T, 2, 1, 1, 1], input_scales [T, 1, 1, 1], timesteps [T], next_rows [T], noise_index [T, 1, 1]
     row [B]   the first row of each image
     rows_of_image [B, G], image_of_row [R]   network rows are branch-major: g * B + b
     """
@@ -171,7 +170,7 @@ def pack(
         total += len(table) + 1
     weights = np.zeros((total, 1 + slots, columns))
     clip_weights = np.zeros((total, 1 + branches))
-    known, scales, timesteps = np.zeros((total, 2)), np.ones(total), np.zeros(total)
+    original, scales, timesteps = np.zeros((total, 2)), np.ones(total), np.zeros(total)
     next_rows, noise_index = np.arange(total) + 1, np.zeros(total)
     for start, table, guidance in zip(first, tables, guidance_scales, strict=True):
         n, lines = len(table), 1 + table.history
@@ -185,7 +184,7 @@ def pack(
         clip_weights[rows] = (
             np.concatenate([table.clip_weights[:, :1], table.clip_weights[:, 1:2] * mix], axis=1) / limits[:, None]
         )
-        known[start : hold + 1] = table.known
+        original[start : hold + 1] = table.original
         scales[rows], scales[hold] = table.input_scales, table.input_scales[-1]
         timesteps[rows], timesteps[hold] = table.timesteps, table.timesteps[-1]
         next_rows[hold] = hold
@@ -193,7 +192,7 @@ def pack(
     floats = {
         "weights": weights[..., None, None, None],
         "clip_weights": clip_weights[..., None, None, None],
-        "known_weights": known[..., None, None, None],
+        "original_weights": original[..., None, None, None],
         "input_scales": scales[:, None, None, None],
         "timesteps": timesteps,
     }

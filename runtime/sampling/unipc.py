@@ -29,8 +29,8 @@ def unipc(schedule: Schedule, options: Options) -> StepTable:
         if level[i + 1] == level[i]:
             used = 1  # a repeated final sigma: a step of no length, which higher orders would divide by
         next_latents = unified_step(latents, now[:used], level[i + 1], level[i::-1][:used], options)
-        known = (float(level[i].signal), float(level[i].noise))
-        table.row(schedule.timesteps[i], next_latents, [*now[:order], latents], known=known)
+        original = (float(level[i].signal), float(level[i].noise))
+        table.row(schedule.timesteps[i], next_latents, [*now[:order], latents], original=original)
     return table.table()
 
 

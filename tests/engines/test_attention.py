@@ -131,7 +131,7 @@ def test_a_library_that_does_not_know_the_operator_builds_the_models(
     from latentrt.engines.bundle import Bundle
     from latentrt.engines.tensorrt.builder import build_plan, load_library
     from latentrt.engines.tensorrt.plan import PlanOptions, profile_for
-    from latentrt.runtime.cli.build import requested_shapes
+    from latentrt.runtime.shapes import requested_shapes
 
     library = load_library("tensorrt-rtx")
     bundle = Bundle.open(tiny_sd15_bundle)

@@ -12,7 +12,7 @@ from latentrt.engines.bundle import Bundle
 from latentrt.engines.cache import SIDECAR, EngineCache
 from latentrt.engines.tensorrt.plan import Plan, profile_for
 from latentrt.engines.tensorrt.planner import Planner, target_of_compute_capability
-from latentrt.runtime.cli.build import requested_shapes
+from latentrt.runtime.shapes import requested_shapes
 
 pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
 pytest.importorskip("diffusers")

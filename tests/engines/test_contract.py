@@ -111,13 +111,13 @@ def test_an_array_that_does_not_fit_is_refused(device: Device, array: Array) -> 
 
 
 def test_memory_is_counted_and_given_back_once(device: Device) -> None:
-    before = device.memory_in_use()
+    before = device.tensor_bytes()
     tensors = [device.empty((16, 16), dtype) for dtype in ("float32", "float16")]
-    assert device.memory_in_use() - before == 16 * 16 * 6
+    assert device.tensor_bytes() - before == 16 * 16 * 6
     assert all(tensor.pointer % 64 == 0 for tensor in tensors)
     for tensor in (*tensors, *tensors):
         tensor.close()
-    assert device.memory_in_use() == before
+    assert device.tensor_bytes() == before
 
 
 def test_events_measure_time_in_stream_order(device: Device) -> None:
@@ -240,7 +240,7 @@ def test_engines_follow_each_other_and_read_what_is_there_when_they_run(
 
 
 def test_captured_engines_give_the_bits_of_eager_ones(backend: Backend, stream: Stream, bundle: Bundle) -> None:
-    if not backend.captures:
+    if not backend.can_capture:
         pytest.skip(f"{backend.name} was opened without captured graphs")
     tensors = tensors_of(backend, stream, x=random(2, 8), order=np.array([0, 0]))
     chain = [
@@ -293,7 +293,7 @@ def test_what_is_written_next_does_not_reach_what_was_enqueued_before(
 def test_engines_of_different_sizes_do_not_disturb_each_other(backend: Backend, stream: Stream, bundle: Bundle) -> None:
     """The larger engine comes second and runs between a capture of the smaller one and its replay."""
     small, large = tensors_of(backend, stream, 2), tensors_of(backend, stream, 64)
-    captures = backend.captures
+    captures = backend.can_capture
     one = Bound(backend, bundle, "first", pick(small, "x y"))
     one.run.enqueue(stream)
     graph = None
@@ -341,7 +341,7 @@ def test_a_binding_that_does_not_fit_is_named(
 
 def test_a_closed_engine_says_so_and_nothing_stays_allocated(backend: Backend, bundle: Bundle) -> None:
     stream = backend.device.stream()
-    before = backend.device.memory_in_use()
+    before = backend.device.tensor_bytes()
     tensors = tensors_of(backend, stream, x=random(2, 8))
     bound = Bound(backend, bundle, "first", pick(tensors, "x y"))
     bound.run.enqueue(stream)
@@ -353,7 +353,7 @@ def test_a_closed_engine_says_so_and_nothing_stays_allocated(backend: Backend, b
         bound.engine.bind(pick(tensors, "x y"))
     close(tensors)
     del bound
-    assert backend.device.memory_in_use() == before
+    assert backend.device.tensor_bytes() == before
 
 
 def test_an_engine_is_built_once(backend: Backend, bundle: Bundle, tmp_path: Path) -> None:

@@ -102,7 +102,7 @@ def test_every_thread_gets_the_context(device: CudaDevice) -> None:
 def test_out_of_memory_says_how_much_is_free_and_what_to_do(device: CudaDevice) -> None:
     with pytest.raises(EngineError, match=r"out of memory \(1 of 1 MiB are free\): use a smaller size or batch"):
         device.empty((1 << 20,), np.float32)
-    assert device.memory_in_use() == 0
+    assert device.tensor_bytes() == 0
     assert device.memory_free() == (1 << 20, 1 << 20)
 
 
@@ -144,11 +144,11 @@ def test_a_capture_can_be_finished_once(device: CudaDevice) -> None:
 
 
 def test_memory_used_is_what_was_taken_since_the_gpu_was_opened(device: CudaDevice, driver: SimulatedDriver) -> None:
-    before = device.memory_used()
+    before = device.bytes_taken()
     tensor = device.empty((1 << 20,), np.uint8)
-    assert 1 << 20 <= device.memory_used() - before < 1.01 * (1 << 20)
+    assert 1 << 20 <= device.bytes_taken() - before < 1.01 * (1 << 20)
     tensor.close()
-    assert device.memory_used() == before
+    assert device.bytes_taken() == before
 
 
 def test_the_gpu_describes_itself(device: CudaDevice) -> None:
@@ -210,12 +210,12 @@ def test_the_largest_need_announced_makes_the_arena() -> None:
     for need in (100, 1000, 10):
         arena.reserve(need)
     small, large = arena.block(10), arena.block(1000)
-    assert small is large and device.memory_in_use() == 1000
+    assert small is large and device.tensor_bytes() == 1000
     arena.reserve(5000)
     larger = arena.block(5000)
-    assert larger.pointer != small.pointer and device.memory_in_use() == 6000  # who holds the old block keeps it
+    assert larger.pointer != small.pointer and device.tensor_bytes() == 6000  # who holds the old block keeps it
     del small, large
-    assert device.memory_in_use() == 5000
+    assert device.tensor_bytes() == 5000
     assert arena.block(10) is larger
     del larger
-    assert device.memory_in_use() == 0
+    assert device.tensor_bytes() == 0

@@ -49,10 +49,10 @@ def test_binding_checks_names_and_types() -> None:
 def test_host_memory_is_counted_and_given_back() -> None:
     device = HostDevice()
     tensor = device.empty((3, 5), "float16")
-    assert tensor.pointer % 64 == 0 and device.memory_in_use() == tensor.nbytes == 30
+    assert tensor.pointer % 64 == 0 and device.tensor_bytes() == tensor.nbytes == 30
     tensor.close()
     tensor.close()
-    assert device.memory_in_use() == 0
+    assert device.tensor_bytes() == 0
 
 
 def test_a_captured_host_graph_replays_and_nothing_runs_during_capture() -> None:

@@ -62,7 +62,7 @@ KEY = {
         {"profile": Profile.of({"x": (3, 8)})},
         {"profile": Profile.of({"x": (2, 8)}, {"x": (3, 8)})},
         {"options": PlanOptions(optimization_level=5)},
-        {"options": PlanOptions(workspace=1 << 20)},
+        {"options": PlanOptions(scratch=1 << 20)},
         {"options": PlanOptions(hardware="ampere_plus")},
         {"options": PlanOptions(weight_streaming=True)},
     ],

@@ -128,7 +128,7 @@ def test_options_reach_the_library(tmp_path: Path) -> None:
     library = load_library(RTX)
     trt = library.trt
     config = trt.Builder(library.logger).create_builder_config()
-    options = PlanOptions(optimization_level=2, workspace=1 << 22, weight_streaming=True)
+    options = PlanOptions(optimization_level=2, scratch=1 << 22, weight_streaming=True)
     tensorrt_builder._configure(library, config, options, "8.9")
     assert config.builder_optimization_level == 2
     assert config.get_memory_pool_limit(trt.MemoryPoolType.WORKSPACE) == 1 << 22

@@ -100,14 +100,14 @@ class Schedulers:
         generator = Generator(SEED)
         latents = START.astype(np.float64) * table.init_noise_sigma
         if arguments.get("strength", 1.0) < 1:
-            latents = table.known[0, 0] * IMAGE.astype(np.float64) + table.known[0, 1] * START
+            latents = table.original[0, 0] * IMAGE.astype(np.float64) + table.original[0, 1] * START
         history = [np.zeros(SHAPE)] * table.history
         for i in range(len(table)):
             prediction = denoiser(table.input_scales[i] * latents, float(table.timesteps[i]))
             noise = generator.randn(SHAPE) if table.draws[i] else 0.0
             latents, history = table.apply(i, latents, prediction, history, noise)
             if inpaint:
-                latents = np.where(MASK, latents, table.known[i + 1, 0] * IMAGE + table.known[i + 1, 1] * START)
+                latents = np.where(MASK, latents, table.original[i + 1, 0] * IMAGE + table.original[i + 1, 1] * START)
         return latents
 
     def assert_same(

@@ -86,10 +86,10 @@ def test_options_are_of_the_type_that_the_backend_declares() -> None:
     from latentrt.engines.onnxruntime.cuda import OnnxRuntimeCuda
     from latentrt.engines.tensorrt.engine import TensorRt
 
-    given = ["weights_on_gpu=1.5G", "workspace=500MiB", "optimization_level=4", "hardware=ampere_plus", "build=no"]
+    given = ["weights_on_gpu=1.5G", "scratch=500MiB", "optimization_level=4", "hardware=ampere_plus", "build=no"]
     assert options_of(TensorRt, "tensorrt", given) == {
         "weights_on_gpu": 1_500_000_000,
-        "workspace": 500 << 20,
+        "scratch": 500 << 20,
         "optimization_level": 4,
         "hardware": "ampere_plus",
         "build": False,
@@ -117,7 +117,7 @@ def test_a_bad_option_is_named(text: str, message: str) -> None:
     ("options", "message"),
     [
         ({"optimization_level": 6}, "optimization_level is 6: give 0"),
-        ({"workspace": 0}, "workspace is 0"),
+        ({"scratch": 0}, "scratch is 0"),
         ({"hardware": "all"}, "hardware is 'all': choose ampere_plus"),
         ({"weights_on_gpu": -1}, "weights_on_gpu is -1"),
     ],

@@ -36,7 +36,7 @@ def prediction_factors(kind: str, signal: float, noise: float) -> tuple[float, f
 
 def error_after(table: StepTable, rows: int, kind: str, in_sigma: bool) -> tuple[float, float]:
     """Return the errors of mean and standard deviation of x after so many rows, from an exact start."""
-    signal, noise = table.known[:-1].T
+    signal, noise = table.original[:-1].T
     if in_sigma:
         signal, noise = table.input_scales, np.sqrt(1 - table.input_scales**2)
     unit = signal if in_sigma else np.ones(len(table))

@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from latentrt.engines.errors import RequestError, StorageError
-from latentrt.runtime.cli.files import write_atomically, write_numbered
+from latentrt.engines.files import write_atomically
+from latentrt.runtime.cli.files import write_numbered
 from latentrt.runtime.pictures.image import encode_png, grid, image_pixels, latent_mask, load_image, request_from_png
 from PIL import Image
 

@@ -259,7 +259,7 @@ def test_tables_that_have_not_changed_are_not_copied_again(pipe: Pipeline, monke
 def test_memory_is_reported_for_every_stage(pipe: Pipeline) -> None:
     memory = pipe(PROMPTS[0], seed=0, **QUICK).memory
     assert list(memory) == ["encode", "denoise", "decode"]
-    assert min(memory.values()) > pipe.backend.device.memory_in_use() > 0
+    assert min(memory.values()) > pipe.backend.device.tensor_bytes() > 0
 
 
 def test_memory_is_bounded_over_shapes_and_freed_at_close(tiny_sd15_bundle: Path) -> None:
@@ -267,12 +267,12 @@ def test_memory_is_bounded_over_shapes_and_freed_at_close(tiny_sd15_bundle: Path
     device = pipe.backend.device
     for width in range(64, 64 * 8, 64):
         generate(pipe, seed=0, width=width, num_inference_steps=1)
-    many = device.memory_in_use()
+    many = device.tensor_bytes()
     generate(pipe, seed=0, width=64 * 7, num_inference_steps=1)
-    assert device.memory_in_use() == many > 0
+    assert device.tensor_bytes() == many > 0
     pipe.close()
     pipe.close()
-    assert device.memory_in_use() == 0
+    assert device.tensor_bytes() == 0
     with pytest.raises(EngineError, match="closed"):
         generate(pipe)
     with pytest.raises(EngineError, match="closed"):

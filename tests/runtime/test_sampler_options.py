@@ -262,7 +262,7 @@ def test_every_step_count_from_one_on(name: str) -> None:
     for steps in (1, 2, 3, 4, 7, 50):
         table = step_table(config, steps, sampler=name)
         assert steps <= len(table) <= 2 * steps
-        assert np.array_equal(table.known[-1], [1, 0])
+        assert np.array_equal(table.original[-1], [1, 0])
         assert table.weights.shape == (len(table), 1 + table.history, 4 + table.history)
 
 

@@ -53,10 +53,10 @@ class Batch:
         self.tables, self.scales, self.branches = tables, scales, branches
         count = len(tables)
         self.start = np.stack([Generator(seed).randn(IMAGE) * t.init_noise_sigma for seed, t in enumerate(tables)])
-        self.known = Generator(77).randn((count, 2, *IMAGE))
-        self.repaint = np.ones((count, 1, HEIGHT, WIDTH), bool)
+        self.original = Generator(77).randn((count, 2, *IMAGE))
+        self.mask = np.ones((count, 1, HEIGHT, WIDTH), bool)
         if mask:
-            self.repaint = Generator(78).randn(self.repaint.shape) > 0
+            self.mask = Generator(78).randn(self.mask.shape) > 0
         self.noise = Generator(79).randn((count, max(1, *(t.draw_count for t in tables)), *IMAGE))
         self.packed = pack(tables, scales, branches)
 
@@ -72,7 +72,7 @@ class Batch:
             "row": rows,
         }
         constants = {name: value for name, value in self.packed.items() if name != "row"}
-        constants |= {"noise": self.noise, "known": self.known, "repaint": self.repaint}
+        constants |= {"noise": self.noise, "original": self.original, "mask": self.mask}
         for _ in range(steps):
             network = state["model_input"].astype(np.float32), state["timestep"][:, None, None, None], branch
             feeds = {**constants, "prediction": denoiser(*network).astype(dtype)}
@@ -91,8 +91,8 @@ class Batch:
                 prediction = sum(w * denoiser(scaled, table.timesteps[i], g) for g, w in enumerate(mix))
                 x, history = table.apply(i, x, prediction, history, self.noise[b, drawn])
                 drawn = min(drawn + int(table.draws[i]), self.noise.shape[1] - 1)
-                given = table.known[i + 1, 0] * self.known[b, 0] + table.known[i + 1, 1] * self.known[b, 1]
-                x = np.where(self.repaint[b], x, given)
+                given = table.original[i + 1, 0] * self.original[b, 0] + table.original[i + 1, 1] * self.original[b, 1]
+                x = np.where(self.mask[b], x, given)
             results.append(x)
         return np.stack(results)
 
@@ -155,14 +155,14 @@ def test_a_picture_does_not_depend_on_its_neighbours(fp32: onnxruntime.Inference
 def test_repainting_returns_the_known_latents_outside(fp32: onnxruntime.InferenceSession) -> None:
     batch = Batch([table("dpmpp_2m", 5)], [7.5], 2, mask=True)
     latents = batch.run_graph(fp32, 5)
-    outside = np.broadcast_to(~batch.repaint, latents.shape)
-    assert np.array_equal(latents[outside], batch.known[:, 0][outside])
+    outside = np.broadcast_to(~batch.mask, latents.shape)
+    assert np.array_equal(latents[outside], batch.original[:, 0][outside])
 
 
 def test_unused_known_latents_may_hold_anything(fp32: onnxruntime.InferenceSession) -> None:
     batch = Batch([table("euler", 4)], [7.5], 2, mask=False)
     expected = batch.run_graph(fp32, 4)
-    batch.known[:] = np.nan
+    batch.original[:] = np.nan
     assert np.array_equal(batch.run_graph(fp32, 4), expected)
 
 

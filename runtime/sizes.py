@@ -1,0 +1,26 @@
+"""Picture sizes: from text, and checked against a bundle."""
+
+from __future__ import annotations
+
+import re
+
+from ..engines.bundle import LatentInfo
+from ..engines.errors import RequestError
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """Return width and height in pixels of a text such as `768x512`; raises `RequestError` for any other form."""
+    match = re.fullmatch(r"(\d{1,6})[xX](\d{1,6})", text.strip())
+    if not match:
+        raise RequestError(f"size is {text!r}: give WIDTHxHEIGHT in pixels, such as 512x512")
+    return int(match[1]), int(match[2])
+
+
+def check_size(width: int, height: int, latent: LatentInfo) -> None:
+    """Raise `RequestError` for a picture size that the latent geometry does not allow."""
+    multiple = latent.size_multiple
+    for name, size in (("width", width), ("height", height)):
+        if size <= 0 or size % multiple:
+            below = size // multiple * multiple
+            near = f"{below} or {below + multiple}" if below > 0 else f"{multiple}"
+            raise RequestError(f"{name} is {size}: this bundle needs a multiple of {multiple}; try {near}")
