@@ -17,7 +17,7 @@ def step_graph(precision: Literal["fp32", "fp16"], channels: int) -> ModelProto:
     """Return the step graph for a network of the given precision and number of latent channels.
 
     B images, G branches, R = B G network rows, T table rows, H history slots, P = 1 + H lines, K = 3 + G + H columns,
-    D drawn noise tensors. Table and index inputs are what `step_table.pack` of the runtime returns; `original` holds the
+    D drawn noise tensors. Table and index inputs are what the runtime packs; `original` holds the
     latents of a given image and their noise, which replace the result where `mask` is false. In words:
 
         latents', history' = weights[row] @ [latents, predictions, noise, clipped, history]
