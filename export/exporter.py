@@ -16,32 +16,25 @@ import torch
 from ..engines.bundle import (
     FORMAT_VERSION,
     GraphInfo,
-    LatentInfo,
     Manifest,
     Precision,
     TensorInfo,
+    TokenizerInfo,
     atomic_folder,
     describe_files,
-    sha256_of,
     write_manifest,
 )
+from ..engines.files import sha256_of
 from ..engines.progress import Progress
 from .activations import HALF_LIMIT, largest_activation
-from .checkpoint import Checkpoint
-from .graph import (
-    Graph,
-    decoder_graph,
-    denoiser_graph,
-    denoiser_multiple,
-    image_encoder_graph,
-    text_encoder_graph,
-    vae_factor,
-)
+from .checkpoints.checkpoint import Checkpoint
+from .checkpoints.sources import open_checkpoint
+from .checkpoints.tokenizer import write_tokenizer
+from .families import Family, family_named
+from .graph import Graph
 from .onnx_writer import OPSET, onnx_model, save_model
 from .parity import check_parity, reference_cases
-from .sources import open_checkpoint
 from .step_graph import step_graph
-from .tokenizer import write_tokenizer
 
 TOOLS = ("torch", "onnx", "onnxscript", "diffusers", "transformers")
 
@@ -64,33 +57,29 @@ def export(
 ) -> Path:
     """Export a checkpoint; see `latentrt.export.export_checkpoint`."""
     with atomic_folder(out, replace=replace) as folder:
-        progress("opening the checkpoint", 0, 6)
+        progress("opening the checkpoint", 0, 1)
         checkpoint = open_checkpoint(source, revision, tokenizer=tokenizer, prediction_type=prediction_type)
-        checkpoint.check()
-        text_config = checkpoint.text_encoder.config
-        tokens = write_tokenizer(
-            checkpoint.tokenizer,
-            folder / "tokenizer.json",
-            max_length=text_config["max_position_embeddings"],
-            vocab_size=text_config["vocab_size"],
-            pad_id=checkpoint.pad_id,
-        )
-        graphs = []
-        builders = graph_builders(checkpoint, tokens.max_length, precision)
+        family = family_named(checkpoint.family)
+        family.check(checkpoint)
+        tokens = write_tokenizers(family, checkpoint, folder)
+        builders = family.graphs(checkpoint, precision, {name: info.max_length for name, info in tokens.items()})
+        graphs, stages = [], len(builders) + 2
         for number, (name, build) in enumerate(builders.items(), start=1):
-            progress(f"exporting {name}", number, 6)
+            progress(name.replace("_", " "), number, stages)
             graphs.append(write_graph(build, folder, precision))
-        graphs.append(write_step_graph(folder, precision, checkpoint.unet.config["in_channels"]))
-        progress("hashing", 5, 6)
+        latent = family.latent(checkpoint)
+        graphs.append(write_step_graph(folder, precision, latent.channels))
+        progress("hashing", stages - 1, stages)
         write_manifest(
             folder,
             Manifest(
                 format_version=FORMAT_VERSION,
-                family="stable-diffusion",
+                family=family.name,
                 precision=precision,
                 graphs=tuple(graphs),
-                tokenizers=(tokens,),
-                latent=_latent_info(checkpoint),
+                tokenizers=tuple(tokens.values()),
+                inputs=family.inputs(checkpoint),
+                latent=latent,
                 scheduler=dict(checkpoint.scheduler),
                 **checkpoint.defaults,
                 files=describe_files(folder),
@@ -98,18 +87,24 @@ def export(
                 tools={tool: metadata.version(tool) for tool in TOOLS},
             ),
         )
-    progress("done", 6, 6)
+    progress("done", stages, stages)
     return out
 
 
-def graph_builders(checkpoint: Checkpoint, length: int, precision: Precision) -> dict[str, Callable[[], Graph]]:
-    """Return what loads each network of a checkpoint as a graph; `length` is the number of tokens of a prompt."""
-    return {
-        "text encoder": lambda: text_encoder_graph(checkpoint.load_text_encoder(), length, precision),
-        "denoiser": lambda: denoiser_graph(checkpoint.load_unet(), length, precision),
-        "decoder": lambda: decoder_graph(checkpoint.load_vae()),
-        "image encoder": lambda: image_encoder_graph(checkpoint.load_vae()),
-    }
+def write_tokenizers(family: Family, checkpoint: Checkpoint, folder: Path) -> dict[str, TokenizerInfo]:
+    """Write a checkpoint's tokenizers and return their contracts; `tokenizer_2` feeds `token_ids_2`."""
+    lengths, written = family.token_lengths(checkpoint), {}
+    for name, source in checkpoint.tokenizers.items():
+        max_length, vocab_size = lengths[name]
+        written[name] = write_tokenizer(
+            source.folder,
+            folder / f"{name}.json",
+            output=name.replace("tokenizer", "token_ids"),
+            max_length=max_length,
+            vocab_size=vocab_size,
+            pad_id=source.pad_id,
+        )
+    return written
 
 
 def write_graph(build: Callable[[], Graph], folder: Path, precision: Precision) -> GraphInfo:
@@ -161,19 +156,6 @@ def _tensor_info(value: onnx.ValueInfoProto) -> TensorInfo:
     tensor = value.type.tensor_type
     dtype: Any = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name
     return TensorInfo(name=value.name, dtype=dtype, shape=tuple(d.dim_param or d.dim_value for d in tensor.shape.dim))
-
-
-def _latent_info(checkpoint: Checkpoint) -> LatentInfo:
-    unet, vae = checkpoint.unet.config, checkpoint.vae.config
-    factor, size = vae_factor(vae), unet.get("sample_size") or 64
-    height, width = (size, size) if isinstance(size, int) else size
-    return LatentInfo(
-        channels=unet["in_channels"],
-        downscale=factor,
-        size_multiple=factor * denoiser_multiple(unet),
-        default_height=height * factor,
-        default_width=width * factor,
-    )
 
 
 def _provenance(checkpoint: Checkpoint) -> dict[str, Any]:

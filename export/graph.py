@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from ..engines.bundle import Precision, Stage, TensorInfo
-from .networks import Decoder, Denoiser, ImageEncoder, TextEncoder
 
 TORCH_DTYPES = {
     "float16": torch.float16,
@@ -69,85 +68,6 @@ def split_size(size: int | str) -> tuple[int, str]:
     return int(factor or 1), letter
 
 
-def text_encoder_graph(encoder: Any, length: int, precision: Precision) -> Graph:
-    """Token ids [R, L] to conditioning [R, L, E]."""
-    config = encoder.config
-    return Graph(
-        "text_encoder",
-        "prompt",
-        TextEncoder(encoder),
-        (TensorInfo(name="token_ids", dtype="int64", shape=("R", length)),),
-        (TensorInfo(name="context", dtype=_network(precision), shape=("R", length, config.hidden_size)),),
-        limits={"token_ids": config.vocab_size},
-        multiples={},
-    )
-
-
-def denoiser_graph(unet: Any, length: int, precision: Precision) -> Graph:
-    """Noisy latents [R, C, h, w], timesteps [R] and conditioning [R, L, E] to the prediction [R, C, h, w]."""
-    config, dtype = unet.config, _network(precision)
-    latents = ("R", config.in_channels, "h", "w")
-    multiple = denoiser_multiple(config)
-    return Graph(
-        "denoiser",
-        "step",
-        Denoiser(unet),
-        (
-            TensorInfo(name="model_input", dtype=dtype, shape=latents),
-            TensorInfo(name="timestep", dtype="float32", shape=("R",)),
-            TensorInfo(name="context", dtype=dtype, shape=("R", length, config.cross_attention_dim)),
-        ),
-        (TensorInfo(name="prediction", dtype=dtype, shape=latents),),
-        limits={"timestep": 1000},
-        multiples={"h": multiple, "w": multiple},
-    )
-
-
-def decoder_graph(vae: Any) -> Graph:
-    """Latents [B, C, h, w] to pictures [B, H, W, 3], as bytes and as floats in [0, 1]."""
-    factor = vae_factor(vae.config)
-    picture = ("B", f"{factor}*h", f"{factor}*w", vae.config.out_channels)
-    return Graph(
-        "decoder",
-        "end",
-        Decoder(vae),
-        (TensorInfo(name="latents", dtype="float32", shape=("B", vae.config.latent_channels, "h", "w")),),
-        (
-            TensorInfo(name="image", dtype="uint8", shape=picture),
-            TensorInfo(name="pixels", dtype="float32", shape=picture),
-        ),
-        limits={},
-        multiples={},
-    )
-
-
-def image_encoder_graph(vae: Any) -> Graph:
-    """A picture [B, H, W, 3] in bytes to mean and standard deviation of its latents [B, C, h, w]."""
-    factor = vae_factor(vae.config)
-    latents = ("B", vae.config.latent_channels, "h", "w")
-    return Graph(
-        "image_encoder",
-        "image",
-        ImageEncoder(vae),
-        (TensorInfo(name="image", dtype="uint8", shape=("B", f"{factor}*h", f"{factor}*w", vae.config.in_channels)),),
-        (
-            TensorInfo(name="latents_mean", dtype="float32", shape=latents),
-            TensorInfo(name="latents_std", dtype="float32", shape=latents),
-        ),
-        limits={"image": 256},
-        multiples={},
-    )
-
-
-def vae_factor(config: Mapping[str, Any]) -> int:
-    """Return how many pixels a latent cell covers on each side."""
-    return 2 ** (len(config["block_out_channels"]) - 1)
-
-
-def denoiser_multiple(config: Mapping[str, Any]) -> int:
-    """Return what latent heights and widths must be multiples of: the U-Net halves them once per level but the last."""
-    return 2 ** (len(config["block_out_channels"]) - 1)
-
-
-def _network(precision: Precision) -> Any:
+def network_dtype(precision: Precision) -> Any:
+    """Return the element type of the border of a network in a precision."""
     return {"fp32": "float32", "fp16": "float16"}[precision]

@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from ..benchmarks.quality.fidelity import relative_error
 from ..engines.bundle import Bundle, GraphInfo, LatentInfo
 from ..engines.device import Array
 from ..engines.engine import shape_of
 from ..engines.errors import BackendUnavailableError, MissingExtraError
+from .compare import relative_error
 
 PROVIDERS = {"onnxruntime-cpu": "CPUExecutionProvider", "onnxruntime-cuda": "CUDAExecutionProvider"}
 

@@ -15,7 +15,9 @@ from onnxscript import opset23 as op
 
 from ..engines.errors import ExportError, reason
 from .graph import Graph, split_size
-from .networks import WholeAttention
+from .passes.attention import set_whole_attention
+from .passes.clean import clean
+from .passes.group_norm import group_norm
 
 OPSET = 23
 """The first with `Attention` as one node, which an engine can fuse or expand as it likes."""
@@ -37,9 +39,7 @@ def onnx_model(graph: Graph) -> ir.Model:
 
     Raises `ExportError` when tracing fails or a size that must be symbolic came out fixed.
     """
-    for module in graph.module.modules():
-        if set_processor := getattr(module, "set_attn_processor", None):
-            set_processor(WholeAttention())
+    set_whole_attention(graph.module)
     try:
         model = _converted(graph, shortcut=True)
     except Exception as error:  # the exporter's errors share no base class
@@ -52,7 +52,7 @@ def onnx_model(graph: Graph) -> ir.Model:
         raise ExportError(f"graph {graph.name} came out in opset {model.opset_imports['']}, not {OPSET}")
     for value, tensor in zip([*model.graph.inputs, *model.graph.outputs], graph.inputs + graph.outputs, strict=True):
         _name_sizes(graph.name, value, tensor.shape)
-    _clean(model)
+    clean(model)
     return model
 
 
@@ -110,22 +110,6 @@ def _cast(self: Any, dtype: int, non_blocking: bool = False, copy: bool = False)
     return op.Cast(self, to=dtype)
 
 
-def _group_norm(
-    self: Any, num_groups: int, weight: Any, bias: Any, eps: float = 1e-5, cudnn_enabled: bool = True
-) -> Any:
-    """Group norm around `InstanceNormalization`.
-
-    `GroupNormalization` has no kernel in ONNX Runtime, and the function that stands in for it takes the variance as
-    mean(x²) - mean(x)²: twice the time, and an error of 1e-2 where the mean is a hundred deviations from zero.
-    """
-    groups = op.Reshape(self, op.Constant(value_ints=[0, num_groups, -1]))
-    one = op.CastLike(op.Constant(value_floats=[1.0] * num_groups), self)
-    zero = op.CastLike(op.Constant(value_floats=[0.0] * num_groups), self)
-    normal = op.Reshape(op.InstanceNormalization(groups, one, zero, epsilon=eps), op.Shape(self))
-    axes = op.Constant(value_ints=list(range(1, len(self.shape) - 1)))
-    return op.Add(op.Mul(normal, op.Unsqueeze(weight, axes)), op.Unsqueeze(bias, axes))
-
-
 def _dynamic_shapes(graph: Graph) -> dict[str, dict[int, Any]]:
     cells = {
         letter: torch.export.Dim(f"{letter}_", max=MAX_ROWS if letter in "RB" else None) for letter in graph.symbols
@@ -155,24 +139,7 @@ def _name_sizes(graph: str, value: ir.Value, shape: tuple[int | str, ...]) -> No
     value.shape = ir.Shape(shape)
 
 
-def _clean(model: ir.Model) -> None:
-    """Remove what the exporter notes beside the graph: stack traces with local paths, names of Python modules."""
-    border = {*model.graph.inputs, *model.graph.outputs}
-    model.metadata_props.clear()
-    model.graph.metadata_props.clear()
-    model.doc_string = model.graph.doc_string = None
-    for value in border | set(model.graph.initializers.values()):
-        value.metadata_props.clear()
-    for node in model.graph.all_nodes():
-        node.metadata_props.clear()
-        node.doc_string = None
-        for value in node.outputs:
-            value.metadata_props.clear()
-            if value not in border:
-                value.shape = value.type = None  # any reader infers them; here they have the tracer's own size names
-
-
-TRANSLATIONS = {torch.ops.aten.group_norm.default: _group_norm}
+TRANSLATIONS = {torch.ops.aten.group_norm.default: group_norm}
 
 
 @contextmanager

@@ -12,13 +12,11 @@ import torch
 
 from ..engines.bundle import Parity, Precision
 from ..engines.errors import ExportError
+from .compare import EXPORT_BOUND, TensorReport, compare
 from .graph import Graph
 
 CHECK_SIZES = ((1, 16, 8), (4, 8, 16))
 """Batch, latent height and latent width of the two checks: none of them as in the trace, yet quick to compute."""
-
-BOUNDS: dict[Precision, float] = {"fp32": 1e-4, "fp16": 2e-2}
-"""Largest relative error (root mean square) per precision; the reference is always the float32 module."""
 
 Case = tuple[dict[str, torch.Tensor], list[np.ndarray]]
 
@@ -38,40 +36,24 @@ def reference_cases(graph: Graph) -> list[Case]:
 def check_parity(name: str, file: Path, cases: Sequence[Case], precision: Precision) -> Parity:
     """Run an exported graph on the CPU and return how far it is from its module; a byte may be off by one.
 
-    Raises `ExportError` beyond `BOUNDS`, also when either side is not finite.
+    Raises `ExportError` beyond `EXPORT_BOUND`, also when either side is not finite.
     """
-    session = _session(file)
-    worst_absolute = worst_relative = 0.0
+    session, bound = _session(file), EXPORT_BOUND[precision]
+    worst = TensorReport(name, 0.0, 0.0, 1.0, 0, bound)
     for inputs, references in cases:
         outputs = session.run(None, {key: value.numpy() for key, value in inputs.items()})
         for output, reference in zip(outputs, references, strict=True):
             if output.shape != reference.shape:
                 raise ExportError(f"graph {name} gives shape {output.shape} where its module gives {reference.shape}")
-            absolute, relative = _errors(output, reference)
-            worst_absolute = max(worst_absolute, absolute, key=_nan_last)
-            worst_relative = max(worst_relative, relative, key=_nan_last)
-    if not worst_relative <= BOUNDS[precision]:
-        hint = "; the checkpoint may overflow half precision, try fp32" if precision == "fp16" else ""
-        raise ExportError(
-            f"graph {name} differs from its PyTorch module by {worst_relative:.2g} (relative) "
-            f"where {BOUNDS[precision]:g} is allowed for {precision}{hint}"
-        )
-    return Parity(max_abs_error=worst_absolute, relative_error=worst_relative)
-
-
-@np.errstate(invalid="ignore")  # infinities give NaN, which no bound accepts
-def _errors(output: np.ndarray, reference: np.ndarray) -> tuple[float, float]:
-    """Return the largest absolute and the relative root-mean-square error."""
-    exact = reference.astype(np.float64)
-    difference = np.abs(output.astype(np.float64) - exact)
-    if reference.dtype == np.uint8:  # values at a rounding edge may fall on either side
-        difference, exact = np.maximum(difference - 1, 0) / 255, exact / 255
-    root_mean_square = np.sqrt(np.mean(np.square(difference)))
-    return float(difference.max()), float(root_mean_square / max(np.sqrt(np.mean(np.square(exact))), 1e-12))
-
-
-def _nan_last(value: float) -> float:
-    return value if value == value else float("inf")
+            found = compare(name, output, reference, bound)
+            if not found.within:
+                hint = "; the checkpoint may overflow half precision, try fp32" if precision == "fp16" else ""
+                raise ExportError(
+                    f"graph {name} differs from its PyTorch module by {found.relative_error:.2g} (relative) "
+                    f"where {bound:g} is allowed for {precision}{hint}"
+                )
+            worst = max(worst, found, key=lambda report: report.relative_error)
+    return Parity(max_abs_error=worst.max_abs_error, relative_error=worst.relative_error)
 
 
 def _session(file: Path) -> Any:

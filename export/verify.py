@@ -14,41 +14,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..benchmarks.quality.fidelity import psnr, relative_error, ssim
 from ..engines.backends import Backend, open_backend
-from ..engines.bundle import Bundle, GraphInfo, Precision
+from ..engines.bundle import Bundle, GraphInfo
 from ..engines.device import Array
 from ..engines.errors import BundleError
+from ..engines.files import sha256_of
 from ..engines.progress import Progress, silent
 from ..runtime.loop.workspace import run_once
 from ..runtime.pipeline import Pipeline
-from .checkpoint import Checkpoint
-from .exporter import graph_builders
+from .checkpoints.checkpoint import Checkpoint
+from .checkpoints.sources import open_checkpoint
+from .compare import BACKEND_BOUND, PSNR_BOUND, TensorReport, compare, psnr, relative_error, ssim
+from .families import family_named
 from .graph import Graph
-from .sources import open_checkpoint
-
-GRAPH_BOUND: Mapping[Precision, float] = {"fp32": 1e-3, "fp16": 3e-2}
-"""Largest relative error of one graph's output."""
-
-PSNR_BOUND: Mapping[Precision, float] = {"fp32": 45.0, "fp16": 35.0}
-"""Smallest peak signal-to-noise ratio of the picture, in decibels."""
-
-
-@dataclass(frozen=True)
-class TensorReport:
-    """One output of one graph against PyTorch, on shared random inputs."""
-
-    tensor: str
-    max_abs_error: float
-    relative_error: float
-    cosine: float
-    nan_count: int
-    bound: float
-
-    @property
-    def within(self) -> bool:
-        """Whether the output is finite and inside its bound."""
-        return self.nan_count == 0 and self.relative_error <= self.bound
 
 
 @dataclass(frozen=True)
@@ -98,32 +76,48 @@ def verify(
     seed: int = 0,
     tokenizer: str | Path | None = None,
     prediction_type: str | None = None,
+    any_checkpoint: bool = False,
     progress: Progress = silent,
     **options: Any,
 ) -> Report:
     """Compare a bundle with its checkpoint at the bundle's default size; `options` go to the backend.
 
-    The reference is the float32 checkpoint in PyTorch on the CPU, with diffusers' own scheduler. Raises `BundleError`
-    or `CheckpointError` when one of the two cannot be opened.
+    The reference is the float32 checkpoint in PyTorch on the CPU, with diffusers' own scheduler. A checkpoint whose
+    files are not those that the bundle was exported from is refused unless `any_checkpoint` allows it. Raises
+    `BundleError` or `CheckpointError` when one of the two cannot be opened or they do not belong together.
     """
     opened = Bundle.open(bundle)
     if problems := opened.problems():  # engines in the cache would hide it
         name, problem = next(iter(problems.items()))
         raise BundleError(f"{bundle}: {name} {problem}: export it again")
     checkpoint = open_checkpoint(source, tokenizer=tokenizer, prediction_type=prediction_type)
-    checkpoint.check()
-    manifest = opened.manifest
+    if not any_checkpoint:
+        check_source(opened, checkpoint)
+    family, manifest = family_named(checkpoint.family), opened.manifest
+    family.check(checkpoint)
     engines = open_backend(backend, **options)
     report = Report(str(opened.path), engines.name, manifest.precision)
-    builders = graph_builders(checkpoint, manifest.tokenizers[0].max_length, manifest.precision)
+    lengths = dict(zip(checkpoint.tokenizers, (info.max_length for info in manifest.tokenizers), strict=True))
+    builders = family.graphs(checkpoint, manifest.precision, lengths)
     for number, (name, build) in enumerate(builders.items()):
-        progress(name, number, len(builders) + 1)
-        graph = build()
-        report.tensors += _compare_graph(opened, engines, graph)
+        progress(name.replace("_", " "), number, len(builders) + 1)
+        report.tensors += _compare_graph(opened, engines, build())
     progress("request", len(builders), len(builders) + 1)
     with Pipeline(opened, engines) as pipe:
         report.request = _compare_request(pipe, checkpoint, prompt, steps, seed)
     return report
+
+
+def check_source(bundle: Bundle, checkpoint: Checkpoint) -> None:
+    """Raise `BundleError` when a bundle was exported from other weight files than a checkpoint's."""
+    source = bundle.manifest.source
+    hashes = source.get("files") or {}
+    for name, file in checkpoint.files.items():
+        if name not in hashes or sha256_of(file) != hashes[name]:
+            raise BundleError(
+                f"bundle {bundle.path} was exported from {source.get('name')!r}, and {name} of {checkpoint.name!r} is "
+                "none of its files: give the checkpoint that it came from, or compare them anyway with --any-checkpoint"
+            )
 
 
 @torch.no_grad()
@@ -133,34 +127,25 @@ def _compare_graph(bundle: Bundle, backend: Backend, graph: Graph) -> list[Tenso
     cells = {"h": latent.default_height // latent.downscale, "w": latent.default_width // latent.downscale}
     sizes = [cells.get(s, 2 if s == "R" else 1) // graph.multiples.get(s, 1) for s in graph.symbols]
     inputs = graph.random_inputs(sizes, seed=0)
+    declared = {"inputs": (info.inputs, graph.inputs), "outputs": (info.outputs, graph.outputs)}
+    for what, (theirs, ours) in declared.items():
+        if theirs != ours:
+            raise BundleError(
+                f"graph {info.name} of {bundle.path} has other {what} than the checkpoint's: "
+                "give the checkpoint that it came from, or export again"
+            )
     outputs = run_graph(bundle, backend, info, {name: value.numpy() for name, value in inputs.items()})
     expected = graph.module(**{k: v.float() if v.is_floating_point() else v for k, v in inputs.items()})
     expected = expected if isinstance(expected, tuple) else (expected,)
-    bound = GRAPH_BOUND[bundle.manifest.precision]
+    bound = BACKEND_BOUND[bundle.manifest.precision]
     return [
         compare(f"{graph.name}.{spec.name}", outputs[spec.name], value.numpy(), bound)
         for spec, value in zip(graph.outputs, expected, strict=True)
     ]
 
 
-def compare(name: str, values: Array, reference: Array, bound: float) -> TensorReport:
-    """Return how far one tensor is from its reference."""
-    a, b = values.astype(np.float64).ravel(), reference.astype(np.float64).ravel()
-    norm = np.linalg.norm(a) * np.linalg.norm(b)
-    return TensorReport(
-        tensor=name,
-        max_abs_error=float(np.abs(a - b).max()),
-        relative_error=relative_error(a, b),
-        cosine=float(a @ b / norm) if norm else float(np.array_equal(a, b)),
-        nan_count=int((~np.isfinite(a)).sum()),
-        bound=bound,
-    )
-
-
 def run_graph(bundle: Bundle, backend: Backend, info: GraphInfo, inputs: Mapping[str, Array]) -> dict[str, Array]:
     """Run one graph of a bundle once and return its outputs on the host."""
-    if missing := {t.name for t in info.inputs} ^ set(inputs):
-        raise BundleError(f"graph {info.name} and the checkpoint disagree on {sorted(missing)}: export again")
     stream = backend.device.stream()
     engine = backend.open(bundle, info, {name: array.shape for name, array in inputs.items()})
     try:
@@ -192,23 +177,8 @@ def _compare_request(pipe: Pipeline, checkpoint: Checkpoint, prompt: str, steps:
 @torch.no_grad()
 def _reference(pipe: Pipeline, checkpoint: Checkpoint, prompt: str, steps: int, seed: int) -> tuple[list[Array], Array]:
     """Run the same request in diffusers and return the latents after each step and the uint8 picture."""
-    import diffusers
-
     manifest = pipe.bundle.manifest
-    encoder = checkpoint.load_text_encoder()
-    ids = [torch.from_numpy(pipe.token_ids(text)) for text in (prompt, "")]
-    positive, negative = (encoder(row, return_dict=False)[0] for row in ids)
-    scheduler = getattr(diffusers, checkpoint.scheduler["_class_name"]).from_config(dict(checkpoint.scheduler))
-    reference = diffusers.StableDiffusionPipeline(
-        vae=checkpoint.load_vae(),
-        text_encoder=encoder,
-        tokenizer=None,
-        unet=checkpoint.load_unet(),
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    reference = family_named(checkpoint.family).pipeline(checkpoint)
     reference.set_progress_bar_config(disable=True)
     latents: list[Array] = []
 
@@ -217,8 +187,7 @@ def _reference(pipe: Pipeline, checkpoint: Checkpoint, prompt: str, steps: int, 
         return values
 
     images = reference(
-        prompt_embeds=positive,
-        negative_prompt_embeds=negative,
+        prompt,
         height=manifest.latent.default_height,
         width=manifest.latent.default_width,
         num_inference_steps=steps,

@@ -1,23 +1,57 @@
-"""Runtime: prompt to image without PyTorch."""
+"""Runtime: prompt to image without PyTorch. What users import is here; everything is loaded at its first use."""
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ..engines.bundle import Bundle
+    from ..engines.errors import (
+        BackendUnavailableError,
+        BundleError,
+        EngineError,
+        LatentRTError,
+        RequestError,
+        SchedulerError,
+        StorageError,
+    )
+    from .loop.session import Session
     from .pipeline import Pipeline
+    from .request import GenerationRequest
     from .result import GenerationResult, Timings
 
-__all__ = ["GenerationResult", "Pipeline", "Timings"]
+__all__ = [
+    "BackendUnavailableError",
+    "Bundle",
+    "BundleError",
+    "EngineError",
+    "GenerationRequest",
+    "GenerationResult",
+    "LatentRTError",
+    "Pipeline",
+    "RequestError",
+    "SchedulerError",
+    "Session",
+    "StorageError",
+    "Timings",
+]
+
+_HOMES = {
+    "Bundle": "..engines.bundle",
+    "GenerationRequest": ".request",
+    "GenerationResult": ".result",
+    "Pipeline": ".pipeline",
+    "Session": ".loop.session",
+    "Timings": ".result",
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name == "Pipeline":
-        from .pipeline import Pipeline
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES.get(name, "..engines.errors"), __name__), name)
 
-        return Pipeline
-    if name in ("GenerationResult", "Timings"):
-        from . import result
 
-        return getattr(result, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+def __dir__() -> list[str]:
+    return __all__

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -14,22 +14,21 @@ from .loop.workspace import Workspace
 from .request import GenerationRequest
 from .sampling.step_table import StepTable
 
-if TYPE_CHECKING:
-    from .pipeline import Pipeline
+StepValues = dict[str, Any]
+"""`{"latents": float32 [B, C, h, w]}`."""
 
-StepCallback = Callable[["Pipeline", int, float, dict[str, Any]], "dict[str, Any] | None"]
-"""Called with the pipeline, the step's index, its timestep and `{"latents": array}`; may return replaced latents."""
+StepCallback = Callable[[Any, int, float, StepValues], "StepValues | None"]
+"""Called with the pipeline, the step's index, its timestep and the step's values; may return replaced latents."""
 
 BatchCallback = Callable[[GenerationRequest, int, Sequence[Any]], None]
 """Called with the complete request, the index of the batch's first image in it, and the batch's images."""
 
 
 def step_hook(
-    pipe: Pipeline,
     workspace: Workspace,
     table: StepTable,
     stream: Stream,
-    callback: StepCallback | None,
+    callback: Callable[[int, float, StepValues], StepValues | None] | None,
     progress: Progress,
 ) -> Callable[[int], None] | None:
     """Return what the loop calls after each step, or None when nobody listens and steps need not be told apart.
@@ -45,7 +44,7 @@ def step_hook(
         if callback is None:
             return
         latents = workspace.loop.latents(index + 1).read(stream)
-        replaced = callback(pipe, index, float(table.timesteps[index]), {"latents": latents})
+        replaced = callback(index, float(table.timesteps[index]), {"latents": latents})
         if replaced is not None and not isinstance(replaced, dict):
             raise RequestError(f"callback_on_step_end returned {type(replaced).__name__}: return a dict, or nothing")
         if (replaced or {}).get("latents") is not None:

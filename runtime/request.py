@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import secrets
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any, TypedDict
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
@@ -13,6 +15,25 @@ from .sizes import check_size
 
 MAX_SEED = 2**64 - 1
 MAX_SIZE = 8192
+
+
+class RequestArguments(TypedDict, total=False):
+    """The keyword arguments of `Pipeline.__call__` that do not change the type of its result."""
+
+    height: int | None
+    width: int | None
+    num_inference_steps: int | None
+    guidance_scale: float | None
+    num_images_per_prompt: int
+    seed: int | None
+    sampler: str | None
+    eta: float
+    image: Any
+    mask_image: Any
+    strength: float | None
+    callback_on_step_end: Callable[[Any, int, float, dict[str, Any]], dict[str, Any] | None] | None
+    on_batch: Callable[[GenerationRequest, int, Sequence[Any]], None] | None
+    progress: Callable[[str, int, int], None]
 
 
 class GenerationRequest(BaseModel):
@@ -89,7 +110,7 @@ class GenerationRequest(BaseModel):
         """Guidance branches: 2 (unconditional and conditional) for a scale above 1, as in diffusers, else 1."""
         return 2 if self.guidance_scale is not None and self.guidance_scale > 1 else 1
 
-    @property
+    @cached_property
     def images(self) -> list[tuple[str, str, int]]:
         """Prompt, negative prompt and seed of every image, in order."""
         negatives = self.negative_prompt * (len(self.prompt) if len(self.negative_prompt) == 1 else 1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Generic, TypeVar
 
 from .loop.workspace import Trace
 from .request import GenerationRequest
@@ -24,15 +24,18 @@ class Timings:
     """Denoiser evaluations, summed over batches."""
 
 
+Images = TypeVar("Images")
+
+
 @dataclass
-class GenerationResult:
+class GenerationResult(Generic[Images]):
     """Pictures in request order, the seed of each, and where the time and the memory went.
 
     `images` is a list of PIL pictures, or an array: float32 [B, H, W, 3] in [0, 1] for `"np"`, float32 [B, C, h, w] for
     `"latent"`.
     """
 
-    images: Any
+    images: Images
     seeds: list[int]
     timings: Timings
     memory: dict[str, int] = field(default_factory=dict)

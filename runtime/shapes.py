@@ -12,6 +12,8 @@ from ..engines.engine import BoundEngine, Shapes
 from ..engines.host import HostDevice
 from .loop.inputs import loop_arrays
 from .loop.workspace import Workspace
+from .prompt.numbers import number_inputs
+from .request import GenerationRequest
 from .sampling import step_table
 
 
@@ -46,14 +48,16 @@ def requested_shapes(bundle: Bundle, width: int, height: int, images: int) -> di
         branches=branches,
         network_dtype=network,
     )
-    ids = {t.output: np.zeros((branches * images, t.max_length), np.int64) for t in manifest.tokenizers}
+    request = GenerationRequest(prompt=("",), width=width, height=height).with_defaults(manifest)
+    inputs = {t.output: np.zeros((branches * images, t.max_length), np.int64) for t in manifest.tokenizers}
+    inputs |= number_inputs(bundle, request, branches * images)
     shapes: dict[str, Shapes] = {}
 
     def open_engine(graph: GraphInfo, wanted: Shapes) -> _Notes:
         shapes[graph.name] = {name: tuple(shape) for name, shape in wanted.items()}
         return _Notes(graph)
 
-    Workspace(HostDevice(), bundle, open_engine, ids, arrays).close()
+    Workspace(HostDevice(), bundle, open_engine, inputs, arrays).close()
     if bundle.has_graph("image_encoder"):
         shapes["image_encoder"] = {"image": (1, height, width, 3)}
     return shapes

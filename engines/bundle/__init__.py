@@ -5,30 +5,31 @@ from __future__ import annotations
 from .manifest import (
     FORMAT_VERSION,
     MANIFEST,
-    Bundle,
+    STAGES,
     FileInfo,
     GraphInfo,
     LatentInfo,
     Manifest,
+    NumbersInput,
     Parity,
     Precision,
     Stage,
     TensorInfo,
     TokenizerInfo,
-    atomic_folder,
-    describe_files,
-    sha256_of,
-    write_manifest,
 )
+from .reader import Bundle
+from .writer import atomic_folder, describe_files, write_manifest
 
 __all__ = [
     "FORMAT_VERSION",
     "MANIFEST",
+    "STAGES",
     "Bundle",
     "FileInfo",
     "GraphInfo",
     "LatentInfo",
     "Manifest",
+    "NumbersInput",
     "Parity",
     "Precision",
     "Stage",
@@ -36,6 +37,5 @@ __all__ = [
     "TokenizerInfo",
     "atomic_folder",
     "describe_files",
-    "sha256_of",
     "write_manifest",
 ]

@@ -1,36 +1,30 @@
-"""The bundle: a folder with everything the runtime needs and nothing tied to one machine.
-
-`manifest.json` names the graphs, their tensors and stages, the tokenizers, the latent geometry, the scheduler config
-and the SHA-256 of every file. Files are checked against it when they are read, not when the bundle is opened: a warm
-engine cache never reads the graphs' weights, and hashing gigabytes on every start would cost seconds.
+"""What `manifest.json` says: graphs with their tensors and stages, request inputs, tokenizers, latent geometry, the
+scheduler config, and the SHA-256 of every file.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from pathlib import PurePosixPath
+from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from ..errors import BundleError, StorageError
-
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 
 Precision = Literal["fp32", "fp16"]
-Stage = Literal["prompt", "image", "schedule", "step", "end"]
-"""When a graph runs: once per prompt, per initial image, per schedule, per step, or at the end."""
+Stage = Literal["prompt", "image", "step", "end"]
+"""When a graph runs: once per prompt, per initial image, per step, or at the end."""
+STAGES: tuple[Stage, ...] = get_args(Stage)
+
+
+NOT_JSON = {"Infinity": float("inf"), "-Infinity": float("-inf"), "NaN": float("nan")}
+"""Numbers that JSON cannot hold, by the words that stand for them in a scheduler config."""
 
 
 class _Strict(BaseModel):
-    # Infinity is written as such: scheduler configs hold it, and null would be another value.
-    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants")
+    # Scheduler configs hold infinities. JSON has none, and null would be another value: they are written as words.
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
 
 
 class TensorInfo(_Strict):
@@ -75,6 +69,21 @@ class TokenizerInfo(_Strict):
     """The graph input that the token ids feed."""
 
 
+RequestField = Literal["height", "width", "num_inference_steps", "guidance_scale"]
+
+
+class NumbersInput(_Strict):
+    """Numbers that graphs read and no graph writes: one row [N] for each row of the network, the same for all.
+
+    A value is a constant or a field of the request, such as `("height", "width", 0, 0)` for size conditioning. The
+    element type is that of the graph input of this name.
+    """
+
+    kind: Literal["numbers"] = "numbers"
+    name: str
+    values: tuple[RequestField | float, ...] = Field(min_length=1)
+
+
 class LatentInfo(_Strict):
     """Latent geometry: pixels per latent cell and side, channels, and the size that the checkpoint was trained for."""
 
@@ -101,6 +110,8 @@ class Manifest(_Strict):
     precision: Precision
     graphs: tuple[GraphInfo, ...]
     tokenizers: tuple[TokenizerInfo, ...]
+    inputs: tuple[NumbersInput, ...] = ()
+    """What graphs read beside token ids, by kind."""
     latent: LatentInfo
     scheduler: dict[str, Any]
     """The checkpoint's own diffusers scheduler config, `_class_name` included."""
@@ -112,6 +123,15 @@ class Manifest(_Strict):
     tools: dict[str, str] = {}
     """Versions of the libraries that wrote the graphs."""
 
+    @field_validator("scheduler", mode="before")
+    @classmethod
+    def _infinities(cls, scheduler: Any) -> Any:
+        if not isinstance(scheduler, dict):
+            return scheduler
+        return {
+            key: NOT_JSON.get(value, value) if isinstance(value, str) else value for key, value in scheduler.items()
+        }
+
     @field_validator("files")
     @classmethod
     def _inside(cls, files: dict[str, FileInfo]) -> dict[str, FileInfo]:
@@ -122,156 +142,13 @@ class Manifest(_Strict):
         return files
 
     def model_post_init(self, _: Any, /) -> None:
-        """Check that every file a graph or tokenizer names is listed with its hash."""
+        """Check that every file that is named is listed with its hash, and that names agree."""
         named = [f for g in self.graphs for f in g.files] + [t.file for t in self.tokenizers]
         if missing := [f for f in named if f not in self.files]:
             raise ValueError(f"file {missing[0]!r} is used but has no hash in `files`")
+        read = {spec.name for graph in self.graphs for spec in graph.inputs}
+        if unread := [info.name for info in self.inputs if info.name not in read]:
+            raise ValueError(f"input {unread[0]!r} is read by no graph")
         names = [g.name for g in self.graphs]
         if len(set(names)) != len(names):
             raise ValueError(f"two graphs have one name: {names}")
-
-
-class Bundle:
-    """A bundle opened for reading: its folder and its validated manifest."""
-
-    def __init__(self, path: Path, manifest: Manifest) -> None:
-        self.path = path
-        self.manifest = manifest
-        self._checked: set[str] = set()
-
-    @classmethod
-    def open(cls, path: str | Path) -> Bundle:
-        """Read and validate a bundle's manifest.
-
-        Raises `BundleError` when the folder is no bundle, is of another format version, or names files outside itself.
-        """
-        path = Path(path)
-        file = path / MANIFEST
-        if not path.exists():
-            raise BundleError(f"bundle {path} does not exist: give the folder that `latentrt export` wrote")
-        if not file.is_file():
-            raise BundleError(
-                f"{path} is not a bundle: it has no {MANIFEST}; run `latentrt export CHECKPOINT -o BUNDLE`"
-            )
-        try:
-            data = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise BundleError(f"{file} cannot be read as JSON ({error}): export the checkpoint again") from error
-        version = data.get("format_version") if isinstance(data, dict) else None
-        if version != FORMAT_VERSION:
-            raise BundleError(
-                f"{file} has format version {version!r}, this latentrt reads {FORMAT_VERSION}: export again"
-            )
-        try:
-            return cls(path, Manifest.model_validate(data))
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"]) or "manifest"
-            raise BundleError(f"{file} is not valid at {where}: {first['msg']}") from error
-
-    def graph(self, name: str) -> GraphInfo:
-        """Return the graph called `name`, or raise `BundleError`."""
-        for graph in self.manifest.graphs:
-            if graph.name == name:
-                return graph
-        names = ", ".join(g.name for g in self.manifest.graphs)
-        raise BundleError(f"bundle {self.path} has no graph {name!r}: it has {names}")
-
-    def has_graph(self, name: str) -> bool:
-        """Tell whether the bundle has a graph called `name`."""
-        return any(graph.name == name for graph in self.manifest.graphs)
-
-    def digest(self, graph: GraphInfo) -> str:
-        """Return one SHA-256 over the hashes of a graph's files: what an engine of it is keyed by."""
-        return hashlib.sha256("".join(self.manifest.files[f].sha256 for f in graph.files).encode()).hexdigest()
-
-    def file(self, name: str) -> Path:
-        """Return the path of a listed file after checking its size and hash (once per opened bundle).
-
-        Raises `BundleError` when the file is missing, was changed, or is a link out of the bundle.
-        """
-        path = self.path / name
-        if name in self._checked:
-            return path
-        problem = self._problem(name)
-        if problem:
-            raise BundleError(f"{path} {problem}: export the checkpoint again or restore the file")
-        self._checked.add(name)
-        return path
-
-    def _problem(self, name: str) -> str | None:
-        if name not in self.manifest.files:
-            return "is not listed in the manifest"
-        info, path = self.manifest.files[name], self.path / name
-        if not path.is_file():
-            return "is missing"
-        if not path.resolve().is_relative_to(self.path.resolve()):
-            return "is a link that leaves the bundle's folder"
-        if path.stat().st_size != info.size:
-            return f"has {path.stat().st_size} bytes where the manifest says {info.size}"
-        if sha256_of(path) != info.sha256:
-            return "does not match its SHA-256 in the manifest"
-        return None
-
-    def problems(self, progress: Callable[[str], None] = lambda name: None) -> dict[str, str]:
-        """Check every listed file; return what is wrong with each bad one, by name (empty when all is well)."""
-        found = {}
-        for name in self.manifest.files:
-            progress(name)
-            if problem := self._problem(name):
-                found[name] = problem
-        return found
-
-
-def sha256_of(path: Path) -> str:
-    """Return the SHA-256 of a file's bytes as 64 hexadecimal digits."""
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def describe_files(folder: Path) -> dict[str, FileInfo]:
-    """Return size and hash of every file below `folder` but the manifest, by its POSIX path relative to it."""
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
-    return {p.relative_to(folder).as_posix(): FileInfo(size=p.stat().st_size, sha256=sha256_of(p)) for p in files}
-
-
-def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write `manifest.json` into `folder`."""
-    (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
-
-
-@contextmanager
-def atomic_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
-    """Yield a temporary folder beside `target` that becomes `target` when the block ends without an error.
-
-    An existing `target` is kept until the new folder is complete. Without `replace` it is an error, raised before any
-    work is done. Raises `StorageError` when the disk is full or the place cannot be written.
-    """
-    target = Path(target)
-    if target.exists() and not replace:
-        raise StorageError(f"{target} already exists: choose another output or allow replacing it with --force")
-    if replace and target.exists() and not ((target / MANIFEST).is_file() or not any(target.iterdir())):
-        raise StorageError(f"{target} exists and is no bundle: it is not replaced; choose another output")
-    temporary: Path | None = None
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-        yield temporary
-        temporary.chmod(0o755)
-        old = temporary.with_name(temporary.name + ".old")
-        if target.exists():
-            target.rename(old)
-        temporary.rename(target)
-        shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
-        if isinstance(error, StorageError):
-            raise
-        raise StorageError(
-            f"cannot write {target}: {error.strerror or error}; free space or choose another place"
-        ) from error
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)

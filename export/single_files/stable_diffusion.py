@@ -7,17 +7,16 @@ heads everywhere, 2.x OpenCLIP (its last layer unused) and heads of 64 channels.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ...engines.errors import CheckpointError, UnsupportedModelError
-from ..checkpoint import Checkpoint, Component
-from ..weights import Find, Weights
+from ..checkpoints.checkpoint import Checkpoint, Component, Part, TokenizerSource
+from ..checkpoints.weights import Find, Weights
 
-PREDICTION_TYPES = ("epsilon", "v_prediction")
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 CLIP, OPEN_CLIP = "cond_stage_model.transformer.text_model.", "cond_stage_model.model."
 TOKENIZER = "openai/clip-vit-large-patch14"
@@ -36,13 +35,21 @@ SCHEDULES: dict[str, Any] = {
 }
 
 
-def open_single_file(file: Path, tokenizer: Callable[[str], Path], prediction_type: str | None = None) -> Checkpoint:
-    """Open a single file; `tokenizer` turns the default hub id into a folder.
+def open_single_file(
+    file: Path,
+    weights: Weights,
+    family: str,
+    parts: Mapping[str, Part],
+    tokenizer: Callable[[str], Path],
+    prediction_type: str | None = None,
+) -> Checkpoint | None:
+    """Open a single file of this layout, None for any other; `tokenizer` turns the default hub id into a folder.
 
     Version 2.x is taken for the v-prediction model at 768 pixels unless `prediction_type` says `epsilon` (512 pixels).
     """
-    weights = Weights([file])
     version = _version(file, weights)
+    if version is None:
+        return None
     prediction = prediction_type or ("epsilon" if version == 1 else "v_prediction")
     sample_size = 96 if version == 2 and prediction == "v_prediction" else 64
     unet = unet_config(weights, version) | {"sample_size": sample_size}
@@ -53,30 +60,31 @@ def open_single_file(file: Path, tokenizer: Callable[[str], Path], prediction_ty
         if version == 1
         else (lambda name: _open_clip_tensor(weights, name.removeprefix("text_model.")))
     )
+    found: dict[str, tuple[str, dict[str, Any], Find]] = {
+        "text_encoder": ("text encoder", text_config(weights, version), text),
+        "unet": ("U-Net", unet, lambda name: _unet_tensor(weights, name, layers)),
+        "vae": ("VAE", vae, lambda name: _vae_tensor(weights, name, levels)),
+    }
     return Checkpoint(
         file.name,
-        text_encoder=Component.of(
-            "text_encoder", f"text encoder of {file}", text_config(weights, version), weights, text
-        ),
-        unet=Component.of("unet", f"U-Net of {file}", unet, weights, lambda name: _unet_tensor(weights, name, layers)),
-        vae=Component.of("vae", f"VAE of {file}", vae, weights, lambda name: _vae_tensor(weights, name, levels)),
-        tokenizer=tokenizer(TOKENIZER),
-        pad_id=None if version == 1 else 0,
+        family,
+        {
+            component: Component.of(parts[component], f"{title} of {file}", config, weights, find)
+            for component, (title, config, find) in found.items()
+        },
+        tokenizers={"tokenizer": TokenizerSource(tokenizer(TOKENIZER), None if version == 1 else 0)},
         scheduler=SCHEDULES
         | {"_class_name": "PNDMScheduler" if version == 1 else "DDIMScheduler", "prediction_type": prediction},
         files={file.name: file},
     )
 
 
-def _version(file: Path, weights: Weights) -> int:
-    """Return 1 or 2, by the text encoder; other families share the layout's prefix and are named."""
+def _version(file: Path, weights: Weights) -> int | None:
+    """Return 1 or 2, by the text encoder, None for another layout; families that share its prefix are named."""
     if any(name.startswith("conditioner.") for name in weights):
         raise UnsupportedModelError(f"{file} is a Stable Diffusion XL checkpoint: versions 1.x and 2.x are supported")
     if UNET + "input_blocks.0.0.weight" not in weights:
-        raise UnsupportedModelError(
-            f"{file} is not in the original Stable Diffusion layout (no {UNET}*): "
-            "give a full 1.x or 2.x checkpoint, or the diffusers folder"
-        )
+        return None
     for version, prefix in ((1, CLIP), (2, OPEN_CLIP)):
         if any(name.startswith(prefix) for name in weights):
             return version

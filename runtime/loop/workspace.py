@@ -6,9 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import get_args
 
-from ...engines.bundle import Bundle, GraphInfo, Stage, TensorInfo
+from ...engines.bundle import STAGES, Bundle, GraphInfo, Stage, TensorInfo
 from ...engines.device import Array, Device, Event, Stream, Tensor
 from ...engines.engine import BoundEngine, Engine, shape_of, solve_sizes
 from ...engines.errors import BundleError, EngineError
@@ -66,13 +65,13 @@ class Workspace:
         device: Device,
         bundle: Bundle,
         open_engine: OpenEngine,
-        token_ids: Mapping[str, Array],
+        inputs: Mapping[str, Array],
         arrays: Mapping[str, Array],
         release: Release | None = None,
     ) -> None:
         """Allocate all tensors and, unless engines are released after each stage, bind them."""
         self._device, self._bundle, self._open, self._release = device, bundle, open_engine, release
-        self._tensors: dict[str, Tensor] = {name: device.empty(ids.shape, ids.dtype) for name, ids in token_ids.items()}
+        self._tensors: dict[str, Tensor] = {name: device.empty(a.shape, a.dtype) for name, a in inputs.items()}
         self._prompt_graphs = [graph for graph in bundle.manifest.graphs if graph.stage == "prompt"]
         for graph in self._prompt_graphs:
             self._tensors |= allocate_outputs(device, graph, self._inputs(graph, graph.inputs))
@@ -88,10 +87,10 @@ class Workspace:
             self._bind_loop()
             self._bind_decoder()
 
-    def load(self, token_ids: Mapping[str, Array], arrays: Mapping[str, Array], stream: Stream) -> None:
-        """Copy a request's token ids and loop arrays to the device."""
-        for name, ids in token_ids.items():
-            self._tensors[name].write(ids, stream)
+    def load(self, inputs: Mapping[str, Array], arrays: Mapping[str, Array], stream: Stream) -> None:
+        """Copy a request's token ids, numbers and loop arrays to the device."""
+        for name, array in inputs.items():
+            self._tensors[name].write(array, stream)
         self.loop.load(arrays, stream)
 
     def run(
@@ -129,7 +128,7 @@ class Workspace:
                 trace.events.append(stream.record())
         except BaseException:  # a cancelled request must not keep engines that the next one closes
             with suppress(EngineError):
-                for stage in get_args(Stage):
+                for stage in STAGES:
                     self._let_go(stage, stream)
             raise
         return trace

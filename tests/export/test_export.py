@@ -18,10 +18,11 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("onnxscript")
 pytest.importorskip("diffusers")
 
-from latentrt.engines.bundle import sha256_of  # noqa: E402
+from latentrt.engines.files import sha256_of  # noqa: E402
 from latentrt.export import exporter, onnx_writer, parity  # noqa: E402
-from latentrt.export.graph import decoder_graph, text_encoder_graph  # noqa: E402
-from latentrt.export.sources import open_checkpoint  # noqa: E402
+from latentrt.export.autoencoder import decoder_graph  # noqa: E402
+from latentrt.export.checkpoints.sources import open_checkpoint  # noqa: E402
+from latentrt.export.clip import text_encoder_graph  # noqa: E402
 
 
 def test_importing_the_package_is_cheap() -> None:
@@ -44,7 +45,7 @@ def test_missing_libraries_are_named_at_once(tmp_path: Path, module: str, extra:
 def test_failed_parity_leaves_nothing(
     tiny_sd15_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(parity.BOUNDS, "fp32", 1e-12)
+    monkeypatch.setitem(parity.EXPORT_BOUND, "fp32", 1e-12)
     with pytest.raises(ExportError, match=r"text_encoder differs .* 1e-12 is allowed for fp32"):
         export_checkpoint(tiny_sd15_checkpoint, tmp_path / "bundle")
     assert list(tmp_path.iterdir()) == []
@@ -78,8 +79,8 @@ def test_progress_and_the_defaults_of_the_index(
     out = export_checkpoint(source, tmp_path / "b", progress=lambda *each: seen.append(each))
     assert out == tmp_path / "b"
     assert [done for _, done, _ in seen] == list(range(7))
-    assert {total for _, _, total in seen} == {6}
-    assert seen[2][0] == "exporting denoiser"
+    assert {total for _, _, total in seen[1:]} == {6}
+    assert seen[2][0] == "denoiser"
     manifest = Bundle.open(out).manifest
     assert (manifest.default_guidance_scale, manifest.default_num_inference_steps) == (4.5, 20)
 
@@ -90,9 +91,9 @@ def test_the_same_checkpoint_gives_the_same_bytes(
 ) -> None:
     checkpoint = open_checkpoint(tiny_sd15_checkpoint)
     if name == "decoder":
-        graph = decoder_graph(checkpoint.load_vae())
+        graph = decoder_graph(checkpoint.load("vae"))
     else:
-        graph = text_encoder_graph(checkpoint.load_text_encoder(), 77, "fp32")
+        graph = text_encoder_graph(checkpoint.load("text_encoder"), 77, "fp32")
     files = onnx_writer.save_model(onnx_writer.onnx_model(graph), tmp_path / f"{name}.onnx")
     assert [sha256_of(file) for file in files] == [sha256_of(tiny_sd15_bundle / f"{name}.onnx")]
 
@@ -103,7 +104,7 @@ def test_large_weights_are_external(
     monkeypatch.setattr(onnx_writer, "EXTERNAL_BYTES", 1000)
     checkpoint = open_checkpoint(tiny_sd15_checkpoint)
     graph = exporter.write_graph(
-        lambda: text_encoder_graph(checkpoint.load_text_encoder(), 77, "fp32"), tmp_path, "fp32"
+        lambda: text_encoder_graph(checkpoint.load("text_encoder"), 77, "fp32"), tmp_path, "fp32"
     )
     assert graph.files == ("text_encoder.onnx", "text_encoder.onnx.data")
     assert (tmp_path / "text_encoder.onnx").stat().st_size < 60_000
@@ -119,14 +120,14 @@ class Fixed(torch.nn.Module):
 
 
 def test_a_fixed_batch_is_an_error(tiny_sd15_checkpoint: Path) -> None:
-    graph = decoder_graph(open_checkpoint(tiny_sd15_checkpoint).load_vae())
+    graph = decoder_graph(open_checkpoint(tiny_sd15_checkpoint).load("vae"))
     with pytest.raises(ExportError, match="decoder"):
         onnx_writer.onnx_model(exporter.replace_fields(graph, module=Fixed()))
 
 
 def test_a_wrong_number_is_an_error(tiny_sd15_checkpoint: Path, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(tiny_sd15_checkpoint)
-    graph = text_encoder_graph(checkpoint.load_text_encoder(), 77, "fp32")
+    graph = text_encoder_graph(checkpoint.load("text_encoder"), 77, "fp32")
     cases = parity.reference_cases(graph)
     file = onnx_writer.save_model(onnx_writer.onnx_model(graph), tmp_path / "graph.onnx")[0]
     assert parity.check_parity("graph", file, cases, "fp32").relative_error < 1e-5

@@ -14,7 +14,7 @@ UNET = "unet/diffusion_pytorch_model.safetensors"
 HUB_SCRIPT = """
 import json, sys
 from latentrt.engines.errors import CheckpointError
-from latentrt.export.sources import open_checkpoint, tokenizer_folder
+from latentrt.export.checkpoints.sources import open_checkpoint, tokenizer_folder
 answers = []
 for name, revision in json.loads(sys.argv[1]):
     try:

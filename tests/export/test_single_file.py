@@ -14,24 +14,25 @@ safetensors = pytest.importorskip("safetensors.torch")
 pytest.importorskip("diffusers")
 
 from diffusers.loaders import single_file_utils  # noqa: E402
-from latentrt.export.checkpoint import Checkpoint  # noqa: E402
+from latentrt.export.checkpoints.checkpoint import Checkpoint  # noqa: E402
+from latentrt.export.checkpoints.sources import open_checkpoint  # noqa: E402
+from latentrt.export.families import family_named  # noqa: E402
 from latentrt.export.single_files.stable_diffusion import original_unet_name, original_vae_name  # noqa: E402
-from latentrt.export.sources import open_checkpoint  # noqa: E402
 
 
 def original_tensors(source: Checkpoint, version: int) -> dict[str, Any]:
     """Return a checkpoint's weights under their original names."""
     tensors = {}
-    for name, tensor in source.load_unet().state_dict().items():
+    for name, tensor in source.load("unet").state_dict().items():
         original = original_unet_name(name, layers=1)
         if name.startswith("up_blocks.0.upsamplers"):  # this level has no attention
             original = original.replace(".2.conv.", ".1.conv.")
         tensors[f"model.diffusion_model.{original}"] = tensor
-    for name, tensor in source.load_vae().state_dict().items():
+    for name, tensor in source.load("vae").state_dict().items():
         if re.search(r"attentions\.0\.to_.*weight", name):
             tensor = tensor[:, :, None, None]
         tensors[f"first_stage_model.{original_vae_name(name, levels=3)}"] = tensor
-    text = {name.removeprefix("text_model."): t for name, t in source.load_text_encoder().state_dict().items()}
+    text = {name.removeprefix("text_model."): t for name, t in source.load("text_encoder").state_dict().items()}
     tensors |= {f"cond_stage_model.{k}": v for k, v in (clip(text) if version == 1 else open_clip(text)).items()}
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
@@ -82,9 +83,9 @@ def file(source: Path, version: int, tmp_path: Path) -> Path:
 def test_names_are_what_diffusers_takes_for_the_original(source: Path, file: Path) -> None:
     """diffusers' own conversion, an independent inverse, gives back the U-Net and the autoencoder."""
     checkpoint, tensors = open_checkpoint(source), safetensors.load_file(file)
-    unet = single_file_utils.convert_ldm_unet_checkpoint(dict(tensors), dict(checkpoint.unet.config))
-    vae = single_file_utils.convert_ldm_vae_checkpoint(dict(tensors), dict(checkpoint.vae.config))
-    for converted, module in ((unet, checkpoint.load_unet()), (vae, checkpoint.load_vae())):
+    unet = single_file_utils.convert_ldm_unet_checkpoint(dict(tensors), dict(checkpoint.config("unet")))
+    vae = single_file_utils.convert_ldm_vae_checkpoint(dict(tensors), dict(checkpoint.config("vae")))
+    for converted, module in ((unet, checkpoint.load("unet")), (vae, checkpoint.load("vae"))):
         expected = module.state_dict()
         assert converted.keys() == expected.keys()
         assert all(torch.equal(converted[key], expected[key]) for key in expected)
@@ -92,16 +93,16 @@ def test_names_are_what_diffusers_takes_for_the_original(source: Path, file: Pat
 
 def test_single_file_gives_the_networks_it_was_written_from(source: Path, file: Path) -> None:
     folder, single = open_checkpoint(source), open_checkpoint(file, tokenizer=source)
-    single.check()
-    assert (single.name, single.tokenizer) == ("model.safetensors", source / "tokenizer")
+    family_named(single.family).check(single)
+    assert (single.name, single.tokenizers["tokenizer"].folder) == ("model.safetensors", source / "tokenizer")
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, 400, (2, 77), generator=generator)
     with torch.no_grad():
-        contexts = [each.load_text_encoder()(ids).last_hidden_state for each in (folder, single)]
+        contexts = [each.load("text_encoder")(ids).last_hidden_state for each in (folder, single)]
         latents = torch.randn(2, 4, 8, 8, generator=generator)
-        predictions = [each.load_unet()(latents, 500, contexts[0]).sample for each in (folder, single)]
-        pictures = [each.load_vae().decode(latents).sample for each in (folder, single)]
-        moments = [each.load_vae().encode(pictures[0]).latent_dist.mean for each in (folder, single)]
+        predictions = [each.load("unet")(latents, 500, contexts[0]).sample for each in (folder, single)]
+        pictures = [each.load("vae").decode(latents).sample for each in (folder, single)]
+        moments = [each.load("vae").encode(pictures[0]).latent_dist.mean for each in (folder, single)]
     for expected, found in (contexts, predictions, pictures, moments):
         assert torch.equal(expected, found)
 
@@ -111,16 +112,16 @@ def test_scheduler_of_a_single_file(source: Path, file: Path, version: int) -> N
     assert dict(open_checkpoint(file, tokenizer=source).scheduler) == expected
     asked = open_checkpoint(file, tokenizer=source, prediction_type="epsilon")
     assert asked.scheduler["prediction_type"] == "epsilon"
-    assert asked.unet.config["sample_size"] == 64
-    assert open_checkpoint(file, tokenizer=source).unet.config["sample_size"] == (64 if version == 1 else 96)
-    assert asked.pad_id == (None if version == 1 else 0)
+    assert asked.config("unet")["sample_size"] == 64
+    assert open_checkpoint(file, tokenizer=source).config("unet")["sample_size"] == (64 if version == 1 else 96)
+    assert asked.tokenizers["tokenizer"].pad_id == (None if version == 1 else 0)
 
 
 @pytest.mark.parametrize(
     ("keep", "message"),
     [
         (lambda name: not name.startswith("cond_stage_model."), "has no text encoder"),
-        (lambda name: not name.startswith("model.diffusion_model."), "not in the original Stable Diffusion layout"),
+        (lambda name: not name.startswith("model.diffusion_model."), "not in the original layout of Stable Diffusion"),
         (lambda name: not name.startswith("first_stage_model."), "post_quant_conv|has no tensor"),
     ],
 )

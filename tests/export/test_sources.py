@@ -15,8 +15,9 @@ torch = pytest.importorskip("torch")
 safetensors = pytest.importorskip("safetensors.torch")
 pytest.importorskip("diffusers")
 
-from latentrt.export.checkpoint import Checkpoint  # noqa: E402
-from latentrt.export.sources import open_checkpoint, tokenizer_folder  # noqa: E402
+from latentrt.export.checkpoints.checkpoint import Checkpoint  # noqa: E402
+from latentrt.export.checkpoints.sources import open_checkpoint, tokenizer_folder  # noqa: E402
+from latentrt.export.families import family_named  # noqa: E402
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 
@@ -27,7 +28,7 @@ def folder(tiny_sd15_checkpoint: Path, tmp_path: Path) -> Path:
 
 
 def weights_of(checkpoint: Checkpoint) -> dict[str, Any]:
-    modules = (checkpoint.load_text_encoder(), checkpoint.load_unet(), checkpoint.load_vae())
+    modules = (checkpoint.load("text_encoder"), checkpoint.load("unet"), checkpoint.load("vae"))
     return {f"{n}.{k}": v for n, module in enumerate(modules) for k, v in module.state_dict().items()}
 
 
@@ -49,12 +50,12 @@ def test_modules_hold_the_files_weights(folder: Path) -> None:
     assert checkpoint.name == "checkpoint"
     assert checkpoint.revision is None
     stored = safetensors.load_file(folder / UNET)
-    unet = checkpoint.load_unet()
+    unet = checkpoint.load("unet")
     assert not unet.training
     assert {key: torch.equal(value, stored[key]) for key, value in unet.state_dict().items()} == dict.fromkeys(
         stored, True
     )
-    text = checkpoint.load_text_encoder()
+    text = checkpoint.load("text_encoder")
     assert not any(buffer.is_meta for buffer in text.buffers())
 
 
@@ -89,7 +90,7 @@ def test_half_precision_variant_is_the_second_choice(folder: Path) -> None:
     (folder / UNET).unlink()
     checkpoint = open_checkpoint(folder)
     assert "unet/diffusion_pytorch_model.fp16.safetensors" in checkpoint.files
-    assert {value.dtype for value in checkpoint.load_unet().state_dict().values()} == {torch.float32}
+    assert {value.dtype for value in checkpoint.load("unet").state_dict().values()} == {torch.float32}
 
 
 def test_sharded_weights(folder: Path) -> None:
@@ -185,7 +186,8 @@ def test_refused_folders(folder: Path, case: str) -> None:
     break_it, error, message = REFUSALS[case]
     break_it(folder)
     with pytest.raises(error, match=message) as raised:
-        open_checkpoint(folder).check()
+        opened = open_checkpoint(folder)
+        family_named(opened.family).check(opened)
     assert "\n" not in str(raised.value)
 
 
@@ -194,13 +196,13 @@ def test_missing_weight_is_named(folder: Path) -> None:
     del tensors["conv_out.bias"]
     safetensors.save_file(tensors, folder / UNET)
     with pytest.raises(CheckpointError, match=r"has no weight 'conv_out\.bias'"):
-        open_checkpoint(folder).load_unet()
+        open_checkpoint(folder).load("unet")
 
 
 def test_weight_of_another_shape_is_named(folder: Path) -> None:
     edit_json(folder / "unet/config.json", block_out_channels=[32, 128])
     with pytest.raises(CheckpointError, match=r"weight '.*' has shape \[.*\] where its config asks for \["):
-        open_checkpoint(folder).load_unet()
+        open_checkpoint(folder).load("unet")
 
 
 def test_quantized_weights_are_refused(folder: Path) -> None:
@@ -208,7 +210,7 @@ def test_quantized_weights_are_refused(folder: Path) -> None:
     tensors["conv_out.bias"] = tensors["conv_out.bias"].to(torch.int8)
     safetensors.save_file(tensors, folder / UNET)
     with pytest.raises(UnsupportedModelError, match=r"torch\.int8; quantized weights"):
-        open_checkpoint(folder).load_unet()
+        open_checkpoint(folder).load("unet")
 
 
 @pytest.mark.parametrize("suffix", [".ckpt", ".bin", ".pt", ".pth", ".pkl"])

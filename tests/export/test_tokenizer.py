@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from latentrt.engines.errors import CheckpointError
-from latentrt.export.tokenizer import write_tokenizer
+from latentrt.export.checkpoints.tokenizer import write_tokenizer
 
 tokenizers = pytest.importorskip("tokenizers")
 transformers = pytest.importorskip("transformers")

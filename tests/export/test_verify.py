@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from latentrt.engines.bundle import Bundle
 from latentrt.engines.errors import BackendUnavailableError, BundleError
+from latentrt.export.compare import compare
 from latentrt.export.layers import layer_errors
-from latentrt.export.verify import compare
 from latentrt.runtime.cli import run
 from safetensors.numpy import load_file, save_file
 
@@ -52,6 +52,10 @@ def test_another_checkpoint_is_past_the_bound_and_the_wrong_graph_is_named(
     save_file(tensors, weights)
     arguments = ["verify", str(tiny_sd15_bundle), "--against", str(other), "--steps", "3", "--threads", "1"]
     assert run(arguments) == 1
+    assert "was exported from 'tiny-sd15', and unet/diffusion_pytorch_model.safetensors of 'other'" in (
+        capsys.readouterr().err
+    )
+    assert run([*arguments, "--any-checkpoint"]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert next(line for line in lines if "past the bound" in line).split()[0] == "denoiser.prediction"
     assert lines[-1] == "past a bound"

@@ -169,7 +169,7 @@ def test_a_cancelled_request_in_low_memory_leaves_nothing_open(tiny_sd15_bundle:
     with Pipeline.open(tiny_sd15_bundle, "onnxruntime-cpu", threads=1, low_memory=True) as low:
         with pytest.raises(KeyboardInterrupt):
             generate(low, seed=6, callback_on_step_end=cancel)
-        assert low._engines == {}
+        assert low.session.open_graphs == set()
         generate(low, seed=6, width=128)
         assert np.array_equal(generate(low, seed=6), generate(pipe, seed=6))
 
@@ -340,9 +340,9 @@ def test_low_memory_gives_the_same_picture_with_fewer_engines_open(tiny_sd15_bun
         opened: list[set[str]] = []
 
         def look(low: Pipeline, step: int, timestep: float, values: dict[str, Any]) -> None:
-            opened.append({name for name, _ in low._engines})
+            opened.append(low.session.open_graphs)
 
         for seed in (1, 2):
             assert np.array_equal(generate(low, seed=seed, callback_on_step_end=look), generate(pipe, seed=seed))
         assert opened == [{"denoiser", "step"}] * 6
-        assert low._engines == {}
+        assert low.session.open_graphs == set()

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..engines.errors import CheckpointError, UnsupportedModelError
-from .checkpoint import Checkpoint, Component
+from ...engines.errors import CheckpointError, UnsupportedModelError
+from ..families import Family, families, family_of_pipeline
+from .checkpoint import Checkpoint, Component, TokenizerSource
 from .weights import PICKLE_REASON, PICKLES, Weights
 
-PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline")
-WEIGHTS = {  # component: (its class, the stem of its weight files)
-    "text_encoder": ("CLIPTextModel", "model"),
-    "unet": ("UNet2DConditionModel", "diffusion_pytorch_model"),
-    "vae": ("AutoencoderKL", "diffusion_pytorch_model"),
-}
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
 DEFAULTS = ("default_guidance_scale", "default_num_inference_steps")
 VARIANTS = ("", ".fp16")
@@ -28,34 +24,43 @@ def open_folder(folder: Path, name: str, revision: str | None = None) -> Checkpo
     Raises `CheckpointError` for missing or damaged parts, `UnsupportedModelError` for another kind of pipeline.
     """
     index = read_json(folder / "model_index.json")
-    pipeline = index.get("_class_name")
-    if pipeline not in PIPELINES:
-        raise UnsupportedModelError(f"{folder}: pipeline {pipeline!r} is not supported, only {', '.join(PIPELINES)}")
-    parts: dict[str, Any] = {}
+    family = family_of_index(folder, index)
+    components = {}
     files = {}
-    for part, (expected, _) in WEIGHTS.items():
-        declared = (index.get(part) or [None, None])[-1]
-        if declared != expected:
+    for component, part in family.parts.items():
+        declared = (index.get(component) or [None, None])[-1]
+        if declared != part.class_name:
             raise UnsupportedModelError(
-                f"{folder}: component {part} is {declared!r}; only {expected} is supported here"
+                f"{folder}: component {component} is {declared!r}; only {part.class_name} is supported here"
             )
-        config = read_json(folder / part / "config.json")
-        weights = Weights(weight_files(folder, part))
+        config = read_json(folder / component / "config.json")
+        weights = Weights(weight_files(folder, component, part.stem))
         files.update({file.relative_to(folder).as_posix(): file for file in weights.files})
-        parts[part] = Component.of(part, f"{folder / part}", config, weights)
-    tokenizer = folder / "tokenizer"
-    if not any((tokenizer / file).is_file() for file in TOKENIZER_FILES):
-        raise CheckpointError(f"{tokenizer} has no {' or '.join(TOKENIZER_FILES)}: the checkpoint is incomplete")
-    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
+        components[component] = Component.of(part, f"{folder / component}", config, weights)
+    for tokenizer in family.tokenizers:
+        if not any((folder / tokenizer / file).is_file() for file in TOKENIZER_FILES):
+            names = " or ".join(TOKENIZER_FILES)
+            raise CheckpointError(f"{folder / tokenizer} has no {names}: the checkpoint is incomplete")
     return Checkpoint(
         name,
-        **parts,
-        tokenizer=tokenizer,
-        scheduler=scheduler,
+        family.name,
+        components,
+        tokenizers={tokenizer: TokenizerSource(folder / tokenizer) for tokenizer in family.tokenizers},
+        scheduler=read_json(folder / "scheduler" / "scheduler_config.json"),
         files=files,
         revision=revision,
         defaults=_defaults(folder, index),
     )
+
+
+def family_of_index(folder: Path, index: Mapping[str, Any]) -> Family:
+    """Return the family that a folder's `model_index.json` names, or raise `UnsupportedModelError`."""
+    pipeline = index.get("_class_name")
+    family = family_of_pipeline(pipeline)
+    if family is None:
+        known = ", ".join(name for family in families() for name in family.pipelines)
+        raise UnsupportedModelError(f"{folder}: pipeline {pipeline!r} is not supported, only {known}")
+    return family
 
 
 def _defaults(folder: Path, index: dict[str, Any]) -> dict[str, float]:
@@ -70,12 +75,11 @@ def _defaults(folder: Path, index: dict[str, Any]) -> dict[str, float]:
     return table
 
 
-def weight_files(folder: Path, part: str) -> list[Path]:
+def weight_files(folder: Path, part: str, stem: str) -> list[Path]:
     """Return the safetensors files of a component, its shards when it is split.
 
     Raises `CheckpointError` when there are none, saying so when there are only pickles.
     """
-    stem = WEIGHTS[part][1]
     for variant in VARIANTS:
         single = folder / part / f"{stem}{variant}.safetensors"
         if single.is_file():

@@ -6,16 +6,17 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from ..engines.bundle import TokenizerInfo
-from ..engines.errors import CheckpointError
+from ...engines.bundle import TokenizerInfo
+from ...engines.errors import CheckpointError
 
 
 def write_tokenizer(
-    folder: Path, file: Path, *, max_length: int, vocab_size: int, pad_id: int | None = None
+    folder: Path, file: Path, *, max_length: int, vocab_size: int, pad_id: int | None = None, output: str = "token_ids"
 ) -> TokenizerInfo:
     """Write the tokenizer of a checkpoint's `tokenizer` folder and return the contract of its text encoder.
 
-    Reads `tokenizer.json`, or `vocab.json` with `merges.txt`. `pad_id` replaces the tokenizer's own padding token.
+    Reads `tokenizer.json`, or `vocab.json` with `merges.txt`. `pad_id` replaces the tokenizer's own padding token,
+    `output` is the graph input that the ids feed.
     Raises `CheckpointError` when the files cannot be read or have more tokens than the encoder's `vocab_size`.
     """
     from transformers import CLIPTokenizerFast
@@ -33,6 +34,7 @@ def write_tokenizer(
     tokenizer.save(str(file))
     return TokenizerInfo(
         file=file.name,
+        output=output,
         max_length=min(max_length, source.model_max_length),
         bos_id=source.bos_token_id,
         eos_id=source.eos_token_id,

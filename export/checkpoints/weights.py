@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ..engines.errors import CheckpointError, UnsupportedModelError
+from ...engines.errors import CheckpointError, UnsupportedModelError
 
 PICKLES = (".ckpt", ".bin", ".pt", ".pth", ".pkl")
 PICKLE_REASON = (

@@ -5,14 +5,14 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from ..engines.errors import CheckpointError, RequestError
+from ...engines.errors import CheckpointError, RequestError, UnsupportedModelError, reason
+from ..families import Family, families
 from .checkpoint import Checkpoint
-from .diffusers_folder import TOKENIZER_FILES, VARIANTS, WEIGHTS, open_folder
-from .single_files.stable_diffusion import PREDICTION_TYPES, open_single_file
-from .weights import PICKLE_REASON, PICKLES
+from .diffusers_folder import TOKENIZER_FILES, VARIANTS, family_of_index, open_folder, read_json
+from .weights import PICKLE_REASON, PICKLES, Weights
 
+PREDICTION_TYPES = ("epsilon", "v_prediction")
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-CONFIGS = ["model_index.json", "scheduler/scheduler_config.json", *(f"{part}/config.json" for part in WEIGHTS)]
 TOKENIZER = ["tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json"]
 
 
@@ -38,7 +38,7 @@ def open_checkpoint(
             raise CheckpointError(
                 f"{source} is no checkpoint: give a .safetensors file, a diffusers folder or a hub id"
             )
-        return open_single_file(path, lambda family: tokenizer_folder(tokenizer or family), prediction_type)
+        return _open_file(path, tokenizer, prediction_type)
     if tokenizer or prediction_type:
         raise RequestError(
             "tokenizer and prediction_type are for single .safetensors files: a diffusers folder has both"
@@ -51,6 +51,18 @@ def open_checkpoint(
         )
     folder = _download_checkpoint(str(source), revision)
     return open_folder(folder, str(source), folder.name)
+
+
+def _open_file(path: Path, tokenizer: str | Path | None, prediction_type: str | None) -> Checkpoint:
+    weights = Weights([path])
+    for family in families():
+        opened = family.open_file(path, weights, lambda own: tokenizer_folder(tokenizer or own), prediction_type)
+        if opened is not None:
+            return opened
+    raise UnsupportedModelError(
+        f"{path} is not in the original layout of {', '.join(family.title for family in families())}: "
+        "give a full checkpoint, or the diffusers folder"
+    )
 
 
 def tokenizer_folder(source: str | Path) -> Path:
@@ -73,20 +85,27 @@ def tokenizer_folder(source: str | Path) -> Path:
 
 
 def _download_checkpoint(repository: str, revision: str | None) -> Path:
-    """Fetch configs and tokenizer, then each component's full-precision weights, or else its half-precision ones."""
-    folder = _download(repository, revision, CONFIGS + [f"tokenizer/{file}" for file in TOKENIZER])
-    wanted = dict(WEIGHTS)
+    """Fetch configs and tokenizers, then each component's full-precision weights, or else its half-precision ones."""
+    folder = _download(repository, revision, ["model_index.json"])
+    family = family_of_index(folder, read_json(folder / "model_index.json"))
+    folder = _download(repository, revision, _config_patterns(family))
+    wanted = dict(family.parts)
     for variant in VARIANTS:
-        patterns = [pattern for part, (_, stem) in wanted.items() for pattern in _weight_patterns(part, stem, variant)]
+        patterns = [p for component, part in wanted.items() for p in _weight_patterns(component, part.stem, variant)]
         if patterns:
             folder = _download(repository, revision, patterns)
-        wanted = {part: v for part, v in wanted.items() if not any((folder / part).glob("*.safetensors"))}
+        wanted = {name: part for name, part in wanted.items() if not any((folder / name).glob("*.safetensors"))}
     if wanted:
         raise CheckpointError(
             f"{repository} has no .safetensors weights for {', '.join(wanted)}, on the hub or in the local cache; "
             f"{PICKLE_REASON}"
         )
     return folder
+
+
+def _config_patterns(family: Family) -> list[str]:
+    configs = ["model_index.json", "scheduler/scheduler_config.json", *(f"{part}/config.json" for part in family.parts)]
+    return configs + [f"{folder}/{file}" for folder in family.tokenizers for file in TOKENIZER]
 
 
 def _weight_patterns(part: str, stem: str, variant: str) -> list[str]:
@@ -120,5 +139,4 @@ def _download(repository: str, revision: str | None, patterns: list[str]) -> Pat
             "and the hub cannot be reached: connect (with HF_HUB_OFFLINE unset) or give a local folder"
         ) from error
     except (OSError, ValueError, errors.HfHubHTTPError) as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise CheckpointError(f"{repository} cannot be fetched from the hub ({reason[0]})") from error
+        raise CheckpointError(f"{repository} cannot be fetched from the hub ({reason(error)})") from error

@@ -1,0 +1,118 @@
+"""diffusers' `AutoencoderKL` as graphs: the decoder at the end of every request, the encoder for initial pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..engines.bundle import TensorInfo
+from .checkpoints.checkpoint import Part
+from .graph import Graph
+
+
+class _Half(nn.Module):
+    """One half of an autoencoder, with the scale and shift of its latents; the other half's weights are let go."""
+
+    vae: Any
+
+    def __init__(self, vae: Any, *others: str) -> None:
+        super().__init__()
+        for other in others:
+            setattr(vae, other, None)
+        self.vae = vae
+        self.scale: float = vae.config.scaling_factor
+        self.shift: float = vae.config.shift_factor or 0.0
+
+
+class Decoder(_Half):
+    """The VAE's decoder with everything between latents and a picture."""
+
+    def __init__(self, vae: Any) -> None:
+        super().__init__(vae, "encoder", "quant_conv")
+
+    def forward(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the pictures of latents [B, C, h, w]: bytes and floats in [0, 1], both [B, H, W, 3]."""
+        latents = latents / self.scale + self.shift if self.shift else latents / self.scale
+        decoded = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0].float()
+        pixels = (decoded * 0.5 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
+        return (pixels * 255).round().to(torch.uint8), pixels
+
+
+class ImageEncoder(_Half):
+    """The VAE's encoder with everything between a picture and the moments of its latents."""
+
+    def __init__(self, vae: Any) -> None:
+        super().__init__(vae, "decoder", "post_quant_conv")
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean and standard deviation [B, C, h, w] of the latents of pictures [B, H, W, 3] in bytes."""
+        pixels = (image.float() / 255 * 2 - 1).permute(0, 3, 1, 2)
+        moments = self.vae.encode(pixels.to(self.vae.dtype), return_dict=False)[0]
+        mean, std = moments.mean.float(), moments.std.float()
+        return (mean - self.shift) * self.scale if self.shift else mean * self.scale, std * self.scale
+
+
+def decoder_graph(vae: Any) -> Graph:
+    """Latents [B, C, h, w] to pictures [B, H, W, 3], as bytes and as floats in [0, 1]."""
+    factor = vae_factor(vae.config)
+    picture = ("B", f"{factor}*h", f"{factor}*w", vae.config.out_channels)
+    return Graph(
+        "decoder",
+        "end",
+        Decoder(vae),
+        (TensorInfo(name="latents", dtype="float32", shape=("B", vae.config.latent_channels, "h", "w")),),
+        (
+            TensorInfo(name="image", dtype="uint8", shape=picture),
+            TensorInfo(name="pixels", dtype="float32", shape=picture),
+        ),
+        limits={},
+        multiples={},
+    )
+
+
+def image_encoder_graph(vae: Any) -> Graph:
+    """A picture [B, H, W, 3] in bytes to mean and standard deviation of its latents [B, C, h, w]."""
+    factor = vae_factor(vae.config)
+    latents = ("B", vae.config.latent_channels, "h", "w")
+    return Graph(
+        "image_encoder",
+        "image",
+        ImageEncoder(vae),
+        (TensorInfo(name="image", dtype="uint8", shape=("B", f"{factor}*h", f"{factor}*w", vae.config.in_channels)),),
+        (
+            TensorInfo(name="latents_mean", dtype="float32", shape=latents),
+            TensorInfo(name="latents_std", dtype="float32", shape=latents),
+        ),
+        limits={"image": 256},
+        multiples={},
+    )
+
+
+def vae_factor(config: Mapping[str, Any]) -> int:
+    """Return how many pixels a latent cell covers on each side."""
+    return 2 ** (len(config["block_out_channels"]) - 1)
+
+
+def _old_attention_name(name: str) -> str:
+    """Return the name that autoencoders saved before diffusers 0.15 give to an attention weight."""
+    for new, old in {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}.items():
+        name = name.replace(f".{new}.", f".{old}.")
+    return name
+
+
+def _class() -> Any:
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+    return AutoencoderKL
+
+
+AUTOENCODER_KL = Part(
+    "AutoencoderKL",
+    "diffusion_pytorch_model",
+    configured=_class,
+    build=lambda config: _class().from_config(dict(config)),
+    renames=(_old_attention_name,),
+)

@@ -1,0 +1,1 @@
+"""Checkpoints opened for export: folders, single files and the hub, whatever their family."""

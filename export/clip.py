@@ -1,0 +1,62 @@
+"""transformers' `CLIPTextModel` as a graph."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..engines.bundle import Precision, TensorInfo
+from .checkpoints.checkpoint import Part
+from .graph import Graph, network_dtype
+
+
+class TextEncoder(nn.Module):
+    """CLIP's last hidden state, after the final layer norm."""
+
+    encoder: Any
+
+    def __init__(self, encoder: Any) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        """Return the conditioning [R, L, E] of token ids [R, L]."""
+        return self.encoder(token_ids, return_dict=False)[0]
+
+
+def text_encoder_graph(encoder: Any, length: int, precision: Precision) -> Graph:
+    """Token ids [R, L] to conditioning [R, L, E]."""
+    config = encoder.config
+    return Graph(
+        "text_encoder",
+        "prompt",
+        TextEncoder(encoder),
+        (TensorInfo(name="token_ids", dtype="int64", shape=("R", length)),),
+        (TensorInfo(name="context", dtype=network_dtype(precision), shape=("R", length, config.hidden_size)),),
+        limits={"token_ids": config.vocab_size},
+        multiples={},
+    )
+
+
+def _config_class() -> Any:
+    from transformers import CLIPTextConfig
+
+    return CLIPTextConfig
+
+
+def _build(config: Any) -> nn.Module:
+    from transformers import CLIPTextModel
+
+    model: nn.Module = CLIPTextModel(_config_class().from_dict(dict(config)))
+    return model
+
+
+CLIP_TEXT = Part(
+    "CLIPTextModel",
+    "model",
+    configured=_config_class,
+    build=_build,
+    # Files and modules have or lack the prefix, depending on the version of transformers.
+    renames=(lambda name: f"text_model.{name}", lambda name: name.removeprefix("text_model.")),
+)

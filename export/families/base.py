@@ -1,0 +1,74 @@
+"""What a model family is to the exporter: it recognizes its checkpoints and turns them into graphs.
+
+A family is one module in this folder with an object called `FAMILY`. Nothing else names it: the exporter, the runtime
+and the engines work with what it returns.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+from ...engines.bundle import LatentInfo, NumbersInput, Precision
+from ..checkpoints.checkpoint import Checkpoint, Part
+from ..checkpoints.weights import Weights
+from ..graph import Graph
+
+FindTokenizer = Callable[[str], Path]
+"""Returns a folder with tokenizer files for the family's own hub id of one, unless the user named another."""
+
+
+class Family(ABC):
+    """A family of checkpoints with one way to export them."""
+
+    name: ClassVar[str]
+    """What manifests call the family."""
+    title: ClassVar[str]
+    """What messages call it."""
+    pipelines: ClassVar[tuple[str, ...]]
+    """Class names in `model_index.json` that mean this family."""
+    parts: ClassVar[Mapping[str, Part]]
+    """The networks of a checkpoint by their folder."""
+    tokenizers: ClassVar[tuple[str, ...]] = ("tokenizer",)
+    """The folders of its tokenizers."""
+
+    def open_file(
+        self, file: Path, weights: Weights, tokenizer: FindTokenizer, prediction_type: str | None
+    ) -> Checkpoint | None:
+        """Open a single file of the family's original layout; None for a file of any other layout."""
+        return None
+
+    @abstractmethod
+    def check(self, checkpoint: Checkpoint) -> None:
+        """Raise `UnsupportedModelError` for an architecture whose graphs would not fit the contracts."""
+
+    def token_lengths(self, checkpoint: Checkpoint) -> Mapping[str, tuple[int, int]]:
+        """Return the most tokens of a prompt and the size of the vocabulary, for each tokenizer.
+
+        By default they are the positions and the vocabulary of the encoder beside it: `tokenizer_2`, `text_encoder_2`.
+        """
+        configs = {name: checkpoint.config(name.replace("tokenizer", "text_encoder")) for name in self.tokenizers}
+        return {name: (each["max_position_embeddings"], each["vocab_size"]) for name, each in configs.items()}
+
+    @abstractmethod
+    def graphs(
+        self, checkpoint: Checkpoint, precision: Precision, lengths: Mapping[str, int]
+    ) -> Mapping[str, Callable[[], Graph]]:
+        """Return what loads each network as a graph, by the graph's name, in the order of a request.
+
+        `lengths` are the tokens of a prompt, for each tokenizer. One graph is loaded at a time.
+        """
+
+    @abstractmethod
+    def latent(self, checkpoint: Checkpoint) -> LatentInfo:
+        """Return the latent geometry and the size that the checkpoint was trained for."""
+
+    def inputs(self, checkpoint: Checkpoint) -> tuple[NumbersInput, ...]:
+        """Return what graphs read beside token ids and no graph writes, such as the size of the picture."""
+        return ()
+
+    @abstractmethod
+    def pipeline(self, checkpoint: Checkpoint) -> Any:
+        """Return diffusers' own pipeline of the checkpoint, in float32 on the CPU, as the reference of `verify`."""

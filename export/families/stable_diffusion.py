@@ -1,0 +1,171 @@
+"""Stable Diffusion 1.x and 2.x: one CLIP text encoder, a U-Net with cross-attention, a KL autoencoder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from ...engines.bundle import LatentInfo, Precision, TensorInfo
+from ...engines.errors import CheckpointError, UnsupportedModelError
+from ..autoencoder import AUTOENCODER_KL, decoder_graph, image_encoder_graph, vae_factor
+from ..checkpoints.checkpoint import Checkpoint, Part
+from ..checkpoints.weights import Weights
+from ..clip import CLIP_TEXT, text_encoder_graph
+from ..graph import Graph, network_dtype
+from ..single_files.stable_diffusion import open_single_file
+from .base import Family, FindTokenizer
+
+ORDINARY_UNET = {  # config keys that change what a U-Net takes in, with the values that leave it alone
+    "addition_embed_type": (None,),
+    "class_embed_type": (None,),
+    "num_class_embeds": (None,),
+    "encoder_hid_dim": (None,),
+    "encoder_hid_dim_type": (None,),
+    "time_cond_proj_dim": (None,),
+    "attention_type": (None, "default"),
+    "cross_attention_norm": (None,),
+    "dual_cross_attention": (None, False),
+}
+
+
+def _unet_class() -> Any:
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+    return UNet2DConditionModel
+
+
+UNET = Part(
+    "UNet2DConditionModel",
+    "diffusion_pytorch_model",
+    configured=_unet_class,
+    build=lambda config: _unet_class().from_config(dict(config)),
+)
+
+
+class Denoiser(nn.Module):
+    """The U-Net; its timestep embedding is computed in float32 whatever its own precision."""
+
+    unet: Any
+
+    def __init__(self, unet: Any) -> None:
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, model_input: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
+        """Return the prediction [R, C, h, w]."""
+        return self.unet(model_input, timestep, context, return_dict=False)[0]
+
+
+def denoiser_graph(unet: Any, length: int, precision: Precision) -> Graph:
+    """Noisy latents [R, C, h, w], timesteps [R] and conditioning [R, L, E] to the prediction [R, C, h, w]."""
+    config, dtype = unet.config, network_dtype(precision)
+    latents = ("R", config.in_channels, "h", "w")
+    multiple = denoiser_multiple(config)
+    return Graph(
+        "denoiser",
+        "step",
+        Denoiser(unet),
+        (
+            TensorInfo(name="model_input", dtype=dtype, shape=latents),
+            TensorInfo(name="timestep", dtype="float32", shape=("R",)),
+            TensorInfo(name="context", dtype=dtype, shape=("R", length, config.cross_attention_dim)),
+        ),
+        (TensorInfo(name="prediction", dtype=dtype, shape=latents),),
+        limits={"timestep": 1000},
+        multiples={"h": multiple, "w": multiple},
+    )
+
+
+def denoiser_multiple(config: Mapping[str, Any]) -> int:
+    """Return what latent heights and widths must be multiples of: the U-Net halves them once per level but the last."""
+    return 2 ** (len(config["block_out_channels"]) - 1)
+
+
+class StableDiffusion(Family):
+    """Stable Diffusion 1.x and 2.x, text to image."""
+
+    name = "stable-diffusion"
+    title = "Stable Diffusion 1.x and 2.x"
+    pipelines = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline")
+    parts: ClassVar[Mapping[str, Part]] = {"text_encoder": CLIP_TEXT, "unet": UNET, "vae": AUTOENCODER_KL}
+
+    def open_file(
+        self, file: Path, weights: Weights, tokenizer: FindTokenizer, prediction_type: str | None
+    ) -> Checkpoint | None:
+        """Open a single file of the original layout."""
+        return open_single_file(file, weights, self.name, self.parts, tokenizer, prediction_type)
+
+    def check(self, checkpoint: Checkpoint) -> None:
+        """Raise `UnsupportedModelError` for U-Nets with other inputs than latents, timestep and text."""
+        unet, vae = checkpoint.config("unet"), checkpoint.config("vae")
+        where = checkpoint.components["unet"].where
+        for key, ordinary in ORDINARY_UNET.items():
+            if unet.get(key) not in ordinary:
+                raise UnsupportedModelError(
+                    f"{where}: U-Net option {key}={unet[key]!r} is not supported; "
+                    "Stable Diffusion 1.x and 2.x text-to-image checkpoints are"
+                )
+        latent, channels = vae["latent_channels"], (unet["in_channels"], unet["out_channels"])
+        if channels != (latent, latent):
+            raise UnsupportedModelError(
+                f"{where}: the U-Net takes {channels[0]} and gives {channels[1]} channels where the VAE has "
+                f"{latent}: inpainting, depth and upscaling checkpoints are not supported, use the ordinary one"
+            )
+        width = checkpoint.config("text_encoder")["hidden_size"]
+        if width != unet["cross_attention_dim"]:
+            raise CheckpointError(
+                f"{where}: cross_attention_dim is {unet['cross_attention_dim']!r} where the text encoder "
+                f"gives {width}: the parts belong to different checkpoints"
+            )
+
+    def graphs(
+        self, checkpoint: Checkpoint, precision: Precision, lengths: Mapping[str, int]
+    ) -> Mapping[str, Callable[[], Graph]]:
+        """Return text encoder, denoiser, decoder and image encoder."""
+        length = lengths["tokenizer"]
+        return {
+            "text_encoder": lambda: text_encoder_graph(checkpoint.load("text_encoder"), length, precision),
+            "denoiser": lambda: denoiser_graph(checkpoint.load("unet"), length, precision),
+            "decoder": lambda: decoder_graph(checkpoint.load("vae")),
+            "image_encoder": lambda: image_encoder_graph(checkpoint.load("vae")),
+        }
+
+    def latent(self, checkpoint: Checkpoint) -> LatentInfo:
+        """Return the VAE's geometry; the U-Net halves its input once for every level but the last."""
+        unet = checkpoint.config("unet")
+        factor, size = vae_factor(checkpoint.config("vae")), unet.get("sample_size") or 64
+        height, width = (size, size) if isinstance(size, int) else size
+        return LatentInfo(
+            channels=unet["in_channels"],
+            downscale=factor,
+            size_multiple=factor * denoiser_multiple(unet),
+            default_height=height * factor,
+            default_width=width * factor,
+        )
+
+    def pipeline(self, checkpoint: Checkpoint) -> Any:
+        """Return a `StableDiffusionPipeline` of the checkpoint, with its own scheduler and tokenizer."""
+        import diffusers
+        from transformers import CLIPTokenizerFast
+
+        scheduler = getattr(diffusers, checkpoint.scheduler["_class_name"])
+        source = checkpoint.tokenizers["tokenizer"]
+        tokenizer = CLIPTokenizerFast.from_pretrained(str(source.folder), local_files_only=True)
+        if source.pad_id is not None:
+            tokenizer.pad_token_id = source.pad_id
+        return diffusers.StableDiffusionPipeline(
+            vae=checkpoint.load("vae"),
+            text_encoder=checkpoint.load("text_encoder"),
+            tokenizer=tokenizer,
+            unet=checkpoint.load("unet"),
+            scheduler=scheduler.from_config(dict(checkpoint.scheduler)),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+
+
+FAMILY = StableDiffusion()

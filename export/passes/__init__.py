@@ -1,0 +1,1 @@
+"""What the exporter changes in a network or its graph, whatever its family."""
