@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from .errors import MissingExtraError
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
@@ -16,15 +13,6 @@ _FUSED = {"q_num_heads", "kv_num_heads", "scale"}
 """Attributes of an `Attention` that `MultiHeadAttention` can express."""
 _EXPANDED = {*_FUSED, "is_causal", "qk_matmul_output_mode", "softcap"}
 """Attributes of an `Attention` that plain operators can stand for, when those that are not of `_FUSED` are zero."""
-
-
-def load_graph(path: Path, extra: str) -> ModelProto:
-    """Read an ONNX file without its external data; `extra` brings the package that this takes."""
-    try:
-        import onnx
-    except ImportError as error:
-        raise MissingExtraError(extra, "rewriting a graph for this backend") from error
-    return onnx.load(path, load_external_data=False)
 
 
 def rewrite(model: ModelProto, *, fuse: bool = False, expand: bool = False) -> None:

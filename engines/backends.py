@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol
@@ -13,7 +14,8 @@ from .engine import Engine, Shapes
 from .errors import BackendUnavailableError, RequestError
 from .onnxruntime import cpu as onnxruntime_cpu
 from .onnxruntime import cuda as onnxruntime_cuda
-from .tensorrt import engine as tensorrt
+from .options import describe
+from .tensorrt import backend as tensorrt
 
 
 class Backend(Protocol):
@@ -26,6 +28,10 @@ class Backend(Protocol):
     @property
     def device(self) -> Device:
         """Where its engines run."""
+
+    @property
+    def lock(self) -> threading.RLock:
+        """Held while a request runs on it: its engines share the device's memory and stream."""
 
     @property
     def dynamic(self) -> bool:
@@ -66,6 +72,14 @@ def factory(name: str) -> Callable[..., Backend]:
     return _BACKENDS[name][1]
 
 
+def option_help(name: str) -> dict[str, tuple[str, Any, str]]:
+    """Return the options of a backend that `--option` takes: the type in words, the default and the meaning of each.
+
+    Raises `BackendUnavailableError` for an unknown name; the backend need not work here.
+    """
+    return describe(factory(resolve(name)))
+
+
 def open_backend(name: str = "auto", **options: Any) -> Backend:
     """Open a backend by name; `auto` takes the first that works here.
 
@@ -74,8 +88,8 @@ def open_backend(name: str = "auto", **options: Any) -> Backend:
     """
     name = resolve(name)
     known = inspect.signature(factory(name)).parameters
-    if "progress" not in known:  # builds that take seconds report none
-        options.pop("progress", None)
+    for common in {"cache", "progress"} - set(known):  # a backend that builds nothing, or nothing that takes long
+        options.pop(common, None)
     if unknown := [option for option in options if option not in known]:
         raise RequestError(f"backend {name} has no option {unknown[0]!r}: it has {', '.join(known)}")
     return factory(name)(**options)

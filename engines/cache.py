@@ -6,7 +6,7 @@
     <home>/engines/.locks/<graph>-<key>        held by the process that builds
 
 A build that was killed leaves only a folder under `.building`, which the next process that opens the cache removes: its
-lock is free. A key that cannot be computed is a miss.
+lock is free. A key that cannot be written as JSON is an error, never a hit.
 """
 
 from __future__ import annotations
@@ -93,6 +93,20 @@ class EngineCache:
             except ValueError:
                 continue
         return found
+
+    def remove(self, entry: Mapping[str, Any]) -> bool:
+        """Remove an engine that `entries` has listed; one whose lock another process holds stays, and gives False.
+
+        Raises `StorageError` when it cannot be removed.
+        """
+        folder: Path = entry["folder"]
+        leaving = self.root / ".building" / folder.name  # swept if this process is killed on the way
+        with self._writing(), self._lock(folder.name, wait=False) as held:
+            if held:
+                leaving.parent.mkdir(exist_ok=True)
+                folder.rename(leaving)
+                shutil.rmtree(leaving)
+            return held
 
     def sweep(self) -> None:
         """Remove what builds that were killed left behind."""

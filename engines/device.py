@@ -1,7 +1,7 @@
 """What a device is to the rest of latentrt: memory, streams, events and captured graphs.
 
-Two implementations: `host` (numpy, work runs at once) and `cuda` (cuda.core). The denoising loop
-is written against them once, so the loop that the CPU tests run is the loop that a GPU runs.
+Two implementations: `host` (numpy, work runs at once) and `cuda` (`cuda.bindings`). The denoising loop is written
+against them once, so the loop that the CPU tests run is the loop that a GPU runs.
 """
 
 from __future__ import annotations

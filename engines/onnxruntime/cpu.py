@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from ..attention import load_graph, rewrite
+from ..attention import rewrite
 from ..bundle import Bundle, GraphInfo
 from ..cache import EngineCache
 from ..device import Stream, Tensor
-from ..engine import Shapes, check_binding
+from ..engine import Shapes
 from ..errors import BackendUnavailableError, EngineError, RequestError, reason
 from ..host import HostDevice, HostStream
 from ..machine import processor_identity, usable_cores
+from ..onnx_graph import load_graph
+from .session import OnnxRuntimeEngine
 
 BUILDER = 1
 """Raised when what `_build` does to a graph changes, so that engines built before are not reused."""
@@ -43,19 +46,28 @@ class OnnxRuntimeCpu:
     dynamic = True
     can_capture = True
 
-    def __init__(self, *, cache: EngineCache | None = None, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        cache: EngineCache | None = None,
+        threads: Annotated[
+            int | None, "threads that a run uses (default: one for each core that this process may use)"
+        ] = None,
+    ) -> None:
+        """Open the processor; raises `BackendUnavailableError` without ONNX Runtime, `RequestError` for bad options."""
         if threads is not None and not 1 <= threads <= (os.cpu_count() or 1):
             raise RequestError(f"threads is {threads}: this machine has {os.cpu_count()} cores, give 1 or more of them")
         if reason := unavailable_reason():
             raise BackendUnavailableError(f"backend {self.name}: {reason}")
         self.device = HostDevice()
+        self.lock = threading.RLock()
         self.threads = threads or usable_cores()
         self._cache = cache or EngineCache()
 
     def open(self, bundle: Bundle, graph: GraphInfo, shapes: Shapes | None = None) -> OnnxRuntimeEngine:
         """Open one graph of a bundle, building its engine first when the cache has none."""
         folder = self._cache.get(graph.name, self.key(bundle, graph), lambda out: self._build(bundle, graph, out))
-        return OnnxRuntimeEngine(graph, self._session(folder / "model.onnx", graph))
+        return OnnxRuntimeEngine(graph, self._session(folder / "model.onnx", graph), OnnxRuntimeBinding)
 
     def key(self, bundle: Bundle, graph: GraphInfo) -> dict[str, Any]:
         """Return everything that changes an engine of this backend."""
@@ -116,37 +128,13 @@ class OnnxRuntimeCpu:
             raise EngineError(f"engine {path} cannot be opened ({reason(error)}): delete its folder") from error
 
 
-class OnnxRuntimeEngine:
-    """One session; each binding keeps its own input and output addresses."""
-
-    def __init__(self, graph: GraphInfo, session: Any) -> None:
-        self.name = graph.name
-        self.inputs = {t.name: t for t in graph.inputs}
-        self.outputs = {t.name: t for t in graph.outputs}
-        self._session = session
-
-    def bind(self, tensors: Mapping[str, Tensor]) -> OnnxRuntimeBinding:
-        """Bind inputs and outputs to host memory; see `Engine.bind`."""
-        if self._session is None:
-            raise EngineError(f"engine {self.name} is closed")
-        check_binding(self, tensors)
-        return OnnxRuntimeBinding(self, tensors)
-
-    def close(self) -> None:
-        """Free the session; calling it again does nothing."""
-        self._session = None
-
-
 class OnnxRuntimeBinding:
     """Fixed addresses for one session."""
 
     def __init__(self, engine: OnnxRuntimeEngine, tensors: Mapping[str, Tensor]) -> None:
         self._engine = engine
         self._tensors = dict(tensors)  # keeps the memory alive
-        self._binding = engine._session.io_binding()
-        for name, tensor in tensors.items():
-            bind = self._binding.bind_input if name in engine.inputs else self._binding.bind_output
-            bind(name, "cpu", 0, tensor.dtype, tensor.shape, tensor.pointer)
+        self._addresses = engine.addresses(tensors, "cpu")
 
     def enqueue(self, stream: Stream) -> None:
         """Run now, or record the run when the stream captures."""
@@ -154,13 +142,7 @@ class OnnxRuntimeBinding:
         stream.submit(self._run)
 
     def _run(self) -> None:
-        session = self._engine._session
-        if session is None:
-            raise EngineError(f"engine {self._engine.name} is closed")
-        try:
-            session.run_with_iobinding(self._binding)
-        except Exception as error:
-            raise EngineError(f"engine {self._engine.name} failed: {reason(error)}") from error
+        self._engine.run(self._addresses)
 
 
 def _graph_for_cpu(path: Path) -> bytes:

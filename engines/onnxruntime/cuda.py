@@ -1,40 +1,35 @@
 """ONNX Runtime on an NVIDIA GPU, on our memory and stream, nothing waiting in a run.
 
 Sessions run on one stream of the backend's own, which is fixed when a session is made; each run is chained behind the
-caller's stream and the caller's behind it, so any stream may be given. Captured graphs, by the option `graphs`:
-
-    none           launches one by one
-    onnxruntime    each binding is captured and replayed by ONNX Runtime itself
-    ours           runs may be captured with `Stream.capture`. Not the default: releases up to 1.31 free host buffers in
-                   a way that a capture forbids, and end the process, for graphs that use such buffers
+caller's stream and the caller's behind it, so any stream may be given. Runs cannot be captured with `Stream.capture`:
+releases up to 1.31 free host buffers in a way that a capture forbids, and end the process. ONNX Runtime can capture and
+replay them itself (option `graphs`).
 """
 
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
-from ..attention import load_graph, rewrite
+from ..attention import rewrite
 from ..bundle import Bundle, GraphInfo
-from ..cache import EngineCache
-from ..cuda.device import CudaDevice, CudaStream, cuda_stream
+from ..cuda.device import CudaDevice
 from ..cuda.driver import unavailable_reason as no_driver
+from ..cuda.stream import cuda_stream
 from ..device import Stream, Tensor
-from ..engine import Shapes, check_binding
+from ..engine import Shapes
 from ..errors import BackendUnavailableError, EngineError, RequestError, reason
+from ..onnx_graph import load_graph
+from .session import OnnxRuntimeEngine
 
-Graphs = Literal["none", "onnxruntime", "ours"]
-
-PROVIDERS = {
-    "cuda": "CUDAExecutionProvider",
-    "tensorrt": "TensorrtExecutionProvider",
-    "tensorrt-rtx": "NvTensorRTRTXExecutionProvider",
-}
+PROVIDER = "CUDAExecutionProvider"
+Graphs = Literal["none", "onnxruntime"]
 
 
-def unavailable_reason(provider: str = "cuda") -> str | None:
+def unavailable_reason() -> str | None:
     """Return why this backend cannot run here, or None; imports ONNX Runtime only where there is a driver."""
     if reason := no_driver():
         return reason
@@ -42,48 +37,45 @@ def unavailable_reason(provider: str = "cuda") -> str | None:
         import onnxruntime
     except ImportError:
         return "onnxruntime-gpu is not installed: run `pip install 'latentrt[gpu]'`"
-    if PROVIDERS[provider] not in onnxruntime.get_available_providers():
+    if PROVIDER not in onnxruntime.get_available_providers():
         return (
-            f"the installed onnxruntime {onnxruntime.__version__} has no {PROVIDERS[provider]}: "
+            f"the installed onnxruntime {onnxruntime.__version__} has no {PROVIDER}: "
             "run `pip uninstall onnxruntime` and `pip install 'latentrt[gpu]'`"
         )
     return None
 
 
 class OnnxRuntimeCuda:
-    """Opens bundle graphs with ONNX Runtime's CUDA provider, or with a TensorRT provider in front of it."""
+    """Opens bundle graphs with ONNX Runtime's CUDA provider."""
 
     name = "onnxruntime-cuda"
     dynamic = True
+    can_capture = False
 
     def __init__(
         self,
         *,
-        cache: EngineCache | None = None,
-        gpu: int = 0,
-        provider: str = "cuda",
-        graphs: Graphs = "none",
+        gpu: Annotated[int, "which GPU, counted from 0"] = 0,
+        graphs: Annotated[
+            Graphs, "whether ONNX Runtime captures each engine's work and replays it (onnxruntime), or launches it"
+        ] = "none",
     ) -> None:
-        """Open a GPU; raises `BackendUnavailableError` where that cannot be done."""
-        if provider not in PROVIDERS:
-            raise RequestError(f"provider is {provider!r}: choose {', '.join(PROVIDERS)}")
+        """Open a GPU; raises `BackendUnavailableError` where that cannot be done, `RequestError` for bad options."""
         if graphs not in get_args(Graphs):
             raise RequestError(f"graphs is {graphs!r}: choose {', '.join(get_args(Graphs))}")
-        if reason := unavailable_reason(provider):
+        if reason := unavailable_reason():
             raise BackendUnavailableError(f"backend {self.name}: {reason}")
         import onnxruntime
 
         if hasattr(onnxruntime, "preload_dlls"):
             onnxruntime.preload_dlls()  # CUDA and cuDNN from Python packages, where the system has none
         self.device = CudaDevice(gpu)
+        self.lock = threading.RLock()
         self.stream = self.device.stream()
-        self.provider = provider
         self.graphs: Graphs = graphs
-        self.can_capture = graphs == "ours"
-        self.graph_ids = itertools.count(1)
-        self._cache = cache or EngineCache()
+        self._graph_ids = itertools.count(1)
 
-    def open(self, bundle: Bundle, graph: GraphInfo, shapes: Shapes | None = None) -> OnnxRuntimeCudaEngine:
+    def open(self, bundle: Bundle, graph: GraphInfo, shapes: Shapes | None = None) -> OnnxRuntimeEngine:
         """Open one graph of a bundle; its session serves every shape."""
         import onnxruntime as ort
 
@@ -94,124 +86,69 @@ class OnnxRuntimeCuda:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(files[0].parent))
         options.enable_mem_pattern = False  # a pattern moves the arena at the second run, and captures keep addresses
         self.device.activate()
-        providers = provider_options(
-            self.provider, self.device.number, self.stream.handle, self.graphs, self._cache.root / "onnxruntime"
-        )
+        provider = provider_options(self.device.number, self.stream.handle, self.graphs)
         try:
-            session = ort.InferenceSession(_graph_for(self.provider, files[0]), options, providers=providers)
+            session = ort.InferenceSession(_graph_for_cuda(files[0]), options, providers=[(PROVIDER, provider)])
         except Exception as error:  # onnxruntime's own exceptions share no base class
             raise EngineError(f"graph {graph.name} cannot be opened on {self.name}: {reason(error)}") from error
-        if PROVIDERS[self.provider] not in session.get_providers():
+        if PROVIDER not in session.get_providers():
             raise EngineError(
-                f"onnxruntime opened graph {graph.name} without {PROVIDERS[self.provider]}: "
-                "a CUDA, cuDNN or TensorRT library that it needs is missing"
+                f"onnxruntime opened graph {graph.name} without {PROVIDER}: "
+                "a CUDA or cuDNN library that it needs is missing"
             )
-        return OnnxRuntimeCudaEngine(self, graph, session)
+        return OnnxRuntimeEngine(graph, session, self._bind)
+
+    def _bind(self, engine: OnnxRuntimeEngine, tensors: Mapping[str, Tensor]) -> OnnxRuntimeCudaBinding:
+        return OnnxRuntimeCudaBinding(self, engine, tensors)
+
+    def run_options(self) -> Any:
+        """Return the options of one binding's runs: without waiting, and with captured work of its own."""
+        import onnxruntime as ort
+
+        options = ort.RunOptions()
+        options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+        if self.graphs == "onnxruntime":
+            options.add_run_config_entry("gpu_graph_id", str(next(self._graph_ids)))
+        return options
 
 
-def provider_options(
-    provider: str, gpu: int, stream: int, graphs: Graphs, cache: Path
-) -> list[tuple[str, dict[str, str]]]:
-    """Return the providers of a session in order, all on one stream, with an arena that grows by what is asked."""
-    common = {"device_id": str(gpu), "has_user_compute_stream": "1", "user_compute_stream": str(stream)}
-    capture = "1" if graphs == "onnxruntime" else "0"
-    cuda = {
-        **{name: value for name, value in common.items() if name != "has_user_compute_stream"},
+def provider_options(gpu: int, stream: int, graphs: Graphs) -> dict[str, str]:
+    """Return the CUDA provider's options: on a given stream, with an arena that grows by what is asked."""
+    return {
+        "device_id": str(gpu),
+        "user_compute_stream": str(stream),
         "arena_extend_strategy": "kSameAsRequested",
         "cudnn_conv_algo_search": "EXHAUSTIVE",
         "cudnn_conv_use_max_workspace": "1",
         "do_copy_in_default_stream": "1",
-        "enable_cuda_graph": capture,
+        "enable_cuda_graph": "1" if graphs == "onnxruntime" else "0",
     }
-    providers = [(PROVIDERS["cuda"], cuda)]
-    if provider == "tensorrt":
-        tensorrt = {
-            **common,
-            "trt_engine_cache_enable": "1",
-            "trt_engine_cache_path": str(cache),
-            "trt_timing_cache_enable": "1",
-            "trt_cuda_graph_enable": capture,
-        }
-        providers.insert(0, (PROVIDERS["tensorrt"], tensorrt))
-    elif provider == "tensorrt-rtx":
-        rtx = {**common, "nv_runtime_cache_path": str(cache), "enable_cuda_graph": capture}
-        providers.insert(0, (PROVIDERS["tensorrt-rtx"], rtx))
-    return providers
-
-
-class OnnxRuntimeCudaEngine:
-    """One session; each binding keeps its own input and output addresses."""
-
-    def __init__(self, backend: OnnxRuntimeCuda, graph: GraphInfo, session: Any) -> None:
-        self.name = graph.name
-        self.inputs = {t.name: t for t in graph.inputs}
-        self.outputs = {t.name: t for t in graph.outputs}
-        self.backend = backend
-        self.session = session
-
-    def bind(self, tensors: Mapping[str, Tensor]) -> OnnxRuntimeCudaBinding:
-        """Bind inputs and outputs to GPU memory; see `Engine.bind`."""
-        if self.session is None:
-            raise EngineError(f"engine {self.name} is closed")
-        check_binding(self, tensors)
-        return OnnxRuntimeCudaBinding(self, tensors)
-
-    def close(self) -> None:
-        """Free the session; calling it again does nothing."""
-        self.session = None
 
 
 class OnnxRuntimeCudaBinding:
-    """Fixed addresses for one session. It must run once before it can be captured."""
+    """Fixed addresses for one session."""
 
-    def __init__(self, engine: OnnxRuntimeCudaEngine, tensors: Mapping[str, Tensor]) -> None:
-        import onnxruntime as ort
-
-        backend = engine.backend
+    def __init__(self, backend: OnnxRuntimeCuda, engine: OnnxRuntimeEngine, tensors: Mapping[str, Tensor]) -> None:
         self._engine = engine
+        self._stream = backend.stream
         self._tensors = dict(tensors)  # keeps the memory alive
-        self._binding = engine.session.io_binding()
-        for name, tensor in tensors.items():
-            bind = self._binding.bind_input if name in engine.inputs else self._binding.bind_output
-            bind(name, "cuda", backend.device.number, tensor.dtype, tensor.shape, tensor.pointer)
-        self._options = ort.RunOptions()
-        self._options.add_run_config_entry("disable_synchronize_execution_providers", "1")
-        if backend.graphs == "onnxruntime":
-            self._options.add_run_config_entry("gpu_graph_id", str(next(backend.graph_ids)))
-        self._ran = False
+        self._addresses = engine.addresses(tensors, "cuda", backend.device.number)
+        self._options = backend.run_options()
 
     def enqueue(self, stream: Stream) -> None:
-        """Enqueue one run; returns without waiting for the GPU."""
-        engine, queue = self._engine, cuda_stream(stream)
-        if engine.session is None:
-            raise EngineError(f"engine {engine.name} is closed")
+        """Enqueue one run; returns without waiting for the GPU. Raises `EngineError` inside a capture."""
+        queue = cuda_stream(stream)
         if queue.capturing is not None:
-            self._check_capture()
-        own: CudaStream = engine.backend.stream
-        own.follow(queue)
+            raise EngineError(f"engine {self._engine.name} cannot be captured: run it in eager mode")
+        self._stream.follow(queue)
         try:
-            engine.session.run_with_iobinding(self._binding, self._options)
-        except Exception as error:
-            raise EngineError(f"engine {engine.name} failed: {reason(error)}") from error
+            self._engine.run(self._addresses, self._options)
         finally:
-            queue.follow(own)  # a capture that failed must still be joined, or it cannot be ended
-        self._ran = True
-
-    def _check_capture(self) -> None:
-        if not self._engine.backend.can_capture:
-            raise EngineError(
-                f"engine {self._engine.name} cannot be captured: open {self._engine.backend.name} with graphs='ours', "
-                "or run its steps in eager mode"
-            )
-        if not self._ran:
-            raise EngineError(f"engine {self._engine.name} has not run yet: enqueue it once outside a capture")
+            queue.follow(self._stream)  # what a run that failed has launched uses the tensors too
 
 
-def _graph_for(provider: str, path: Path) -> bytes:
-    """Return a graph without `Attention`: releases before 1.25 run it on the CPU, and TensorRT before 10.14 not at all.
-
-    TensorRT, for its part, cannot read ONNX Runtime's own operator.
-    """
+def _graph_for_cuda(path: Path) -> bytes:
+    """Return a graph without the standard `Attention`, which releases before 1.25 run on the CPU."""
     model = load_graph(path, "gpu")
-    rewrite(model, fuse=provider == "cuda", expand=True)
+    rewrite(model, fuse=True, expand=True)
     return model.SerializeToString()

@@ -6,20 +6,27 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, get_args
 
 from ..bundle import Bundle, GraphInfo
 from ..cache import SIDECAR, EngineCache
 from ..engine import Shapes, solve_sizes
 from ..errors import EngineError, RequestError, ShapeError
+from ..options import Bytes
 
 PLAN = "engine.plan"
-HARDWARE = ("ampere_plus", "same_compute_capability")
-"""What a plan may be compatible with beyond the GPU that it is built on."""
 BUILDER = 1
 """Raised when what the builder does to a network changes, so that plans built before are not reused."""
 
 Shape = tuple[int, ...]
+Hardware = Literal["ampere_plus", "same_compute_capability"]
+"""What a plan may be compatible with beyond the GPU that it is built on."""
+
+OptimizationLevel = Annotated[int | None, "0 (fastest build) to 5 (fastest engine) (default: the library's choice)"]
+Scratch = Annotated[Bytes | None, "the most scratch memory that a layer may use (default: the library's limit)"]
+OtherHardware = Annotated[
+    Hardware | None, "the other GPUs that a plan also runs on; not for tensorrt-rtx (default: none)"
+]
 
 
 @dataclass(frozen=True)
@@ -37,11 +44,6 @@ class Profile:
             sizes = list(zip(*(tuple(each[name]) for each in shapes), strict=True))
             ranges[name] = (tuple(map(min, sizes)), tuple(first[name]), tuple(map(max, sizes)))
         return cls(ranges)
-
-    @property
-    def static(self) -> bool:
-        """Whether it is for one set of shapes only."""
-        return all(low == high for low, _, high in self.ranges.values())
 
     def covers(self, shapes: Shapes) -> bool:
         """Tell whether a plan of this profile takes these input shapes."""
@@ -74,12 +76,9 @@ def profile_for(graph: GraphInfo, *shapes: Shapes) -> Profile:
 class PlanOptions:
     """What a plan is built with; `None` leaves a choice to the library."""
 
-    optimization_level: int | None = None
-    """0 (fastest build) to 5 (fastest engine)."""
-    scratch: int | None = None
-    """Bytes of scratch memory that a tactic may use."""
-    hardware: str | None = None
-    """`ampere_plus` or `same_compute_capability`: the plan also runs on other GPUs, and is slower."""
+    optimization_level: OptimizationLevel = None
+    scratch: Scratch = None
+    hardware: OtherHardware = None
     weight_streaming: bool = False
     """Whether weights may stay in host memory and be streamed to the GPU."""
 
@@ -89,8 +88,10 @@ class PlanOptions:
             raise RequestError(f"optimization_level is {level}: give 0 (fastest build) to 5 (fastest engine)")
         if scratch is not None and scratch <= 0:
             raise RequestError(f"scratch is {scratch}: give a number of bytes above 0, such as 2GiB")
-        if self.hardware not in (None, *HARDWARE):
-            raise RequestError(f"hardware is {self.hardware!r}: choose {', '.join(HARDWARE)}, or leave it out")
+        if self.hardware not in (None, *get_args(Hardware)):
+            raise RequestError(
+                f"hardware is {self.hardware!r}: choose {', '.join(get_args(Hardware))}, or leave it out"
+            )
 
 
 @dataclass(frozen=True)

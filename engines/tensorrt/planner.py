@@ -13,7 +13,8 @@ from ..cuda.device import CudaDevice
 from ..engine import Shapes
 from ..errors import EngineError, RequestError
 from ..progress import Progress
-from .builder import build_plan, load_library
+from .builder import build_plan
+from .library import load_library
 from .plan import PLAN, Plan, PlanOptions, Profile, find_dynamic, missing_plan, plan_key, profile_for
 
 Target = Mapping[str, str]

@@ -15,15 +15,19 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 import pytest
+from latentrt.engines.backends import Backend, open_backend, unavailable_reasons
 from latentrt.engines.cache import EngineCache
 from latentrt.engines.cuda.device import CudaDevice
 from latentrt.engines.cuda.driver import Driver
 from latentrt.engines.errors import EngineError
 from latentrt.engines.onnxruntime import cuda as onnxruntime_cuda
-from latentrt.engines.tensorrt import engine as tensorrt
+from latentrt.engines.tensorrt import backend as tensorrt
 from latentrt.engines.tensorrt import planner
 
 from .simulated_cuda import SimulatedDriver
+
+SIMULATED = ("simulated tensorrt", "simulated onnxruntime-cuda")
+ON_A_GPU = [pytest.param(n, marks=pytest.mark.gpu) for n in ("tensorrt", "tensorrt-rtx", "onnxruntime-cuda")]
 
 
 class Session:
@@ -116,7 +120,7 @@ class Context:
 
 
 class Library:
-    """Stands in for `tensorrt_builder.Library`."""
+    """Stands in for `tensorrt.library.Library`."""
 
     version = "0.simulated"
 
@@ -157,20 +161,29 @@ def tensorrt_backend(patch: pytest.MonkeyPatch, cache: EngineCache, **options: A
     return tensorrt.TensorRt("tensorrt", cache=cache, **options)
 
 
-def onnxruntime_backend(
-    patch: pytest.MonkeyPatch, cache: EngineCache, **options: Any
-) -> onnxruntime_cuda.OnnxRuntimeCuda:
+def onnxruntime_backend(patch: pytest.MonkeyPatch, **options: Any) -> onnxruntime_cuda.OnnxRuntimeCuda:
     """Return the ONNX Runtime CUDA backend on a simulated GPU."""
     driver = SimulatedDriver()
 
     def session(model: str, options: Any, providers: list[tuple[str, dict[str, str]]]) -> Session:
         return Session(model, int(providers[0][1]["user_compute_stream"]), driver)
 
-    patch.setattr(onnxruntime_cuda, "unavailable_reason", lambda provider: None)
+    patch.setattr(onnxruntime_cuda, "unavailable_reason", lambda: None)
     patch.setattr(onnxruntime_cuda, "CudaDevice", lambda gpu: CudaDevice(gpu, Driver(driver)))
     patch.setattr(ort, "InferenceSession", session)
     patch.setattr(ort, "preload_dlls", lambda: None, raising=False)
-    return onnxruntime_cuda.OnnxRuntimeCuda(cache=cache, **options)
+    return onnxruntime_cuda.OnnxRuntimeCuda(**options)
+
+
+def backend_named(name: str, patch: pytest.MonkeyPatch, cache: EngineCache) -> Backend:
+    """Return a backend of this machine or one of `SIMULATED`; skips the test where it cannot run."""
+    if name == "simulated tensorrt":
+        return tensorrt_backend(patch, cache)
+    if name == "simulated onnxruntime-cuda":
+        return onnxruntime_backend(patch)
+    if reason := unavailable_reasons()[name]:
+        pytest.skip(reason)
+    return open_backend(name, cache=cache)
 
 
 InferenceSession = ort.InferenceSession

@@ -1,9 +1,8 @@
 """A CUDA driver without a GPU: enough of `cuda.bindings.driver` to run the device layer, and stricter than a GPU.
 
 Device memory is host memory. Work waits in its stream until something synchronizes, so a copy out of memory that was
-changed or freed too early shows. A call without a current context, a wait inside a capture, work on freed memory and a
-capture that was not joined are errors; `live` counts what has not been freed. (One file, since it stands in for one
-module.)
+changed or freed too early shows. A call without a current context, a wait inside a capture and work on freed memory are
+errors; `live` counts what has not been freed.
 """
 
 from __future__ import annotations
@@ -14,50 +13,24 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from enum import IntEnum
 from typing import Any
 
+from .simulated_codes import CUdevice_attribute, CUresult, CUstreamCaptureMode, Failure
+
 Op = Callable[[], None]
-
-
-class CUresult(IntEnum):
-    CUDA_SUCCESS = 0
-    CUDA_ERROR_INVALID_VALUE = 1
-    CUDA_ERROR_OUT_OF_MEMORY = 2
-    CUDA_ERROR_INVALID_CONTEXT = 201
-    CUDA_ERROR_INVALID_HANDLE = 400
-    CUDA_ERROR_ILLEGAL_ADDRESS = 700
-    CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED = 900
-    CUDA_ERROR_STREAM_CAPTURE_INVALIDATED = 901
-    CUDA_ERROR_STREAM_CAPTURE_UNJOINED = 904
-
-
-class CUstreamCaptureMode(IntEnum):
-    CU_STREAM_CAPTURE_MODE_RELAXED = 2
-
-
-class CUdevice_attribute(IntEnum):
-    CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR = 75
-    CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR = 76
-
-
-class Failure(Exception):
-    def __init__(self, code: CUresult) -> None:
-        self.code = code
 
 
 class Capture:
     def __init__(self) -> None:
         self.ops: list[Op] = []
         self.valid = True
-        self.unjoined: set[int] = set()
 
 
 class Mark:
     """What one recording of an event stands for."""
 
-    def __init__(self, stream: int, capture: Capture | None) -> None:
-        self.stream, self.capture = stream, capture
+    def __init__(self, stream: int) -> None:
+        self.stream = stream
         self.time: float | None = None
 
 
@@ -207,24 +180,19 @@ class SimulatedDriver:
         self.live["event"] -= 1
 
     def _cuEventRecord(self, event: int, stream: int) -> None:
-        capture = self._captures.get(stream)
-        mark = self._events[event] = Mark(stream, capture)
-        if capture is not None:
-            capture.unjoined.discard(stream)
-        else:
-            self._submit(stream, lambda: setattr(mark, "time", time.perf_counter()))
+        if stream in self._captures:  # legal, but an event that nobody could wait for
+            self._fail(CUresult.CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED)
+        mark = self._events[event] = Mark(stream)
+        self._submit(stream, lambda: setattr(mark, "time", time.perf_counter()))
 
     def _cuStreamWaitEvent(self, stream: int, event: int, flags: int) -> None:
         mark = self._events[event]
         assert mark is not None
-        if mark.capture is not None:
-            self._captures[stream] = mark.capture
-        else:
-            self._submit(stream, lambda: self._reach(mark))
+        self._submit(stream, lambda: self._reach(mark))
 
     def _cuEventSynchronize(self, event: int) -> None:
         mark = self._events[event]
-        if mark is None or mark.capture is not None:
+        if mark is None:
             raise Failure(CUresult.CUDA_ERROR_INVALID_VALUE)
         self._reach(mark)
 
@@ -241,12 +209,9 @@ class SimulatedDriver:
         self._captures[stream] = Capture()
 
     def _cuStreamEndCapture(self, stream: int) -> int:
-        capture = self._captures[stream]
-        self._captures = {s: c for s, c in self._captures.items() if c is not capture}
+        capture = self._captures.pop(stream)
         if not capture.valid:
             raise Failure(CUresult.CUDA_ERROR_STREAM_CAPTURE_INVALIDATED)
-        if capture.unjoined - {stream}:
-            raise Failure(CUresult.CUDA_ERROR_STREAM_CAPTURE_UNJOINED)
         return self._graph(capture.ops, "graph")
 
     def _cuGraphInstantiate(self, graph: int, flags: int) -> int:
@@ -286,7 +251,6 @@ class SimulatedDriver:
             self._queues[stream].append(op)
         else:
             capture.ops.append(op)
-            capture.unjoined.add(stream)
 
     def _drain(self, stream: int) -> None:
         queue = self._queues[stream]

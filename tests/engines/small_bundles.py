@@ -7,7 +7,17 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from latentrt.engines.bundle import Bundle, GraphInfo, LatentInfo, Manifest, TensorInfo, describe_files, write_manifest
+from latentrt.engines.bundle import (
+    FORMAT_VERSION,
+    Bundle,
+    GraphInfo,
+    LatentInfo,
+    Manifest,
+    TensorInfo,
+    describe_files,
+    write_manifest,
+)
+from latentrt.engines.device import Array
 from onnx import TensorProto, helper, numpy_helper
 
 KINDS = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "int64": TensorProto.INT64}
@@ -21,18 +31,22 @@ def write_bundle(folder: Path, *graphs: tuple[GraphInfo, onnx.GraphProto]) -> Bu
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", info.opset)], ir_version=10)
         onnx.checker.check_model(model)
         onnx.save(model, folder / info.files[0])
-    manifest = Manifest(
-        format_version=1,
+    write_manifest(folder, manifest_of(folder, *(info for info, _ in graphs)))
+    return Bundle.open(folder)
+
+
+def manifest_of(folder: Path, *graphs: GraphInfo, **scheduler: str) -> Manifest:
+    """Return the manifest of a bundle whose files lie in a folder."""
+    return Manifest(
+        format_version=FORMAT_VERSION,
         family="test",
         precision="fp32",
-        graphs=tuple(info for info, _ in graphs),
+        graphs=graphs,
         tokenizers=(),
         latent=LatentInfo(channels=4, downscale=8, size_multiple=8, default_height=64, default_width=64),
-        scheduler={},
+        scheduler=scheduler,
         files=describe_files(folder),
     )
-    write_manifest(folder, manifest)
-    return Bundle.open(folder)
 
 
 def graph_info(name: str, inputs: Sequence[TensorInfo], outputs: Sequence[TensorInfo]) -> GraphInfo:
@@ -51,6 +65,11 @@ def proto(info: GraphInfo, nodes: list[onnx.NodeProto], weights: dict[str, np.nd
     return helper.make_graph(
         nodes, info.name, inputs, outputs, [numpy_helper.from_array(value, name) for name, value in weights.items()]
     )
+
+
+def random(*shape: int, seed: int = 0) -> Array:
+    """Return normally distributed numbers."""
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
 def linear_bundle(folder: Path) -> Bundle:

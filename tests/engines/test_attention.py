@@ -9,7 +9,8 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from latentrt.engines.attention import load_graph, rewrite
+from latentrt.engines.attention import rewrite
+from latentrt.engines.onnx_graph import load_graph
 from onnx import TensorProto, helper, numpy_helper
 
 ROWS, HEADS, QUERIES, KEYS, SIZE = 2, 3, 5, 7, 8
@@ -129,7 +130,8 @@ def test_a_library_that_does_not_know_the_operator_builds_the_models(
 ) -> None:
     pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
     from latentrt.engines.bundle import Bundle
-    from latentrt.engines.tensorrt.builder import build_plan, load_library
+    from latentrt.engines.tensorrt.builder import build_plan
+    from latentrt.engines.tensorrt.library import load_library
     from latentrt.engines.tensorrt.plan import PlanOptions, profile_for
     from latentrt.runtime.shapes import requested_shapes
 

@@ -7,17 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from latentrt.engines.bundle import (
-    Bundle,
-    GraphInfo,
-    LatentInfo,
-    Manifest,
-    TensorInfo,
-    atomic_folder,
-    describe_files,
-    write_manifest,
-)
+from latentrt.engines.bundle import Bundle, GraphInfo, TensorInfo, atomic_folder, describe_files, write_manifest
 from latentrt.engines.errors import BundleError, StorageError
+
+from .small_bundles import manifest_of
 
 
 @pytest.fixture
@@ -35,17 +28,7 @@ def bundle(tmp_path: Path) -> Path:
         outputs=(tensor,),
         opset=20,
     )
-    manifest = Manifest(
-        format_version=1,
-        family="test",
-        precision="fp32",
-        graphs=(graph,),
-        tokenizers=(),
-        latent=LatentInfo(channels=4, downscale=8, size_multiple=8, default_height=64, default_width=64),
-        scheduler={"_class_name": "DDIMScheduler"},
-        files=describe_files(folder),
-    )
-    write_manifest(folder, manifest)
+    write_manifest(folder, manifest_of(folder, graph, _class_name="DDIMScheduler"))
     return folder
 
 

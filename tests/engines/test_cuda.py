@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from latentrt.engines.cuda import device as cuda
-from latentrt.engines.cuda import graph as cuda_graph
+from latentrt.engines.cuda import context, graph, memory, stream
+from latentrt.engines.cuda import device as cuda_device
 from latentrt.engines.cuda.device import CudaDevice
 from latentrt.engines.cuda.driver import Driver, unavailable_reason
 from latentrt.engines.errors import BackendUnavailableError, EngineError
@@ -22,6 +22,8 @@ from latentrt.engines.host import HostDevice
 from latentrt.engines.tensorrt.arena import Arena
 
 from .simulated_cuda import CUresult, SimulatedDriver
+
+MODULES = (context, cuda_device, graph, memory, stream)
 
 
 @pytest.fixture
@@ -151,8 +153,25 @@ def test_memory_used_is_what_was_taken_since_the_gpu_was_opened(device: CudaDevi
     assert device.bytes_taken() == before
 
 
-def test_the_gpu_describes_itself(device: CudaDevice) -> None:
-    assert (device.name, device.compute_capability, device.driver_version) == ("Simulated GPU", "8.9", "13.0")
+@pytest.mark.parametrize(("number", "text"), [(12020, "12.2"), (12080, "12.8"), (13000, "13.0")])
+def test_the_driver_s_version_is_written_as_nvidia_writes_it(
+    device: CudaDevice, driver: SimulatedDriver, monkeypatch: pytest.MonkeyPatch, number: int, text: str
+) -> None:
+    monkeypatch.setattr(driver, "_cuDriverGetVersion", lambda: number)
+    assert device.driver_version == text
+
+
+def test_the_capability_and_the_name_come_from_the_gpu(
+    driver: SimulatedDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, int] = {"COMPUTE_CAPABILITY_MAJOR": 12, "COMPUTE_CAPABILITY_MINOR": 1}
+    monkeypatch.setattr(
+        driver, "_cuDeviceGetAttribute", lambda kind, gpu: asked[kind.name.removeprefix("CU_DEVICE_ATTRIBUTE_")]
+    )
+    monkeypatch.setattr(driver, "_cuDeviceGetName", lambda length, gpu: b"NVIDIA X 1".ljust(length, b"\0"))
+    device = CudaDevice(0, Driver(driver))
+    assert (device.name, device.compute_capability) == ("NVIDIA X 1", "12.1")
+    device.close()
 
 
 @pytest.mark.skipif(unavailable_reason() is None, reason="this machine has a GPU driver")
@@ -162,7 +181,7 @@ import sys
 from latentrt.engines import backends
 reasons = [backends._BACKENDS[name][0]() for name in ("tensorrt", "tensorrt-rtx", "onnxruntime-cuda")]
 assert all("driver" in reason for reason in reasons), reasons
-assert not {"tensorrt", "tensorrt_rtx", "cuda.bindings", "cuda.core", "onnxruntime"} & set(sys.modules)
+assert not {"onnx", "tensorrt", "tensorrt_rtx", "cuda.bindings", "cuda.core", "onnxruntime"} & set(sys.modules)
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=30)
     with pytest.raises(BackendUnavailableError, match="no NVIDIA driver is installed"):
@@ -197,7 +216,7 @@ def test_every_call_fits_the_bindings(
     assert (other.compute_capability, other.driver_version, other.memory_free()[1]) == ("8.9", "13.0", 1 << 20)
     for thing in (graph, tensor, stream, second, other):
         thing.close()
-    used = set(re.findall(r"\bcu[A-Z]\w+", "".join(inspect.getsource(m) for m in (cuda, cuda_graph))))
+    used = set(re.findall(r"\bcu[A-Z]\w+", "".join(inspect.getsource(m) for m in MODULES)))
     assert used == set(calls)
     for name, arguments in calls.items():
         with pytest.raises(RuntimeError, match="driver library"):  # a TypeError would be ours

@@ -8,10 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from latentrt.engines.backends import open_backend
 from latentrt.engines.bundle import Bundle
 from latentrt.engines.cache import EngineCache
-from latentrt.engines.errors import EngineError, RequestError, ShapeError
+from latentrt.engines.errors import EngineError, ShapeError
 from latentrt.engines.tensorrt.plan import PlanOptions, Profile, plan_key, profile_for
 from latentrt.engines.tensorrt.planner import check_tensors
 
@@ -19,15 +18,9 @@ from .simulated_backends import tensorrt_backend
 from .small_bundles import linear_bundle
 
 
-@pytest.fixture
-def bundle(tmp_path: Path) -> Bundle:
-    return linear_bundle(tmp_path / "bundle")
-
-
 def test_a_profile_covers_what_lies_between_its_shapes() -> None:
     profile = Profile.of({"x": (2, 8, 8)}, {"x": (4, 8, 16)}, {"x": (1, 8, 12)})
     assert profile.ranges == {"x": ((1, 8, 8), (2, 8, 8), (4, 8, 16))}
-    assert not profile.static and Profile.of({"x": (1,)}).static
     for shape, fits in {(1, 8, 8): True, (3, 8, 9): True, (5, 8, 8): False, (1, 8, 17): False, (1, 8): False}.items():
         assert profile.covers({"x": shape}) == fits, shape
     assert not profile.covers({"x": (1, 8, 8), "y": (1,)})
@@ -94,7 +87,7 @@ def test_a_dynamic_plan_serves_the_shapes_it_covers(
     dynamic = backend.planner.build(bundle, graph, profile_for(graph, {"x": (2, 8)}, {"x": (4, 8)}))
     assert backend.planner.plan(bundle, graph, {"x": (3, 8)}).folder == dynamic.folder
     outside = backend.planner.plan(bundle, graph, {"x": (5, 8)})
-    assert outside.folder != dynamic.folder and outside.profile.static
+    assert outside.folder != dynamic.folder and outside.profile == profile_for(graph, {"x": (5, 8)})
     own = backend.planner.build(bundle, graph, profile_for(graph, {"x": (3, 8)}))
     assert backend.planner.plan(bundle, graph, {"x": (3, 8)}).folder == own.folder
 
@@ -162,8 +155,3 @@ def test_a_plan_whose_tensors_are_not_the_manifest_s_is_refused(bundle: Bundle) 
             check_tensors(graph, [tensors[0], {**tensors[1], **change}, tensors[2]])
     with pytest.raises(EngineError, match="a tensor 'extra' that the manifest lacks"):
         check_tensors(graph, [*tensors, {**tensors[2], "name": "extra"}])
-
-
-def test_an_option_that_a_backend_does_not_have_is_named() -> None:
-    with pytest.raises(RequestError, match="backend tensorrt has no option 'threads': it has cache, gpu, build"):
-        open_backend("tensorrt", threads=2)

@@ -1,0 +1,114 @@
+"""Memory of a GPU, and the pinned host memory through which arrays reach it.
+
+Each tensor has one pinned block, made at its first copy, so a copy is asynchronous and the array may change at once. A
+write inside a capture gets a block of its own that lives as long as the graph: a replay writes the values that were
+captured.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..device import Array, Stream
+from ..errors import EngineError, ShapeError
+from .context import CudaContext
+from .driver import Driver
+from .stream import CudaEvent, cuda_stream
+
+
+class Pinned:
+    """Page-locked host memory that a copy engine can read and write, and the point at which it is free again."""
+
+    def __init__(self, context: CudaContext, nbytes: int) -> None:
+        self._context = context
+        self.pointer = int(context.activate().cuMemHostAlloc(nbytes, 0))
+        self.bytes: Array = np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(self.pointer))
+        self.busy_until: CudaEvent | None = None
+
+    def fill(self, array: Array) -> None:
+        """Overwrite the block with an array, after the copy out of it that is still on its way."""
+        if self.busy_until is not None:
+            self.busy_until.synchronize()
+        np.copyto(self.bytes.view(array.dtype).reshape(array.shape), array)
+
+    def close(self) -> None:
+        """Free the memory; the work that uses it must be done. Calling it again does nothing."""
+        if self.pointer:
+            self.bytes, self.busy_until = np.empty(0, np.uint8), None
+            self._context.activate().cuMemFreeHost(self.pointer)
+            self.pointer = 0
+
+
+class CudaTensor:
+    """Memory on the GPU at a fixed address, aligned to 256 bytes or better."""
+
+    def __init__(self, context: CudaContext, shape: Sequence[int], dtype: npt.DTypeLike) -> None:
+        self.shape = tuple(int(n) for n in shape)
+        self.dtype: np.dtype[Any] = np.dtype(dtype)
+        self.nbytes = math.prod(self.shape) * self.dtype.itemsize
+        self._context = context
+        self._pinned: Pinned | None = None
+        self.pointer = int(context.activate().cuMemAlloc(max(1, self.nbytes)))
+        context.count(self.nbytes)
+
+    def write(self, array: Array, stream: Stream) -> None:
+        """Copy an array of this shape and dtype to the GPU, in stream order; the array may change afterwards.
+
+        Waits for the copy of this tensor that is still on its way, if there is one.
+        """
+        if array.shape != self.shape or array.dtype != self.dtype:
+            raise ShapeError(f"cannot write {array.dtype}{list(array.shape)} to {self.dtype}{list(self.shape)}")
+        driver, queue = self._open(), cuda_stream(stream)
+        if not self.nbytes:
+            return
+        if queue.capturing is not None:
+            block = Pinned(self._context, self.nbytes)
+            queue.capturing.held.append(block)
+        else:
+            block = self._block()
+        block.fill(array)
+        driver.cuMemcpyHtoDAsync(self.pointer, block.pointer, self.nbytes, queue.handle)
+        if queue.capturing is None:
+            block.busy_until = queue.record()
+
+    def read(self, stream: Stream) -> Array:
+        """Wait for the stream and return a copy on the host."""
+        driver, queue = self._open(), cuda_stream(stream)
+        queue.check_not_capturing()
+        if not self.nbytes:
+            queue.synchronize()
+            return np.empty(self.shape, self.dtype)
+        block = self._block()
+        if block.busy_until is not None:
+            block.busy_until.synchronize()
+        driver.cuMemcpyDtoHAsync(block.pointer, self.pointer, self.nbytes, queue.handle)
+        queue.synchronize()
+        return np.array(block.bytes.view(self.dtype).reshape(self.shape))
+
+    def close(self) -> None:
+        """Free the memory once all work on the GPU is done; calling it again does nothing."""
+        if not self.pointer:
+            return
+        pointer, self.pointer = self.pointer, 0
+        driver = self._context.activate()
+        driver.cuCtxSynchronize()
+        driver.cuMemFree(pointer)
+        if self._pinned is not None:
+            self._pinned.close()
+        self._context.count(-self.nbytes)
+
+    def _open(self) -> Driver:
+        if not self.pointer:
+            raise EngineError("a closed tensor was used")
+        return self._context.activate()
+
+    def _block(self) -> Pinned:
+        if self._pinned is None:
+            self._pinned = Pinned(self._context, self.nbytes)
+        return self._pinned
