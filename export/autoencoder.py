@@ -69,7 +69,6 @@ def decoder_graph(vae: Any) -> Graph:
             TensorInfo(name="pixels", dtype="float32", shape=picture),
         ),
         limits={},
-        multiples={},
     )
 
 
@@ -87,7 +86,6 @@ def image_encoder_graph(vae: Any) -> Graph:
             TensorInfo(name="latents_std", dtype="float32", shape=latents),
         ),
         limits={"image": 256},
-        multiples={},
     )
 
 

@@ -35,7 +35,6 @@ def text_encoder_graph(encoder: Any, length: int, precision: Precision) -> Graph
         (TensorInfo(name="token_ids", dtype="int64", shape=("R", length)),),
         (TensorInfo(name="context", dtype=network_dtype(precision), shape=("R", length, config.hidden_size)),),
         limits={"token_ids": config.vocab_size},
-        multiples={},
     )
 
 

@@ -80,7 +80,7 @@ def export(
                 tokenizers=tuple(tokens.values()),
                 inputs=family.inputs(checkpoint),
                 latent=latent,
-                scheduler=dict(checkpoint.scheduler),
+                scheduler=family.scheduler(checkpoint),
                 **checkpoint.defaults,
                 files=describe_files(folder),
                 source=_provenance(checkpoint),

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,8 +22,9 @@ TORCH_DTYPES = {
 class Graph:
     """A named graph with its contract.
 
-    A symbolic size is a letter or a multiple of one, such as `8*h`; `multiples` says what the letter itself must be a
-    multiple of. `limits` bounds the random values of an input: uniform in [0, limit), otherwise standard normal.
+    A symbolic size is a letter or a multiple of one, such as `8*h`; `smallest` holds the least values that the letters
+    have while the module is traced. `limits` bounds the random values of an input: uniform in [0, limit), otherwise
+    standard normal.
     """
 
     name: str
@@ -33,7 +33,7 @@ class Graph:
     inputs: tuple[TensorInfo, ...]
     outputs: tuple[TensorInfo, ...]
     limits: Mapping[str, float]
-    multiples: Mapping[str, int]
+    smallest: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def symbols(self) -> list[str]:
@@ -42,11 +42,8 @@ class Graph:
         return list(dict.fromkeys(letter for _, letter in sizes if letter))
 
     def random_inputs(self, sizes: Iterable[int], seed: int) -> dict[str, torch.Tensor]:
-        """Return random values for every input; `sizes` are the letters' values, rounded up to their multiples."""
-        value = {}
-        for letter, size in zip(self.symbols, sizes, strict=True):
-            multiple = self.multiples.get(letter, 1)
-            value[letter] = math.ceil(size / multiple) * multiple
+        """Return random values for every input; `sizes` are the letters' values."""
+        value = dict(zip(self.symbols, sizes, strict=True))
         generator = torch.Generator().manual_seed(seed)
         inputs = {}
         for tensor in self.inputs:

@@ -25,8 +25,9 @@ OPSET = 23
 EXTERNAL_BYTES = 64 << 20
 """Weights above this go to `<graph>.onnx.data`, below they stay in the graph's file."""
 
-TRACE_SIZES = (3, 24, 40)
-"""Batch, latent height and latent width while tracing: never 1, which would be taken for a constant."""
+TRACE_SIZES = (3, 23, 37)
+"""Batch, latent height and latent width while tracing: never 1, which would be taken for a constant, and odd, so that
+nothing that holds for even sizes alone goes unnoticed."""
 
 MAX_ROWS = 63
 """Largest batch that one trace is valid for: from 64 on diffusers copies tensors, which changes nothing in ONNX."""
@@ -112,14 +113,14 @@ def _cast(self: Any, dtype: int, non_blocking: bool = False, copy: bool = False)
 
 def _dynamic_shapes(graph: Graph) -> dict[str, dict[int, Any]]:
     cells = {
-        letter: torch.export.Dim(f"{letter}_", max=MAX_ROWS if letter in "RB" else None) for letter in graph.symbols
+        letter: torch.export.Dim(f"{letter}_", min=graph.smallest.get(letter), max=MAX_ROWS if letter in "RB" else None)
+        for letter in graph.symbols
     }
     dims: dict[str, dict[int, Any]] = {}
     for tensor in graph.inputs:
         dims[tensor.name] = {}
         for axis, (factor, letter) in enumerate(map(split_size, tensor.shape)):
             if letter:
-                factor *= graph.multiples.get(letter, 1)
                 dims[tensor.name][axis] = factor * cells[letter] if factor > 1 else cells[letter]
     return dims
 

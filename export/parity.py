@@ -15,8 +15,8 @@ from ..engines.errors import ExportError
 from .compare import EXPORT_BOUND, TensorReport, compare
 from .graph import Graph
 
-CHECK_SIZES = ((1, 16, 8), (4, 8, 16))
-"""Batch, latent height and latent width of the two checks: none of them as in the trace, yet quick to compute."""
+CHECK_SIZES = ((1, 16, 8), (4, 9, 13))
+"""Batch, latent height and latent width of the two checks: even and odd, none as in the trace, quick to compute."""
 
 Case = tuple[dict[str, torch.Tensor], list[np.ndarray]]
 

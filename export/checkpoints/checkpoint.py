@@ -84,6 +84,8 @@ class Checkpoint:
     name: str
     family: str
     """The name of its family."""
+    pipeline: str
+    """diffusers' class that opens it."""
     components: Mapping[str, Component]
     tokenizers: Mapping[str, TokenizerSource]
     scheduler: Mapping[str, Any]

@@ -44,13 +44,23 @@ def open_folder(folder: Path, name: str, revision: str | None = None) -> Checkpo
     return Checkpoint(
         name,
         family.name,
+        index["_class_name"],
         components,
         tokenizers={tokenizer: TokenizerSource(folder / tokenizer) for tokenizer in family.tokenizers},
-        scheduler=read_json(folder / "scheduler" / "scheduler_config.json"),
+        scheduler=_scheduler(folder, index),
         files=files,
         revision=revision,
         defaults=_defaults(folder, index),
     )
+
+
+def _scheduler(folder: Path, index: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the scheduler config under the class that the index names: diffusers builds that one from it."""
+    config = read_json(folder / "scheduler" / "scheduler_config.json")
+    declared = index.get("scheduler")
+    if isinstance(declared, list) and len(declared) == 2 and isinstance(declared[1], str):
+        config["_class_name"] = declared[1]
+    return config
 
 
 def family_of_index(folder: Path, index: Mapping[str, Any]) -> Family:

@@ -65,6 +65,10 @@ class Family(ABC):
     def latent(self, checkpoint: Checkpoint) -> LatentInfo:
         """Return the latent geometry and the size that the checkpoint was trained for."""
 
+    def scheduler(self, checkpoint: Checkpoint) -> dict[str, Any]:
+        """Return the scheduler config as diffusers' pipeline of the checkpoint leaves it when it opens it."""
+        return dict(checkpoint.scheduler)
+
     def inputs(self, checkpoint: Checkpoint) -> tuple[NumbersInput, ...]:
         """Return what graphs read beside token ids and no graph writes, such as the size of the picture."""
         return ()

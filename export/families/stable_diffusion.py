@@ -12,6 +12,7 @@ from ...engines.bundle import LatentInfo, Precision, TensorInfo
 from ...engines.errors import CheckpointError, UnsupportedModelError
 from ..autoencoder import AUTOENCODER_KL, decoder_graph, image_encoder_graph, vae_factor
 from ..checkpoints.checkpoint import Checkpoint, Part
+from ..checkpoints.mended import mended_sample_size, mended_scheduler
 from ..checkpoints.weights import Weights
 from ..clip import CLIP_TEXT, text_encoder_graph
 from ..graph import Graph, network_dtype
@@ -46,12 +47,13 @@ UNET = Part(
 
 
 class Denoiser(nn.Module):
-    """The U-Net; its timestep embedding is computed in float32 whatever its own precision."""
+    """The U-Net for every latent size; its timestep embedding is computed in float32 whatever its own precision."""
 
     unet: Any
 
     def __init__(self, unet: Any) -> None:
         super().__init__()
+        unet.num_upsamplers = _Uneven()
         self.unet = unet
 
     def forward(self, model_input: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
@@ -59,11 +61,26 @@ class Denoiser(nn.Module):
         return self.unet(model_input, timestep, context, return_dict=False)[0]
 
 
+class _Uneven(int):
+    """A number of upsamplers by which no size divides: `size % 2**self` is 1, of symbolic sizes as well.
+
+    diffusers' U-Net doubles on its way up when the size divides by all of its halvings, and otherwise resizes to what
+    the skip connection holds. The second is right for both, so that one trace serves every size.
+    """
+
+    def __rpow__(self, base: int, modulus: int | None = None) -> Any:
+        return _Remainder()
+
+
+class _Remainder:
+    def __rmod__(self, size: Any) -> int:
+        return 1
+
+
 def denoiser_graph(unet: Any, length: int, precision: Precision) -> Graph:
     """Noisy latents [R, C, h, w], timesteps [R] and conditioning [R, L, E] to the prediction [R, C, h, w]."""
     config, dtype = unet.config, network_dtype(precision)
     latents = ("R", config.in_channels, "h", "w")
-    multiple = denoiser_multiple(config)
     return Graph(
         "denoiser",
         "step",
@@ -75,13 +92,8 @@ def denoiser_graph(unet: Any, length: int, precision: Precision) -> Graph:
         ),
         (TensorInfo(name="prediction", dtype=dtype, shape=latents),),
         limits={"timestep": 1000},
-        multiples={"h": multiple, "w": multiple},
+        smallest=dict.fromkeys("hw", 2 ** (len(config.block_out_channels) - 1) + 1),  # 2 cells or more in every level
     )
-
-
-def denoiser_multiple(config: Mapping[str, Any]) -> int:
-    """Return what latent heights and widths must be multiples of: the U-Net halves them once per level but the last."""
-    return 2 ** (len(config["block_out_channels"]) - 1)
 
 
 class StableDiffusion(Family):
@@ -134,38 +146,49 @@ class StableDiffusion(Family):
         }
 
     def latent(self, checkpoint: Checkpoint) -> LatentInfo:
-        """Return the VAE's geometry; the U-Net halves its input once for every level but the last."""
+        """Return the VAE's geometry; the U-Net takes every latent size."""
         unet = checkpoint.config("unet")
-        factor, size = vae_factor(checkpoint.config("vae")), unet.get("sample_size") or 64
+        factor, size = vae_factor(checkpoint.config("vae")), mended_sample_size(unet) or 64
         height, width = (size, size) if isinstance(size, int) else size
         return LatentInfo(
             channels=unet["in_channels"],
             downscale=factor,
-            size_multiple=factor * denoiser_multiple(unet),
+            size_multiple=factor,
             default_height=height * factor,
             default_width=width * factor,
         )
 
+    def scheduler(self, checkpoint: Checkpoint) -> dict[str, Any]:
+        """Return the scheduler config as the checkpoint's own pipeline class mends it."""
+        return mended_scheduler(checkpoint.scheduler, checkpoint.pipeline)
+
     def pipeline(self, checkpoint: Checkpoint) -> Any:
-        """Return a `StableDiffusionPipeline` of the checkpoint, with its own scheduler and tokenizer."""
+        """Return a `StableDiffusionPipeline` whose scheduler the checkpoint's own pipeline class has opened."""
         import diffusers
         from transformers import CLIPTokenizerFast
 
-        scheduler = getattr(diffusers, checkpoint.scheduler["_class_name"])
         source = checkpoint.tokenizers["tokenizer"]
         tokenizer = CLIPTokenizerFast.from_pretrained(str(source.folder), local_files_only=True)
         if source.pad_id is not None:
             tokenizer.pad_token_id = source.pad_id
-        return diffusers.StableDiffusionPipeline(
-            vae=checkpoint.load("vae"),
-            text_encoder=checkpoint.load("text_encoder"),
-            tokenizer=tokenizer,
-            unet=checkpoint.load("unet"),
-            scheduler=scheduler.from_config(dict(checkpoint.scheduler)),
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        )
+        config = dict(checkpoint.scheduler)
+        parts = {
+            "vae": checkpoint.load("vae"),
+            "text_encoder": checkpoint.load("text_encoder"),
+            "tokenizer": tokenizer,
+            "unet": checkpoint.load("unet"),
+            "safety_checker": None,
+            "feature_extractor": None,
+            "requires_safety_checker": False,
+        }
+
+        def opened(pipeline: str) -> Any:
+            scheduler = getattr(diffusers, config["_class_name"]).from_config(config)
+            return getattr(diffusers, pipeline)(**parts, scheduler=scheduler)
+
+        pipeline = opened("StableDiffusionPipeline")
+        pipeline.scheduler = opened(checkpoint.pipeline).scheduler
+        return pipeline
 
 
 FAMILY = StableDiffusion()

@@ -68,6 +68,7 @@ def open_single_file(
     return Checkpoint(
         file.name,
         family,
+        "StableDiffusionPipeline",
         {
             component: Component.of(parts[component], f"{title} of {file}", config, weights, find)
             for component, (title, config, find) in found.items()

@@ -59,7 +59,6 @@ def denoiser_graph(denoiser: Any, length: int, config: Mapping[str, Any], precis
         ),
         (TensorInfo(name="prediction", dtype=dtype, shape=latents),),
         limits={"timestep": 1000, "size_ids": 1000},
-        multiples={},
     )
 
 
