@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -17,9 +18,11 @@ from rich.table import Table
 
 from ..engines.errors import LatentRTError
 from ..engines.files import write_atomically
-from ..runtime.cli.progress import progress_bar
-from ..runtime.pictures.image import encode_png, grid
+from ..engines.machine import usable_cores
+from ..engines.progress import Progress
+from ..runtime.pictures.png import encode_png, grid
 from ..runtime.pipeline import Pipeline
+from .contenders import STAGES
 from .contenders.process import Worker
 from .measure.method import SETTLE_MOST, SETTLE_SECONDS
 from .measure.workloads import Workload, workload
@@ -35,7 +38,6 @@ PROMPTS = (
     "a blue square above a yellow circle on a gray background",
     "a purple cross below an orange triangle on a white background",
 )
-STAGES = ("tokenize", "encode", "prepare", "denoise", "decode", "png")
 WARMUP, ROUNDS = 2, 5
 
 
@@ -43,7 +45,7 @@ def main() -> int:
     """Run the demo and return its exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("demo"), help="folder for grid.png")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--threads", type=int, default=usable_cores())
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.ERROR)
     console = Console(soft_wrap=True)
@@ -65,14 +67,21 @@ def _bundle(console: Console) -> Path:
         return bundle_path()
     console.print("exporting the embedded model, once (about a minute)")
     start = time.perf_counter()
-    with progress_bar("exporting") as progress:
+    with _progress(console, "exporting") as progress:
         path = ensure_bundle(progress=progress)
     console.print(f"exported in {time.perf_counter() - start:.0f} s: {path}")
     return path
 
 
+@contextmanager
+def _progress(console: Console, what: str) -> Iterator[Progress]:
+    """Yield a function that keeps one line about what is being done, where the console is a terminal."""
+    with console.status(what) as status:
+        yield lambda stage, done, total: status.update(f"{what}: {stage} {done} of {total}")
+
+
 def _grid(console: Console, bundle: Path, path: Path, threads: int) -> None:
-    with progress_bar("drawing") as progress, Pipeline.open(bundle, threads=threads, progress=progress) as pipe:
+    with _progress(console, "drawing") as progress, Pipeline.open(bundle, threads=threads, progress=progress) as pipe:
         start = time.perf_counter()
         result = pipe(PROMPTS, seed=0, num_inference_steps=20, progress=progress)
         seconds = time.perf_counter() - start

@@ -49,6 +49,11 @@ def step_hook(
             raise RequestError(f"callback_on_step_end returned {type(replaced).__name__}: return a dict, or nothing")
         if (replaced or {}).get("latents") is not None:
             latents_after = np.asarray((replaced or {})["latents"], np.float32)
+            if latents_after.shape != latents.shape or not np.isfinite(latents_after).all():
+                what = f"latents {list(latents_after.shape)}"
+                raise RequestError(
+                    f"callback_on_step_end returned {what}: return finite latents of shape {list(latents.shape)}"
+                )
             scale = float(table.input_scales[min(index + 1, len(table) - 1)])
             workspace.loop.replace_latents(index + 1, latents_after, scale, stream)
 

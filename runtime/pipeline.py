@@ -17,18 +17,19 @@ from typing_extensions import Unpack
 from ..engines.backends import Backend, open_backend
 from ..engines.bundle import Bundle
 from ..engines.device import Array
-from ..engines.errors import RequestError, SchedulerError
+from ..engines.errors import EngineError, RequestError, SchedulerError
 from ..engines.progress import Progress, silent
 from .callbacks import BatchCallback, StepCallback, step_hook
 from .loop.denoise import Mode
 from .loop.inputs import InitialImage, load_pictures, loop_arrays
 from .loop.session import Session
-from .pictures.image import image_pixels, latent_mask
+from .loop.workspace import Workspace
+from .pictures.load import image_pixels, latent_mask
 from .prompt.numbers import number_inputs
 from .prompt.tokenizer import Tokenizer, encode_prompts
 from .request import GenerationRequest, RequestArguments
 from .result import GenerationResult, Timings
-from .sampling import step_table
+from .sampling import step_table, takes_eta
 from .sampling.step_table import StepTable
 
 OutputType = Literal["pil", "np", "latent"]
@@ -166,6 +167,13 @@ class Pipeline:
         finished: GenerationResult[Any] = GenerationResult(
             [], [seed for _, _, seed in request.images], Timings(), request=request
         )
+        if picture is not None and height is None and width is None and picture.size != (request.width, request.height):
+            finished.warn(
+                f"the initial picture is {picture.width}x{picture.height}: it is resized to "
+                f"{request.width}x{request.height}, multiples of {self.bundle.manifest.latent.size_multiple}"
+            )
+        if request.eta and not takes_eta(request.sampler or "", self.bundle.manifest.scheduler):
+            finished.warn(f"eta is {request.eta:g}: sampler {request.sampler} has no such option, it is not used")
         step = None if callback_on_step_end is None else partial(callback_on_step_end, self)
         with self.session.request():
             initial = self._initial(request, picture, mask) if picture else None
@@ -179,6 +187,7 @@ class Pipeline:
                 trace = workspace.run(len(table), self.session.stream, mode=self.mode, decode=decode, on_step=on_step)
                 last = workspace.pictures[PICTURES[output_type]] if decode else workspace.loop.latents(len(table))
                 output = last.read(self.session.stream)
+                self._check_finite(workspace, len(table), output, decode)
                 finished.add(trace, len(table))
                 finished.images.extend(map(Image.fromarray, output) if output_type == "pil" else output)
                 if on_batch is not None:
@@ -187,6 +196,16 @@ class Pipeline:
             finished.images = np.stack(finished.images)
         finished.timings.total = time.perf_counter() - start
         return finished
+
+    def _check_finite(self, workspace: Workspace, steps: int, output: Array, decode: bool) -> None:
+        """Raise `EngineError` with the stage whose numbers are not finite; a decoder makes black pictures of those."""
+        latents = workspace.loop.latents(steps).read(self.session.stream) if decode else output
+        if not np.isfinite(latents).all():
+            raise EngineError(NOT_FINITE.format(stage="denoiser", what="latents"))
+        if decode and not (output.any() and np.isfinite(output).all()):
+            pixels = workspace.pictures["pixels"].read(self.session.stream)
+            if not np.isfinite(pixels).all():
+                raise EngineError(NOT_FINITE.format(stage="decoder", what="pixels"))
 
     def decode(self, latents: Array) -> list[Image.Image]:
         """Return the pictures of latents [B, C, h, w] as they are: a preview, inside a step's callback or outside."""
@@ -204,7 +223,7 @@ class Pipeline:
     ) -> tuple[dict[str, Array], dict[str, Array]]:
         """Return what one batch gives to the graphs before the loop, and to the loop, as arrays on the host."""
         began = time.perf_counter()
-        inputs: dict[str, Array] = {**encode_prompts(self._tokenizers, images, request.branches, finished.warnings)}
+        inputs: dict[str, Array] = {**encode_prompts(self._tokenizers, images, request.branches, finished.warn)}
         inputs |= number_inputs(self.bundle, request, len(images) * request.branches)
         tokenized = time.perf_counter()
         latent = self.bundle.manifest.latent
@@ -254,5 +273,9 @@ class Pipeline:
         return f"Pipeline({str(self.bundle.path)!r}, backend={self.backend.name!r}, mode={self.mode!r})"
 
 
+NOT_FINITE = (
+    "the {stage} gave {what} that are not finite: the bundle's weights or its precision cannot hold them; "
+    "check it with latentrt verify, or export it in fp32"
+)
 PICTURES = {"pil": "image", "np": "pixels"}
 """The decoder's output for each type of picture."""

@@ -85,25 +85,25 @@ class GenerationRequest(BaseModel):
             raise RequestError(f"{given}{message[0].lower() + message[1:]}") from error
 
     def with_defaults(self, manifest: Manifest, picture_size: tuple[int, int] | None = None) -> GenerationRequest:
-        """Return the request with the bundle's defaults filled in; an initial picture (width, height) sets the size.
+        """Return the request with the bundle's defaults filled in, validated; an initial picture sets the size.
 
+        A picture whose sides are no multiple of what the bundle needs is cut to the next lower one, as in diffusers.
         Raises `RequestError` when the size does not fit the latent geometry.
         """
-        multiple = manifest.latent.size_multiple
         width, height = manifest.latent.default_width, manifest.latent.default_height
         if picture_size is not None:
+            multiple = manifest.latent.size_multiple
             width, height = (max(multiple, side // multiple * multiple) for side in picture_size)
-        width, height = self.width or width, self.height or height
-        check_size(width, height, manifest.latent)
-        scale = manifest.default_guidance_scale if self.guidance_scale is None else self.guidance_scale
-        defaults = {
-            "width": width,
-            "height": height,
+        complete = {
+            **self.model_dump(),
+            "width": self.width or width,
+            "height": self.height or height,
             "num_inference_steps": self.num_inference_steps or manifest.default_num_inference_steps,
-            "guidance_scale": scale,
+            "guidance_scale": manifest.default_guidance_scale if self.guidance_scale is None else self.guidance_scale,
             "sampler": self.sampler or manifest.scheduler.get("_class_name"),
         }
-        return self.model_copy(update=defaults)
+        check_size(complete["width"], complete["height"], manifest.latent)
+        return GenerationRequest.of(**complete)
 
     @property
     def branches(self) -> int:

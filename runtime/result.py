@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -24,6 +25,8 @@ class Timings:
     """Denoiser evaluations, summed over batches."""
 
 
+log = logging.getLogger(__name__)
+
 Images = TypeVar("Images")
 
 
@@ -45,6 +48,12 @@ class GenerationResult(Generic[Images]):
     warnings: list[str] = field(default_factory=list)
     request: GenerationRequest | None = None
     """The request with every default filled in."""
+
+    def warn(self, message: str) -> None:
+        """Add a warning once, and log it."""
+        if message not in self.warnings:
+            self.warnings.append(message)
+            log.warning(message)
 
     def add(self, trace: Trace, steps: int) -> None:
         """Add what one batch took; waits for its last stage."""

@@ -16,8 +16,15 @@ def parse_size(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
+MAX_PIXELS = 1 << 24
+"""Pixels of one picture: 4096x4096."""
+
+
 def check_size(width: int, height: int, latent: LatentInfo) -> None:
-    """Raise `RequestError` for a picture size that the latent geometry does not allow."""
+    """Raise `RequestError` for a picture size that the latent geometry or `MAX_PIXELS` does not allow."""
+    if width * height > MAX_PIXELS:
+        given, most = (f"{pixels / 1e6:.0f} Mpixels" for pixels in (width * height, MAX_PIXELS))
+        raise RequestError(f"the picture is {width}x{height}, {given}: at most {most} are drawn; give a smaller size")
     multiple = latent.size_multiple
     for name, size in (("width", width), ("height", height)):
         if size <= 0 or size % multiple:

@@ -2,10 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import importlib.util
+import re
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
+
+IN_EXTRAS = ("diffusers", "huggingface_hub", "matplotlib", "psutil", "safetensors", "torch", "transformers")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(
+    collector: pytest.Collector,
+) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    """Skip, with a reason, a test module that imports what only an extra brings and is not installed."""
+    report = yield
+    missing = re.search(r"No module named '(\w+)", str(report.longrepr)) if report.failed else None
+    if missing and missing[1] in IN_EXTRAS and importlib.util.find_spec(missing[1]) is None:
+        report.outcome = "skipped"
+        report.longrepr = (str(collector.path), 0, f"Skipped: {missing[1]} is not installed")  # type: ignore[assignment]
+    return report
 
 
 @pytest.fixture(scope="session", autouse=True)

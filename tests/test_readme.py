@@ -1,61 +1,54 @@
-"""The README says only what the program does."""
+"""The README says only what the program does, and what it prints runs."""
 
 from __future__ import annotations
 
-import ast
-import inspect
 import re
-import shlex
 from pathlib import Path
 
 import pytest
-from latentrt.runtime import Pipeline
-from latentrt.runtime.cli import run
 
-ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+from .documents import ROOT, blocks, commands, listed, run
 
-
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+README = ROOT / "README.md"
+TEXT = README.read_text(encoding="utf-8")
 
 
-COMMANDS = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("latentrt ")]
+def test_it_is_short() -> None:
+    assert len(TEXT.encode()) <= 9000
 
 
-@pytest.mark.parametrize("line", COMMANDS)
-def test_commands_and_options_exist(line: str, capsys: pytest.CaptureFixture[str]) -> None:
-    words = shlex.split(line, comments=True)[1:]
-    command = words[: 2 if words[0] == "bench" and len(words) > 1 and words[1] in ("report", "compare") else 1]
-    assert run([*command, "--help"]) == 0
-    text = capsys.readouterr().out
-    for option in (word for word in words if word.startswith("-") and word != "-"):
-        assert re.search(rf"(^|[\s,]){re.escape(option)}\b", text, re.MULTILINE), f"{option} is not in the help"
-
-
-def test_every_command_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["--help"]) == 0
-    listed = re.findall(r"^  (\w+)  ", capsys.readouterr().out.partition("Commands:")[2], re.MULTILINE)
-    assert set(listed) == {line.split()[1] for line in COMMANDS}
-
-
-def test_python_examples_use_arguments_that_exist() -> None:
-    (example,) = blocks("python")
-    calls = [node for node in ast.walk(ast.parse(example)) if isinstance(node, ast.Call)]
-    used = {
-        k.arg for call in calls if isinstance(call.func, ast.Name) and call.func.id == "pipe" for k in call.keywords
-    }
-    assert used and used <= set(inspect.signature(Pipeline.__call__).parameters)
-    assert len(example.strip().splitlines()) <= 8
-
-
-def test_the_two_commands_come_first_and_exist() -> None:
-    first = blocks("sh")[0]
+def test_the_first_block_clones_and_makes() -> None:
+    first = blocks(README, "sh")[0].splitlines()
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    for command in ("demo", "test"):
-        assert f"make {command}" in first and re.search(rf"^{command}:", makefile, re.MULTILINE)
+    assert first[0].startswith("git clone https://")
+    for line, target in zip(first[1:], ("demo", "test"), strict=True):
+        assert line.startswith(f"make {target} ") and re.search(rf"^{target}:", makefile, re.MULTILINE)
 
 
-def test_linked_files_exist() -> None:
-    links = re.findall(r"\]\((?!https?:)([^)#]+)\)", README)
-    assert links and [link for link in links if not (ROOT / link).exists()] == []
+def test_every_command_is_shown_here_or_on_the_page_of_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["--help"]) == 0
+    shown = {line.split()[1] for line in commands(README) + commands(ROOT / "docs" / "run.md")}
+    assert listed(capsys.readouterr().out) - shown == set()
+    assert len({line.split()[1] for line in commands(README)}) == 6
+
+
+def test_the_python_block_runs_as_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("onnxruntime")
+    (example,) = blocks(README, "python")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(example, "README.md", "exec"), {})
+    assert (tmp_path / "circle.png").stat().st_size > 0
+    assert capsys.readouterr().out.startswith("[1] ")
+
+
+def test_the_place_of_the_summary() -> None:
+    assert TEXT.count("<!-- summary:begin -->") == TEXT.count("<!-- summary:end -->") == 1
+
+
+def test_numbers_beside_others_are_those_of_the_generated_table() -> None:
+    rows = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8").splitlines()
+    quoted = re.findall(r"\[(\d\.\d\d ×), (\d+ MiB)\]", TEXT)
+    assert len(quoted) == 4
+    assert [pair for pair in quoted if not any(all(number in row for number in pair) for row in rows)] == []

@@ -15,6 +15,10 @@ from .process import interpreter
 REFERENCE = "diffusers/eager"
 """The contender whose answers are the reference when it runs in fp32."""
 
+STAGES = ("tokenize", "encode", "prepare", "denoise", "decode", "png")
+"""The stages of a request that every contender tells apart, in their order."""
+NETWORKS = {"text_encoder": "encode", "denoiser": "denoise", "decoder": "decode"}
+"""The graphs that are networks, and the stage in which each runs."""
 
 OWN_GRAPHS = "own-graphs"
 """A mode in which the backend's library captures and replays its graphs itself."""

@@ -13,9 +13,7 @@ from typing import Any
 
 import numpy as np
 
-STAGES = ("tokenize", "encode", "prepare", "denoise", "decode")
-"""The stages of `runtime.result.Timings`."""
-
+from . import OWN_GRAPHS, STAGES
 
 LIBRARIES = {
     "onnxruntime-cpu": ("onnxruntime", "onnxruntime-gpu"),
@@ -50,9 +48,8 @@ class Contender:
         began = time.perf_counter()
         from ...engines.cache import EngineCache
         from ...engines.errors import RequestError
-        from ...runtime.pictures import image
+        from ...runtime.pictures import png as image
         from ...runtime.pipeline import Pipeline
-        from . import OWN_GRAPHS
 
         self._png = image.encode_png
         backend, _, mode = variant.partition("/")
@@ -127,7 +124,7 @@ class Contender:
         def progress(stage: str, done: int, total: int) -> None:
             if done == 1:  # the first step of a batch ends: what lies before is not a step alone
                 events.clear()
-            events.append(pipe._stream.record())
+            events.append(pipe.session.stream.record())
 
         watched = {"progress": progress} if borders and not self._on_cpu else {}
         start = time.perf_counter()
@@ -142,7 +139,7 @@ class Contender:
         if borders and self._on_cpu and request["batch"] <= pipe.max_batch:
             steps = self._watched_steps()
         return {
-            "stages": {**{name: getattr(timings, name) for name in STAGES}, "png": end - done},
+            "stages": {**{name: getattr(timings, name) for name in STAGES[:-1]}, "png": end - done},
             "steps": steps,
             "evaluations": timings.steps,
             "total": end - start,

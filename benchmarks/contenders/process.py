@@ -71,11 +71,8 @@ class Finished:
     output: str
 
 
-def run_process(command: Sequence[str], *, threads: int | None = None, show: bool = False) -> Finished:
-    """Run a command and measure it from outside; `show` lets the user see its standard error.
-
-    Raises `EngineError` with the command's last line when it fails.
-    """
+def run_process(command: Sequence[str], *, threads: int | None = None) -> Finished:
+    """Run a command and measure it from outside; raises `EngineError` with its last line when it fails."""
     pinned = cores(threads) if threads else None
     with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
         start = time.perf_counter()
@@ -83,7 +80,7 @@ def run_process(command: Sequence[str], *, threads: int | None = None, show: boo
             command,
             stdin=subprocess.DEVNULL,
             stdout=output,
-            stderr=None if show else errors,
+            stderr=errors,
             env=thread_environment(threads) if threads else None,
             preexec_fn=(lambda: os.sched_setaffinity(0, pinned)) if pinned else None,
         )
@@ -103,7 +100,7 @@ def run_process(command: Sequence[str], *, threads: int | None = None, show: boo
         seconds = time.perf_counter() - start
         errors.seek(0)
         if code:
-            raise EngineError(f"`{' '.join(command)[:120]}` failed with exit code {code}: {_last_line(errors.read())}")
+            raise EngineError(f"`{_shown(command)}` failed with exit code {code}: {_last_line(errors.read())}")
         output.seek(0)
         return Finished(seconds, peak, output.read().decode(errors="replace"))
 
@@ -159,10 +156,6 @@ class Worker:
             if used == before:
                 return
 
-    def resident_bytes(self) -> int:
-        """Return the memory that the worker holds now."""
-        return resident_bytes(self._process.pid)
-
     def _ask(self, command: dict[str, Any]) -> dict[str, Any]:
         assert self._process.stdin and self._process.stdout
         try:
@@ -198,6 +191,11 @@ class Worker:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
+
+
+def _shown(command: Sequence[str]) -> str:
+    """Return a command's first words as one line, with programs that are given as text left out."""
+    return " ".join("…" if "\n" in word else word for word in command)[:120]
 
 
 def _last_line(text: bytes) -> str:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ..contenders.process import run_process
+from .method import Conditions
 from .statistics import summarize
-from .workloads import Model, Workload
 
 SCRIPT = """
 import sys, torch
@@ -27,22 +27,25 @@ image.save(output)
 """The shortest script that does with diffusers what `latentrt generate` does."""
 
 
-def commands(
-    names: Sequence[str], work: Workload, model: Model, device: str, threads: int, output: Path
-) -> dict[str, list[str]]:
+def commands(names: Sequence[str], conditions: Conditions, output: Path) -> dict[str, list[str]]:
     """Return whole commands: that of the first of latentrt's contenders in `names`, and that of diffusers."""
+    work, model, threads = conditions.work, conditions.model, conditions.threads
     latentrt = Path(sys.executable).with_name("latentrt")
-    entry = (
-        [str(latentrt)]
-        if latentrt.exists()
-        else [sys.executable, "-c", "from latentrt.runtime.cli import main; main()"]
-    )
+    entry = [str(latentrt)] if latentrt.exists() else [sys.executable, "-m", "latentrt.runtime"]
     ours = [*entry, "generate", work.prompt, "--bundle", str(model.bundle), "--output", str(output)]
     ours += ["--seed", str(work.seed), "--steps", str(work.steps), "--guidance", str(work.guidance)]
     ours += ["--size", f"{work.width}x{work.height}", "--threads", str(threads)]
     dtype = "float16" if work.precision == "fp16" else "float32"
     theirs = [sys.executable, "-c", SCRIPT.format(threads=threads), str(model.checkpoint), str(output), work.prompt]
-    theirs += [device, dtype, str(work.steps), str(work.guidance), str(work.height), str(work.width), str(work.seed)]
+    theirs += [
+        conditions.device,
+        dtype,
+        str(work.steps),
+        str(work.guidance),
+        str(work.height),
+        str(work.width),
+        str(work.seed),
+    ]
     found = {}
     if first := next((name for name in names if name.startswith("latentrt/")), None):
         found[first] = [*ours, "--backend", first.split("/")[1]]
@@ -51,21 +54,19 @@ def commands(
     return found
 
 
-def measure_cold(
-    names: Sequence[str], work: Workload, model: Model, device: str, threads: int, repeats: int
-) -> dict[str, dict[str, Any]]:
+def measure_cold(names: Sequence[str], conditions: Conditions, repeats: int) -> dict[str, dict[str, Any]]:
     """Run whole commands by turns; return seconds from shell to PNG and peak resident bytes for each contender.
 
     Files are in the page cache after a first run of each, which is not counted.
     """
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "picture.png"
-        chosen = commands(names, work, model, device, threads, output)
+        chosen = commands(names, conditions, output)
         seconds: dict[str, list[float]] = {name: [] for name in chosen}
         peaks = dict.fromkeys(chosen, 0)
         for turn in range(-1, repeats):
             for name, command in chosen.items():
-                done = run_process(command, threads=threads)
+                done = run_process(command, threads=conditions.threads)
                 if turn >= 0:
                     seconds[name].append(done.seconds)
                     peaks[name] = max(peaks[name], done.peak_bytes)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 import resource
 import subprocess
 import time
@@ -40,12 +39,6 @@ def default_device() -> str:
     return "cuda" if DeviceMeter.open() else "cpu"
 
 
-def machine_slug(machine: dict[str, Any]) -> str:
-    """Return a file name for a machine's records, such as `amd-epyc-2-cores`."""
-    what = f"{machine['gpu']['name']}" if machine.get("gpu") else f"{machine['processor']} {machine['cores']} cores"
-    return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", "", what.lower())).strip("-")
-
-
 def source_version() -> str:
     """Return the commit of the source tree, `-dirty` when it was changed, or the installed version."""
     here = Path(__file__).parent
@@ -56,14 +49,18 @@ def source_version() -> str:
         return metadata.version("latentrt")
 
 
-def stamp(watch: LoadWatch, device: str, command: str) -> dict[str, Any]:
-    """Return what a record says about when, where and how it was made, for measurements of one program."""
+def stamp(watch: LoadWatch, command: str, device: str, threads: int | None = None, **conditions: Any) -> dict[str, Any]:
+    """Return what every record says first: when, where, from which source and how it was made.
+
+    `conditions` are more of the measurement's own; `threads` are all of the machine's by default.
+    """
+    threads = usable_cores() if threads is None else threads
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": command,
         "source": source_version(),
         "machine": describe_machine(),
-        "command": command,
-        "conditions": {"threads": usable_cores(), "device": device, **watch.finish()},
+        "conditions": {"threads": threads, "device": device, **conditions, **watch.finish()},
     }
 
 
@@ -110,12 +107,12 @@ class DeviceMeter:
 
     @classmethod
     def open(cls) -> DeviceMeter | None:
-        """Return a meter for the first GPU, or None without one."""
+        """Return a meter for the first GPU that this process may see, or None without one."""
         try:
             import pynvml
 
             pynvml.nvmlInit()
-            return cls(pynvml, pynvml.nvmlDeviceGetHandleByIndex(0))
+            return cls(pynvml, first_visible(pynvml, os.environ.get("CUDA_VISIBLE_DEVICES", "0")))
         except Exception:  # no package, no driver, no device: all mean that there is nothing to read
             return None
 
@@ -139,3 +136,20 @@ class DeviceMeter:
             return float(self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle)) / 1e3
         except self._nvml.NVMLError:
             return None
+
+
+def first_visible(nvml: Any, visible: str) -> Any:
+    """Return NVML's handle of the first GPU that `CUDA_VISIBLE_DEVICES` names, by index, UUID or the UUID's beginning.
+
+    NVML counts as CUDA does under `CUDA_DEVICE_ORDER=PCI_BUS_ID`. Raises `LookupError` when no GPU is named.
+    """
+    first = visible.partition(",")[0].strip()
+    if first.isdigit():
+        return nvml.nvmlDeviceGetHandleByIndex(int(first))
+    if first.startswith("MIG-"):
+        return nvml.nvmlDeviceGetHandleByUUID(first)
+    if first.startswith("GPU-"):
+        for handle in map(nvml.nvmlDeviceGetHandleByIndex, range(nvml.nvmlDeviceGetCount())):
+            if nvml.nvmlDeviceGetUUID(handle).startswith(first):
+                return handle
+    raise LookupError(f"CUDA_VISIBLE_DEVICES is {visible!r}: no GPU of that name")

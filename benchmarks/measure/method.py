@@ -59,15 +59,13 @@ class Measured:
 
 
 @dataclass
-class Plan:
-    """Conditions of one measurement."""
+class Conditions:
+    """What one measurement is made with: the work, its model, the device, and how much of everything."""
 
     work: Workload
     model: Model
     device: str
     threads: int
-    folder: Path
-    """For answers that are compared afterwards."""
     warmup: int = 2
     rounds: int | None = None
     """None: as many as fit into `budget` seconds for each group of contenders."""
@@ -76,6 +74,8 @@ class Plan:
     slow: dict[str, float] = field(default_factory=dict)
     say: Say = lambda line: None
     meter: DeviceMeter | None = None
+    folder: Path = Path()
+    """For answers that are compared afterwards."""
     after: Callable[[Worker, Measured], None] = lambda worker, measured: None
     """Called for every contender after its last round, while it is still open."""
 
@@ -90,12 +90,12 @@ class Plan:
         return int(1.1 * self.model.weight_bytes + 2**29 + pixels / 512**2 * 2.5 * 2**30)
 
 
-def groups(names: Sequence[str], plan: Plan) -> list[list[str]]:
+def groups(names: Sequence[str], conditions: Conditions) -> list[list[str]]:
     """Split contenders into groups that fit into memory together, the first contender in each of them.
 
     When not even two fit, each runs alone.
     """
-    fit = plan.memory_limit // max(1, plan.memory_of_one())
+    fit = conditions.memory_limit // max(1, conditions.memory_of_one())
     if fit >= len(names):
         return [list(names)]
     if fit < 2:
@@ -104,33 +104,39 @@ def groups(names: Sequence[str], plan: Plan) -> list[list[str]]:
     return [[first, *rest[i : i + fit - 1]] for i in range(0, len(rest), fit - 1)]
 
 
-def measure(names: Sequence[str], plan: Plan) -> dict[str, Measured]:
+def turns(names: Sequence[str], conditions: Conditions) -> str:
+    """Return in words who took turns with whom."""
+    split = groups(names, conditions)
+    return "all contenders" if len(split) == 1 else "each with the first" if len(split[0]) > 1 else "none: alone"
+
+
+def measure(names: Sequence[str], conditions: Conditions) -> dict[str, Measured]:
     """Measure contenders and return what was seen of each; one that fails says so and does not stop the others."""
     found = {name: Measured(name) for name in names}
-    for group in groups(names, plan):
-        _measure_group([found[name] for name in group], plan)
+    for group in groups(names, conditions):
+        _measure_group([found[name] for name in group], conditions)
     return found
 
 
-def _measure_group(group: list[Measured], plan: Plan) -> None:
+def _measure_group(group: list[Measured], conditions: Conditions) -> None:
     workers: dict[str, Worker] = {}
     seconds_to_open: dict[str, float] = {}
 
     def open_worker(measured: Measured) -> None:
         start = time.monotonic()
-        worker = workers[measured.name] = Worker(measured.name, plan.threads)
-        _prepare(worker, measured, plan)
+        worker = workers[measured.name] = Worker(measured.name, conditions.threads)
+        _prepare(worker, measured, conditions)
         seconds_to_open[measured.name] = time.monotonic() - start
         worker.settle(SETTLE_SECONDS, SETTLE_MOST)
 
     try:
         for measured in group:
-            plan.say(f"preparing {measured.name}")
+            conditions.say(f"preparing {measured.name}")
             _guarded(measured, open_worker)
         live = [measured for measured in group if measured.failure is None]
-        turns = sum(measured.warmup[-1] for measured in live) or 1.0
-        rounds = plan.rounds or min(MAXIMUM_ROUNDS, max(MINIMUM_ROUNDS, int(plan.budget / turns)))
-        plan.say(f"measuring {rounds} rounds of {', '.join(m.name for m in live)}")
+        seconds = sum(measured.warmup[-1] for measured in live) or 1.0
+        rounds = conditions.rounds or min(MAXIMUM_ROUNDS, max(MINIMUM_ROUNDS, int(conditions.budget / seconds)))
+        conditions.say(f"measuring {rounds} rounds of {', '.join(m.name for m in live)}")
         relaunches = {rounds * part // LAUNCHES for part in range(1, LAUNCHES)} - {0}
         for number in range(rounds):
             if number in relaunches:
@@ -138,53 +144,55 @@ def _measure_group(group: list[Measured], plan: Plan) -> None:
                     if seconds_to_open[measured.name] < RELAUNCH_SECONDS:
                         workers[measured.name].close()
                         _guarded(measured, open_worker)
-            _round(number, group[0], live, workers, plan)
+            _round(number, group[0], live, workers, conditions)
         together = sum(measured.peak_bytes for measured in live)
         for measured in live:
             measured.turns_with = [m.name for m in live if m is not measured]
             measured.together_bytes = max(measured.together_bytes, together)
-            _guarded(measured, lambda m: plan.after(workers[m.name], m))
+            _guarded(measured, lambda m: conditions.after(workers[m.name], m))
     finally:
         for worker in workers.values():
             worker.close()
 
 
-def _prepare(worker: Worker, measured: Measured, plan: Plan) -> None:
-    slow = plan.slow if measured.name.startswith("latentrt/") else {}
-    before = plan.meter.memory_bytes() if plan.meter else 0
-    facts = worker.prepare(**plan.options(), slow=slow)
+def _prepare(worker: Worker, measured: Measured, conditions: Conditions) -> None:
+    slow = conditions.slow if measured.name.startswith("latentrt/") else {}
+    before = conditions.meter.memory_bytes() if conditions.meter else 0
+    facts = worker.prepare(**conditions.options(), slow=slow)
     measured.facts = measured.facts or facts
     warmup = []
-    for number in range(max(1, plan.warmup)):
-        answer = plan.folder / f"{measured.name.replace('/', '-')}.npz"
-        reply = worker.run(plan.work.as_request(), save=answer if number == 0 else None)
+    for number in range(max(1, conditions.warmup)):
+        answer = conditions.folder / f"{measured.name.replace('/', '-')}.npz"
+        reply = worker.run(conditions.work.as_request(), save=answer if number == 0 else None)
         warmup.append(reply["total"])
         measured.answer = answer
         measured.peak_bytes = max(measured.peak_bytes, facts["peak_bytes"], reply["peak_bytes"])
     measured.warmup = measured.warmup or warmup
     measured.launches.append(0)
-    if plan.meter:
-        measured.device_bytes = plan.meter.memory_bytes() - before
+    if conditions.meter:
+        measured.device_bytes = conditions.meter.memory_bytes() - before
     measured.memory = measured.memory or reply.get("memory", {})  # before others open on the same device
     if measured.launches == [0] and facts["options"].get("compile_cache") == "cold":
         measured.facts["build"] = warmup[0] - min(warmup)  # it compiles inside the first request
 
 
-def _round(number: int, first: Measured, live: list[Measured], workers: dict[str, Worker], plan: Plan) -> None:
+def _round(
+    number: int, first: Measured, live: list[Measured], workers: dict[str, Worker], conditions: Conditions
+) -> None:
     """Let every contender answer once; each round another one begins."""
     begin = number % len(live) if live else 0
     for measured in (*live[begin:], *live[:begin]):
-        _guarded(measured, lambda m: _turn(workers[m.name], m, plan))
+        _guarded(measured, lambda m: _turn(workers[m.name], m, conditions))
         workers[measured.name].settle(SETTLE_SECONDS, SETTLE_MOST)
     for measured in live:
         if measured.failure is None and first.failure is None:
             measured.opposite.append(first.seconds[-1])
 
 
-def _turn(worker: Worker, measured: Measured, plan: Plan) -> None:
-    before = plan.meter.energy_joules() if plan.meter else None
-    reply = worker.run(plan.work.as_request())
-    after = plan.meter.energy_joules() if plan.meter else None
+def _turn(worker: Worker, measured: Measured, conditions: Conditions) -> None:
+    before = conditions.meter.energy_joules() if conditions.meter else None
+    reply = worker.run(conditions.work.as_request())
+    after = conditions.meter.energy_joules() if conditions.meter else None
     measured.samples.append(reply)
     measured.launches[-1] += 1
     measured.peak_bytes = max(measured.peak_bytes, reply["peak_bytes"])

@@ -25,8 +25,8 @@ from ...engines.bundle import GraphInfo, TensorInfo
 from ...engines.device import Array, Device, Stream, Tensor
 from ...engines.host import HostDevice
 from ...runtime.loop.denoise import DenoiseLoop, Mode
-from ..report.records import RESULTS, append
-from .machine import LoadWatch, machine_slug, stamp
+from ..report import records
+from .machine import LoadWatch, describe_machine, stamp
 from .statistics import summarize
 
 LATENTS = (1, 4, 64, 64)
@@ -137,7 +137,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--requests", type=int, default=10_000)
-    parser.add_argument("--output", type=Path, help="File of records (default: one for this machine in results/).")
+    parser.add_argument("--output", type=Path, help="File of records (default: this machine's own).")
     words = sys.argv[1:] if arguments is None else arguments
     given = parser.parse_args(words)
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stdout)
@@ -146,29 +146,21 @@ def main(arguments: list[str] | None = None) -> int:
         from ...engines.cuda.device import CudaDevice
 
         device = CudaDevice()
+    output = given.output or records.default_file(describe_machine())
+    records.check_writable(output)
     found, watch = [], LoadWatch()
     modes: tuple[Mode, ...] = ("step", "loop") if given.device == "cuda" else ("eager", "step", "loop")
     for mode in modes:
         result = measure(device, mode, given.steps, given.requests)
-        found.append(
-            {
-                "kind": "replay",
-                "device": device.name,
-                "mode": mode,
-                "steps": given.steps,
-                **result,
-            }
-        )
+        found.append({"kind": "replay", "device": device.name, "mode": mode, "steps": given.steps, **result})
         times = result["seconds_per_step"]
         log.info(
             "%-6s %6.1f µs from step to step (p99 %.1f), %d bytes left, %d at most",
             *(mode, times["p50"] * 1e6, times["p99"] * 1e6),
             *(result["python_bytes_left"], result["python_bytes_at_most"]),
         )
-    common = stamp(watch, given.device, f"python -m latentrt.benchmarks.measure.replay {shlex.join(words)}".strip())
-    found = [common | record for record in found]
-    output = given.output or RESULTS / f"{machine_slug(found[0]['machine'])}.jsonl"
-    append(output, found)
+    common = stamp(watch, f"python -m latentrt.benchmarks.measure.replay {shlex.join(words)}".strip(), given.device)
+    records.append(output, [common | record for record in found])
     log.info("%s", output)
     return 0
 

@@ -27,8 +27,8 @@ from ...engines.tensorrt.plan import profile_for
 from ...engines.tensorrt.planner import Planner, target_of_compute_capability
 from ...runtime.shapes import requested_shapes
 from ...runtime.sizes import parse_size
-from ..report.records import RESULTS, append
-from .machine import LoadWatch, describe_machine, machine_slug, stamp
+from ..report import records
+from .machine import LoadWatch, describe_machine, stamp
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +93,7 @@ def compile_bundle(
                         result = {"error": f"the build ended without an answer ({error})"}
                 record = {
                     "kind": "rtx-compile",
-                    **stamp(watch, "cpu", command),
+                    **stamp(watch, command, "cpu"),
                     "bundle": {"name": name, "precision": bundle.manifest.precision},
                     "graph": graph.name,
                     "profile": kind,
@@ -125,7 +125,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--compute-capability", nargs="+", default=["8.6", "12.0"], metavar="X.Y")
     parser.add_argument("--size", metavar="WxH")
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--output", type=Path, help="File of records (default: one for this machine in results/).")
+    parser.add_argument("--output", type=Path, help="File of records (default: this machine's own).")
     given = parser.parse_args(arguments)
     words = sys.argv[1:] if arguments is None else arguments
     paths = {str(path): path.name for path in given.bundles}
@@ -135,13 +135,14 @@ def main(arguments: list[str] | None = None) -> int:
     except LatentRTError as error:
         parser.error(str(error))
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stdout)
-    output = given.output or RESULTS / f"{machine_slug(describe_machine())}.jsonl"
+    output = given.output or records.default_file(describe_machine())
+    records.check_writable(output)
     failed = 0
     for path in given.bundles:
         log.info("%s", path)
-        records = compile_bundle(path, given.compute_capability, size, given.batch, command)
-        failed += sum("error" in record for record in records)
-        append(output, records)
+        built = compile_bundle(path, given.compute_capability, size, given.batch, command)
+        failed += sum("error" in record for record in built)
+        records.append(output, built)
     log.info("%s", output)
     return 1 if failed else 0
 

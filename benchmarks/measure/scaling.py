@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from datetime import datetime, timezone
 from statistics import median
 from typing import Any
 
@@ -13,7 +12,7 @@ from ..contenders.process import Worker
 from ..report.records import Record
 from . import machine
 from .bench import Options
-from .method import Plan
+from .method import Conditions
 from .statistics import power_law
 from .workloads import Say, Workload, ensure_model
 
@@ -61,19 +60,15 @@ def study(work: Workload, options: Options, say: Say) -> list[Record]:
         for axis in AXES:
             say(f"{candidate.name}: {axis}")
             watch = machine.LoadWatch()
-            plan = Plan(work, model, options.device, options.threads, model.bundle)
+            conditions = Conditions(work, model, options.device, options.threads)
             with Worker(candidate.name, options.threads) as worker:
-                opened = worker.prepare(**plan.options() | {"max_batch": max(BATCHES)})["resident_bytes"]
+                opened = worker.prepare(**conditions.options() | {"max_batch": max(BATCHES)})["resident_bytes"]
                 measured = [_point(worker, x, request) for x, request in points(work, axis)]
             records.append(
                 {
                     "kind": "scaling",
                     "axis": axis,
-                    "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-                    "command": options.command,
-                    "source": machine.source_version(),
-                    "machine": machine.describe_machine(),
-                    "conditions": {"threads": options.threads, "device": options.device, **watch.finish()},
+                    **machine.stamp(watch, options.command, options.device, options.threads),
                     "workload": work.as_request(),
                     "contender": {"name": candidate.name, "title": candidate.title},
                     "opened_bytes": opened,

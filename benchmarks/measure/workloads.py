@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any, cast, get_args
 from ...engines.bundle import Precision
 from ...engines.cache import home
 from ...engines.errors import RequestError
-from ..contenders.process import Finished, run_process
+from ..contenders.process import run_process
 
 Say = Callable[[str], None]
 """Called with one line about what happens now."""
@@ -93,6 +94,18 @@ class Model:
         return sum(f.stat().st_size for f in self.bundle.iterdir() if f.is_file())
 
 
+EXPORT = """
+import sys
+from latentrt.engines.errors import LatentRTError
+from latentrt.export import export_checkpoint
+try:
+    export_checkpoint(sys.argv[1], sys.argv[2], precision=sys.argv[3], replace=True)
+except LatentRTError as error:
+    sys.exit(str(error))
+"""
+"""Run in a process of its own, so that what an export takes can be measured from outside."""
+
+
 def ensure_model(w: Workload, *, checkpoint: Path | None = None, fresh: bool = False, say: Say) -> Model:
     """Return the workload's model, writing random weights and exporting at first use.
 
@@ -114,21 +127,22 @@ def ensure_model(w: Workload, *, checkpoint: Path | None = None, fresh: bool = F
         weights = f"random, {w.family} architecture"
         if not checkpoint.exists():
             say(f"writing random weights of the {w.family} architecture, once: {checkpoint}")
-            _python(
-                "from latentrt.benchmarks.random_checkpoint import write_random_checkpoint as write; import sys; "
-                "write(sys.argv[1], sys.argv[2])",
-                w.family,
-                str(checkpoint),
-            )
+            _write_random(w.family, checkpoint)
     if bundle.exists() and not fresh:
         return Model(checkpoint, bundle, weights)
     say(f"exporting {checkpoint.name} to {bundle}")
-    done = _python(
-        "import sys; from latentrt.runtime.cli import main; sys.argv[0] = 'latentrt'; main()",
-        *("export", str(checkpoint), "--output", str(bundle), "--precision", w.precision, "--force"),
-    )
+    done = run_process([sys.executable, "-c", EXPORT, str(checkpoint), str(bundle), w.precision])
     say(f"exported in {done.seconds:.0f} s, peak memory {done.peak_bytes / 2**30:.2f} GiB")
     return Model(checkpoint, bundle, weights, done.seconds, done.peak_bytes)
+
+
+def _write_random(family: str, checkpoint: Path) -> None:
+    """Write random weights under a temporary name and rename the folder: a killed run leaves no half checkpoint."""
+    checkpoint.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{checkpoint.name}-", dir=checkpoint.parent) as folder:
+        written = Path(folder) / checkpoint.name
+        run_process([sys.executable, "-m", "latentrt.benchmarks.random_checkpoint", family, str(written)])
+        written.rename(checkpoint)
 
 
 def _state(folder: Path) -> str:
@@ -137,7 +151,3 @@ def _state(folder: Path) -> str:
     for file in sorted(p for p in folder.rglob("*") if p.is_file()):
         digest.update(f"{file.relative_to(folder)} {file.stat().st_size} {file.stat().st_mtime_ns}\n".encode())
     return digest.hexdigest()[:16]
-
-
-def _python(code: str, *arguments: str) -> Finished:
-    return run_process([sys.executable, "-c", code, *arguments], show=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ...engines.device import Array
+from ...export.compare import psnr, relative_error, ssim
 
 
 @dataclass(frozen=True)
@@ -35,33 +35,3 @@ def fidelity(answer: Path, reference: Path) -> Fidelity:
             psnr=psnr(a["images"], b["images"]),
             ssim=float(np.mean([ssim(x, y) for x, y in zip(a["images"], b["images"], strict=True)])),
         )
-
-
-def relative_error(values: Array, reference: Array) -> float:
-    """Return the root-mean-square of the difference over the root-mean-square of the reference."""
-    difference = values.astype(np.float64) - reference
-    return float(np.sqrt(np.mean(difference**2)) / np.sqrt(np.mean(reference.astype(np.float64) ** 2)))
-
-
-def psnr(values: Array, reference: Array) -> float | None:
-    """Return the peak signal-to-noise ratio of uint8 pictures, 10 log10(255² / MSE), in decibels; None when equal."""
-    error = float(np.mean((values.astype(np.float64) - reference) ** 2))
-    return None if error == 0 else float(10 * np.log10(255**2 / error))
-
-
-def ssim(values: Array, reference: Array) -> float:
-    """Return the structural similarity of two uint8 pictures [H, W, 3], the mean over all windows and channels.
-
-    Wang et al. 2004, equation 13, with its 11×11 Gaussian window of standard deviation 1.5, K₁ = 0.01 and K₂ = 0.03.
-    """
-    from scipy.ndimage import gaussian_filter
-
-    def blur(x: Array) -> Array:
-        return np.asarray(gaussian_filter(x, sigma=(1.5, 1.5, 0), radius=(5, 5, 0)))[5:-5, 5:-5]
-
-    x, y = values.astype(np.float64), reference.astype(np.float64)
-    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-    mx, my = blur(x), blur(y)
-    vx, vy, cov = blur(x * x) - mx**2, blur(y * y) - my**2, blur(x * y) - mx * my
-    similarity = ((2 * mx * my + c1) * (2 * cov + c2)) / ((mx**2 + my**2 + c1) * (vx + vy + c2))
-    return float(similarity.mean())

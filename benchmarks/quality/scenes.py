@@ -122,11 +122,6 @@ def held_out_scenes(kind: Kind, count: int, seed: int = 0) -> list[Scene]:
     return list(scenes)
 
 
-def held_out_prompts(kind: Kind, count: int, seed: int = 0) -> list[str]:
-    """The canonical prompts of `held_out_scenes`."""
-    return [scene.prompt for scene in held_out_scenes(kind, count, seed)]
-
-
 def describe(scene: Scene, rng: np.random.Generator) -> str:
     """One of many prompts for a scene: synonyms, word order, a mirrored relation, a left-out default background."""
     if rng.random() < 0.35:

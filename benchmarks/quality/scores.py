@@ -22,17 +22,11 @@ MLPERF_SDXL = {"fid": (23.01085758, 23.95007626), "clip_score": (31.68631873, 31
 """What MLPerf Inference demands of SDXL on its 5,000 prompts: FID within 2 % of the reference's, CLIP score 0.2 %."""
 
 
-def fid(features: Floats, reference: Floats) -> float:
-    """Return the Fréchet distance between two sets of Inception features [N, D] (Heusel et al. 2017, equation 6).
-
-    ‖μ₁ − μ₂‖² + tr(Σ₁ + Σ₂ − 2 (Σ₁Σ₂)^½); at least two pictures in each set.
-    """
-    a, b = (np.asarray(x, np.float64) for x in (features, reference))
-    return fid_of_moments(a.mean(0), np.cov(a, rowvar=False), b.mean(0), np.cov(b, rowvar=False))
-
-
 def fid_of_moments(mean_a: Floats, cov_a: Floats, mean_b: Floats, cov_b: Floats) -> float:
-    """Return the Fréchet distance of two Gaussians, given means [D] and covariances [D, D]."""
+    """Return the Fréchet distance of two Gaussians, given means [D] and covariances [D, D] (Heusel et al. 2017, eq. 6).
+
+    ‖μ₁ − μ₂‖² + tr(Σ₁ + Σ₂ − 2 (Σ₁Σ₂)^½); means and covariances are those of Inception's pool features.
+    """
     cov_a, cov_b = np.atleast_2d(cov_a), np.atleast_2d(cov_b)
     # Σ₁Σ₂ has the eigenvalues of Σ₁^½ Σ₂ Σ₁^½, which is symmetric: no complex square root of a matrix is needed
     values, vectors = np.linalg.eigh(cov_a)

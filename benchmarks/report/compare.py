@@ -58,6 +58,8 @@ class Comparison:
     changes: list[Change]
     compared: int
     doubts: list[str]
+    controls: list[str]
+    """Contenders that are no part of latentrt and the same in both sets: they tell of the machine."""
 
     @property
     def regressed(self) -> bool:
@@ -74,16 +76,17 @@ def compare(before: Iterable[Record], after: Iterable[Record]) -> Comparison:
     changes: list[Change] = []
     doubts: dict[str, None] = {}
     for key in judged:
-        beside = [(old[c], new[c]) for c in controls if c not in judged and _work(c) == _work(key)]
-        drift = median(_fastest(b) / _fastest(a) for a, b in beside) if beside else 1.0
-        if not beside:
+        same = [(old[c], new[c]) for c in controls if c not in judged and _work(c) == _work(key)]
+        drift = median(_fastest(b) / _fastest(a) for a, b in same) if same else 1.0
+        if not same:
             doubts |= {ALONE: None}
         elif abs(drift - 1) > DRIFT:
             again = "; measure again for a sure answer" if abs(drift - 1) > UNSURE else ""
             doubts |= {f"the machine took {drift - 1:+.1%} for what has not changed: corrected for that{again}": None}
         changes += _changes(old[key], new[key], drift)
         doubts |= dict.fromkeys(_doubts(old[key], new[key]))
-    return Comparison(changes, len(judged), list(doubts))
+    beside = dict.fromkeys(key[3] for key in controls if key not in judged)
+    return Comparison(changes, len(judged), list(doubts), list(beside))
 
 
 def _is_control(old: Record, new: Record) -> bool:
@@ -158,6 +161,8 @@ def _differences(a: dict[str, Any], b: dict[str, Any]) -> str:
 def lines(comparison: Comparison) -> list[str]:
     """Return a comparison as text, one line a change."""
     out = [f"note: {doubt}" for doubt in comparison.doubts]
+    if comparison.controls:
+        out.append(f"note: {', '.join(comparison.controls)}: the same in both, so a measure of the machine, not judged")
     for change in comparison.changes:
         unit, scale = ("MiB", 2**20) if change.figure == "peak memory" else ("ms", 1e-3)
         verdict = "slower" if change.worse else "faster"
@@ -168,5 +173,6 @@ def lines(comparison: Comparison) -> list[str]:
             f"(between the closest processes {change.least - 1:+.1%})"
         )
     if not comparison.changes:
-        out.append(f"no change beyond noise in {comparison.compared} contenders")
+        contenders = "1 contender" if comparison.compared == 1 else f"{comparison.compared} contenders"
+        out.append(f"no change beyond noise in {contenders}")
     return out

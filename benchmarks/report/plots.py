@@ -11,12 +11,14 @@ import numpy as np
 from matplotlib import ticker
 from matplotlib.figure import Figure
 
+from ..contenders import STAGES
 from .records import Record
+from .summary import is_ours, made_on, title_of
 
 matplotlib.use("Agg")
 
-STAGES = ("tokenize", "encode", "prepare", "denoise", "decode", "png")
 COLORS = ("#9aa5b1", "#e0a458", "#c8553d", "#2f6f9f", "#588157", "#6d597a")
+OURS, THEIRS = "#2f6f9f", "#b8c2cc"
 WIDTH = 8.0
 
 
@@ -47,6 +49,32 @@ def stages(records: Sequence[Record], title: str) -> bytes:
     axes.set_xlabel("milliseconds (medians of each stage)")
     figure.legend(ncols=len(STAGES), fontsize=8, frameon=False, loc="outside lower center")
     return _png(figure)
+
+
+def rivals(records: Sequence[Record]) -> bytes:
+    """Draw a request's time and the peak memory of each contender, two panels of bars; latentrt's stand out."""
+    figure = Figure(figsize=(7.6, 0.44 * len(records) + 1.5), layout="constrained", facecolor="white")
+    names = [title_of(record) for record in records]
+    colors = [OURS if is_ours(record) else THEIRS for record in records]
+    panels: tuple[tuple[str, list[float]], ...] = (
+        ("request, milliseconds (median)", [1e3 * record["seconds"]["total"]["p50"] for record in records]),
+        ("peak memory, MiB", [record["memory"]["peak_bytes"] / 2**20 for record in records]),
+    )
+    for axes, (label, values) in zip(figure.subplots(1, len(panels), sharey=True), panels, strict=True):
+        axes.barh(names, values, color=colors, height=0.68)
+        for row, value in enumerate(values):
+            axes.text(value, row, f" {value:,.0f}", va="center", fontsize=12, weight="bold" if row == 0 else "normal")
+        axes.set_xlim(0, 1.22 * max(values))
+        axes.set_xlabel(label, fontsize=12)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.xaxis.set_major_locator(ticker.MaxNLocator(4))
+        axes.tick_params(axis="x", labelsize=10)
+        axes.tick_params(axis="y", labelsize=12, length=0)
+    axes.invert_yaxis()
+    work = records[0]["workload"]
+    size = f"{work['width']}×{work['height']}, {work['steps']} steps, {work['precision']}"
+    figure.supxlabel(f"{work['name']} model, {size} · {made_on(records[0])}", fontsize=11, color="#52606d")
+    return _png(figure, dpi=200)
 
 
 def distribution(records: Sequence[Record], title: str) -> bytes:
@@ -103,7 +131,7 @@ def _axes(height: float, title: str) -> tuple[Figure, Any]:
     return figure, axes
 
 
-def _png(figure: Figure) -> bytes:
+def _png(figure: Figure, dpi: int = 130) -> bytes:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130, metadata={"Software": None})
+    figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
     return buffer.getvalue()

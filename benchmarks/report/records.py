@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,20 +13,95 @@ from typing import Any
 from ...engines.errors import RequestError, StorageError
 
 FORMAT = 1
-RESULTS = Path(__file__).parent.parent / "results"
 
 Record = dict[str, Any]
 
 
-def append(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
-    """Add records to a file, each as one line; raises `StorageError` when it cannot be written."""
-    text = "".join(json.dumps(_rounded({"format": FORMAT, **record})) + "\n" for record in records)
+def checkout() -> Path | None:
+    """Return the source tree that this code runs from, None where it is installed."""
+    root = Path(__file__).resolve().parents[2]
+    return root if (root / "pyproject.toml").is_file() else None
+
+
+def results_folder() -> Path:
+    """Return the folder for records: `benchmarks/results` of a source tree, else one of the user's own.
+
+    That is `$LATENTRT_HOME/records`, else `$XDG_DATA_HOME/latentrt/records`, else `~/.local/share/latentrt/records`.
+    """
+    if root := checkout():
+        return root / "benchmarks" / "results"
+    if given := os.environ.get("LATENTRT_HOME"):
+        return Path(given).expanduser() / "records"
+    base = os.environ.get("XDG_DATA_HOME")
+    return (Path(base) if base else Path.home() / ".local" / "share") / "latentrt" / "records"
+
+
+def default_file(machine: Mapping[str, Any]) -> Path:
+    """Return the file of a machine's records, such as `amd-epyc-2-cores.jsonl`."""
+    gpu = machine.get("gpu")
+    name = gpu["name"] if gpu else f"{machine['processor']} {machine['cores']} cores"
+    return results_folder() / f"{slug(re.sub(r'[(](r|tm)[)]', '', name.lower()))}.jsonl"
+
+
+def slug(text: str) -> str:
+    """Return a text as a file name: small letters and digits, dashes between them."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+def check_writable(path: Path) -> None:
+    """Raise `StorageError` unless records can be added to a file; a file that was not there is not left behind.
+
+    Meant to be called before a measurement, which may take hours.
+    """
+    new = not path.exists()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
-            file.write(text)
+        with path.open("ab"):
+            pass
+        if new:
+            path.unlink()
     except OSError as error:
         raise StorageError(f"cannot write {path}: {error.strerror or error}; choose another --output") from error
+
+
+def append(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Add records to the end of a file, each as one line, and flush them to the disk: all of them or none.
+
+    Raises `StorageError` when that fails; it names the temporary file that holds the records instead.
+    """
+    data = "".join(json.dumps(_rounded({"format": FORMAT, **record})) + "\n" for record in records).encode()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a+b", buffering=0) as file:
+            end = file.seek(0, os.SEEK_END)
+            file.seek(max(0, end - 1))
+            broken = file.read(1) not in (b"", b"\n")  # a line that another program left half written
+            try:
+                _write_whole(file.fileno(), b"\n" * broken + data)
+            except OSError:
+                os.ftruncate(file.fileno(), end)
+                raise
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error.strerror or error}; {_kept(data)}") from error
+
+
+def _write_whole(handle: int, data: bytes) -> None:
+    while data:
+        data = data[os.write(handle, data) :]
+    os.fsync(handle)
+
+
+def _kept(data: bytes) -> str:
+    """Put data where it is not lost, and say where in half a sentence."""
+    try:
+        handle, name = tempfile.mkstemp(prefix="latentrt-records-", suffix=".jsonl")
+        try:
+            _write_whole(handle, data)
+        finally:
+            os.close(handle)
+    except OSError as error:
+        return f"nor a temporary file ({error.strerror or error}): the records are lost"
+    return f"the records are in {name}"
 
 
 def read(path: Path) -> list[Record]:
@@ -49,10 +127,24 @@ def read(path: Path) -> list[Record]:
 def read_run(given: str) -> list[Record]:
     """Return the records of `FILE`, or of one run of it, `FILE@RUN`; raises `RequestError` when there are none."""
     path, _, run = given.partition("@")
-    records = [record for record in read(Path(path)) if not run or record.get("run") == run]
+    everything = read(Path(path))
+    records = [record for record in everything if not run or record.get("run") == run]
+    if not records and everything and run:
+        dates = {r["run"]: f"{r['run']} ({r['date'][:10]})" for r in everything if "run" in r}
+        raise RequestError(f"{path} holds no run {run!r}: it has {', '.join(dates.values()) or 'records of no run'}")
     if not records:
-        raise RequestError(f"{path} holds no records{f' of run {run!r}' if run else ''}")
+        raise RequestError(f"{path} holds no records: run `latentrt bench embedded --output {path}` first")
     return records
+
+
+def by_machine(records: Iterable[Record]) -> list[list[Record]]:
+    """Return the records of each machine: one processor with so many cores and one kind of GPU."""
+    groups: dict[tuple[Any, ...], list[Record]] = {}
+    for record in records:
+        machine = record["machine"]
+        gpu = machine["gpu"]["name"] if machine["gpu"] else None  # without its clock, which never stands still
+        groups.setdefault((machine["processor"], machine["cores"], gpu), []).append(record)
+    return list(groups.values())
 
 
 def latest(records: Iterable[Record], kind: str = "latency") -> dict[tuple[str, ...], Record]:

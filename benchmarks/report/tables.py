@@ -7,10 +7,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..measure.bench import NETWORKS
-from .records import Record, latest
+from ..contenders import NETWORKS
+from .records import Record, by_machine, latest
 
 DASH = "–"
+MOVED = {f"latentrt.benchmarks.{name}": f"latentrt.benchmarks.measure.{name}" for name in ("replay", "rtx_compile")}
+"""Modules that older records name in their commands, and where they are now."""
 
 
 @dataclass(frozen=True)
@@ -44,12 +46,14 @@ class Section:
 
 def sections(records: Iterable[Record]) -> list[Section]:
     """Return a section for each machine and workload, in the order in which they were first measured."""
-    records = list(records)
+    return [section for group in by_machine(records) for section in _sections_of_machine(group)]
+
+
+def _sections_of_machine(records: Sequence[Record]) -> list[Section]:
     grouped: dict[tuple[str, ...], list[Record]] = {}
     for kind in ("latency", "scaling"):
         for key, record in latest(records, kind).items():
-            where = (record["machine"]["processor"], str(record["machine"]["gpu"]), *key[:3], key[4], kind)
-            grouped.setdefault(where, []).append(record)
+            grouped.setdefault((*key[:3], key[4], kind), []).append(record)
     out = []
     for group in grouped.values():
         first = group[0]
@@ -88,7 +92,8 @@ def conditions(record: Record) -> str:
         parts.append(f"{rounds} rounds after {state['warmup']} warm-up requests, by turns: {state['turns']}")
     if not state["quiet"]:
         parts.append(f"NOT QUIET: others used {state['others_share']:.0%} of the machine")
-    return "; ".join([*parts, f"{record['date'][:10]}; `{record['command']}`"])
+    command = " ".join(MOVED.get(word, word) for word in record["command"].split(" "))
+    return "; ".join([*parts, f"{record['date'][:10]}; `{command}`"])
 
 
 def latency_table(group: Sequence[Record]) -> Table:

@@ -59,23 +59,9 @@ def train_vae(vae: AutoencoderKL, folder: Path, steps: int = STEPS) -> None:
     pool = draw(training_scenes(rng, POOL), rng)
     edges = _edge_maps(pool)
 
-    def batch(step: int) -> np.ndarray:
-        rng = np.random.default_rng([2, step])
-        if step % 4 == 3 or step > 0.75 * steps:
-            # Group norms see other statistics in a crop than in a whole picture: whole pictures have the last word.
-            return pool[rng.integers(POOL, size=WHOLE)]
-        crops = np.empty((CROPS, CROP, CROP, 3), np.uint8)
-        for crop, index in zip(crops, rng.integers(POOL, size=CROPS), strict=True):
-            ys, xs = np.nonzero(edges[index])
-            at = rng.integers(len(ys))
-            corner = np.array([ys[at], xs[at]]) * 4 - rng.integers(0, CROP, 2)
-            top, left = np.clip(corner, 0, SIZE - CROP)
-            crop[:] = pool[index, top : top + CROP, left : left + CROP]
-        return crops
-
     def loss(step: int) -> torch.Tensor:
         set_norm_groups(vae, 2 if step < SETTLE else 1)
-        values = pictures_to_values(batch(step))
+        values = pictures_to_values(_batch(pool, edges, step, step / steps))
         generator = torch.Generator().manual_seed(step)
         with torch.autocast("cpu", torch.bfloat16):
             posterior = vae.encode(values).latent_dist
@@ -112,6 +98,22 @@ def train_vae(vae: AutoencoderKL, folder: Path, steps: int = STEPS) -> None:
         )
     vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 4))
     log.info("vae: scaling factor %.4f", vae.config.scaling_factor)
+
+
+def _batch(pool: np.ndarray, edges: np.ndarray, step: int, done: float) -> np.ndarray:
+    """Return crops around edges, or whole pictures in one step of four and when three quarters are `done`."""
+    rng = np.random.default_rng([2, step])
+    if step % 4 == 3 or done > 0.75:
+        # Group norms see other statistics in a crop than in a whole picture: whole pictures have the last word.
+        return pool[rng.integers(POOL, size=WHOLE)]
+    crops = np.empty((CROPS, CROP, CROP, 3), np.uint8)
+    for crop, index in zip(crops, rng.integers(POOL, size=CROPS), strict=True):
+        ys, xs = np.nonzero(edges[index])
+        at = rng.integers(len(ys))
+        corner = np.array([ys[at], xs[at]]) * 4 - rng.integers(0, CROP, 2)
+        top, left = np.clip(corner, 0, SIZE - CROP)
+        crop[:] = pool[index, top : top + CROP, left : left + CROP]
+    return crops
 
 
 def set_norm_groups(vae: AutoencoderKL, groups: int) -> None:

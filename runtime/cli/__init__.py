@@ -1,83 +1,44 @@
-"""The command line: `latentrt generate | export | build | inspect | verify | bench | env`.
+"""The command line.
 
-Every error is one line on standard error. Exit codes: 0 done, 1 failed, 2 bad usage or request, 130 interrupted.
+Every error is one line on standard error. Exit codes: 0 done, 1 failed, 2 bad usage or request, 130 interrupted. What
+was typed wrong (a bundle that does not exist, an unknown backend or sampler) is 2; what went wrong on the machine (a
+damaged file, a full disk, a backend that cannot run here) is 1.
+
+This module imports nothing that takes time: an interrupt is handled before anything else is loaded.
 """
 
 from __future__ import annotations
 
-import logging
-import os
 import sys
-import warnings
 from collections.abc import Sequence
-from itertools import pairwise
-from typing import Any
 
-import typer
-
-from ...engines.errors import LatentRTError, RequestError
-from . import bench, build, bundle, env, generate, verify
-
-UsageError: type[Exception] = typer.BadParameter.__mro__[1]
-"""Typer's base of all usage errors; releases differ in where it can be imported from."""
-
-app = typer.Typer(
-    help="Text-to-image latent diffusion without PyTorch: checkpoint to ONNX graphs, prompt to picture.",
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-)
-app.command("generate")(generate.generate)
-app.command("export")(bundle.export)
-app.command("build")(build.build)
-app.command("inspect")(bundle.inspect)
-app.command("verify")(verify.verify)
-app.add_typer(bench.app, name="bench")
-app.command("env")(env.env)
+from . import interrupts
+from .interrupts import INTERRUPTED
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
-    """Run one command line and return its exit code."""
-    logging.basicConfig(format="latentrt: %(message)s", level=logging.WARNING, stream=sys.stderr)
-    warnings.simplefilter("ignore")
+    """Run one command line, by default that of this process, and return its exit code."""
     try:
-        result = app(args=None if arguments is None else list(arguments), standalone_mode=False, prog_name="latentrt")
-        if result == 130:  # what Typer makes of an interrupt
-            raise KeyboardInterrupt
-        return result if isinstance(result, int) else 0
-    except UsageError as error:
-        return _fail(f"{_describe(error, arguments)} (see `latentrt --help`)", 2)
-    except RequestError as error:
-        return _fail(str(error), 2)
-    except LatentRTError as error:
-        return _fail(str(error), 1)
-    except (KeyboardInterrupt, typer.Abort):
-        return _fail("interrupted", 130)
-    except typer.Exit as error:
-        return error.exit_code
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except MemoryError:
-        return _fail("out of memory: use a smaller size, a smaller --count, or a machine with more memory", 1)
-    except OSError as error:
-        return _fail(f"{error.strerror or error}: {error.filename or ''}".rstrip(": "), 1)
+        from .app import execute
 
-
-def _describe(error: Any, arguments: Sequence[str] | None) -> str:
-    """Return a usage error's text with the value that was given, which Typer leaves out."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    names = getattr(getattr(error, "param", None), "opts", [])
-    given = [value for name, value in pairwise(words) if name in names]
-    return error.format_message() + (f" from {given[-1]!r}" if given else "")
-
-
-def _fail(message: str, code: int) -> int:
-    typer.echo(f"latentrt: error: {' '.join(message.split())}", err=True)
-    return code
+        return execute(sys.argv[1:] if arguments is None else arguments)
+    except KeyboardInterrupt:
+        return _interrupted()
 
 
 def main() -> None:
-    """Run the command line of this process."""
-    sys.exit(run())
+    """Run the command line of this process and exit with its code."""
+    try:
+        interrupts.watch()
+        code = run()
+        interrupts.stop()
+    except KeyboardInterrupt:  # in the few lines that `run` does not guard
+        code = _interrupted()
+    sys.exit(code)
+
+
+def _interrupted() -> int:
+    interrupts.stop()
+    interrupts.forget()
+    sys.stderr.write("latentrt: error: interrupted\n")
+    return INTERRUPTED

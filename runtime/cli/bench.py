@@ -29,12 +29,14 @@ class _WorkloadGroup(TyperGroup):
         return super().resolve_command(ctx, args if known else ["run", *args])
 
 
-app = typer.Typer(cls=_WorkloadGroup, no_args_is_help=True, add_completion=False, rich_markup_mode=None)
+app = typer.Typer(cls=_WorkloadGroup, add_completion=False, rich_markup_mode=None)
 
 
-@app.callback()
-def bench() -> None:
+@app.callback(invoke_without_command=True)
+def bench(context: typer.Context) -> None:
     """Measure latentrt beside what else could run: `latentrt bench WORKLOAD`, `bench report`, `bench compare A B`."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
 
 
 @app.command()
@@ -68,7 +70,8 @@ def run(
         typer.Option("--slow", help="GRAPH=SHARE: draw out a graph of latentrt, to see that a comparison finds it."),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Records (default: benchmarks/results/MACHINE.jsonl).")
+        Path | None,
+        typer.Option("--output", "-o", help="File of records (default: this machine's own)."),
     ] = None,
 ) -> None:
     """Measure a workload with every contender that is installed; append records and write a page beside them."""
@@ -84,6 +87,8 @@ def run(
         raise RequestError("device is 'cuda': no NVIDIA GPU answers on this machine; give cpu or auto")
     if output is not None and output.is_dir():
         raise RequestError(f"output {output} is a folder: name a .jsonl file")
+    path = output or records.default_file(machine.describe_machine())
+    records.check_writable(path)
     work = workloads.workload(workload).but(
         steps=steps,
         batch=batch,
@@ -113,38 +118,49 @@ def run(
         typer.echo(f"{time.monotonic() - began:6.1f} s  {line}", err=True)
 
     found: list[Record] = growth.study(work, options, say) if scaling else benchmark.run(work, options, say)
-    path = output or records.RESULTS / f"{machine.machine_slug(found[0]['machine'])}.jsonl"
-    records.append(path, found)
     typer.echo(report.text(found))
+    records.append(path, found)
     typer.echo(f"\nrecords: {path}\npage:    {report.write_page(records.read(path), path.with_suffix('.html'))}")
 
 
 @app.command("report")
 def write_report(
     results: Annotated[
-        list[Path] | None, typer.Argument(help="Record files (default: all in benchmarks/results).")
+        list[Path] | None, typer.Argument(metavar="FILES", help="Record files (default: all in the folder of records).")
     ] = None,
-    readme: Annotated[Path, typer.Option("--readme", help="File whose measurements are replaced.")] = Path("README.md"),
+    readme: Annotated[Path | None, typer.Option("--readme", help="File whose small table is replaced.")] = None,
+    tables: Annotated[Path | None, typer.Option("--tables", help="File whose tables are replaced.")] = None,
+    chart: Annotated[Path | None, typer.Option("--chart", help="PNG file of the chart that is written.")] = None,
     check: Annotated[
-        bool, typer.Option("--check", help="Change nothing; exit 1 if the README is out of date.")
+        bool, typer.Option("--check", help="Change nothing; exit 1 if a file's tables are out of date.")
     ] = False,
 ) -> None:
-    """Write the README's tables, the plots and one self-contained page from records."""
+    """Write pages and plots from records; without FILES in a source tree, the tables and images of README and docs."""
     with _bench_extra():
         from ...benchmarks.report import page as report
         from ...benchmarks.report import records
-    paths = results or sorted(records.RESULTS.glob("*.jsonl"))
+    folder = records.results_folder()
+    paths = results or sorted(folder.glob("*.jsonl"))
     if not paths:
-        raise RequestError(f"no records in {records.RESULTS}: run `latentrt bench embedded` first")
+        raise RequestError(f"no records in {folder}: run `latentrt bench embedded` first")
     found = [record for path in paths for record in records.read(path)]
-    current = report.update_readme(readme, found, write=not check)
+    images = paths[0].parent / "plots"
+    if (root := records.checkout()) and not results:
+        readme, tables = readme or root / "README.md", tables or root / "docs" / "benchmarks.md"
+        images = root / "docs" / "images"
+        chart = chart or images / "latency.png"
+    if check and not (readme or tables):
+        raise RequestError("nothing to check: name a file with --readme or --tables")
+    current = [report.update_summary(readme, found, write=not check)] if readme else []
+    current += [report.update_tables(tables, found, write=not check)] if tables else []
     if check:
-        raise typer.Exit(0 if current else 1)
-    for path in paths:
-        typer.echo(report.write_page(records.read(path), path.with_suffix(".html")))
-    for plot in report.write_plots(found, paths[0].parent / "plots"):
-        typer.echo(plot)
-    typer.echo(readme)
+        raise typer.Exit(0 if all(current) else 1)
+    written = [report.write_page(records.read(path), path.with_suffix(".html")) for path in paths]
+    written += report.write_plots(found, images)
+    written += [report.write_chart(chart, found)] if chart else []
+    for path in (*written, readme, tables):
+        if path is not None:
+            typer.echo(path)
 
 
 @app.command()
@@ -178,11 +194,11 @@ def quality(
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the first picture.")] = 0,
 ) -> None:
     """Score pictures of a list of prompts with networks you have: CLIP score, PickScore, FID, Inception Score."""
-    from .generate import _prompts
+    from .generate import read_prompts
 
     if not (clip or pick or inception):
         raise RequestError("no score was asked for: give --clip, --pickscore or --inception with local weights")
-    prompts = _prompts(None, prompt_file)
+    prompts = read_prompts(None, prompt_file)
     with _bench_extra():
         from ...benchmarks.quality import scores as scoring
     networks: dict[str, Any] = {

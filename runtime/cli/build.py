@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import json
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from ...engines.backends import Backend, open_backend
 from ...engines.bundle import Bundle, GraphInfo
+from ...engines.cache import EngineCache
 from ...engines.engine import Shapes
 from ...engines.errors import BackendUnavailableError, RequestError
-from ...engines.tensorrt.engine import TensorRt, plan_options
+from ...engines.onnxruntime.cpu import OnnxRuntimeCpu
+from ...engines.progress import Progress
+from ...engines.tensorrt.backend import TensorRt, plan_options
 from ...engines.tensorrt.plan import Profile, profile_for
 from ...engines.tensorrt.planner import Planner, target_of_compute_capability
 from ..shapes import requested_shapes
 from ..sizes import check_size, parse_size
-from .options import BackendOptions, backend_options, options_of
+from .bundle import readable_size
+from .options import BackendOptions, backend_options, check_backend, opened_bundle, options_of
 from .progress import progress_bar
 
 
@@ -43,34 +49,58 @@ def build(
         ),
     ] = None,
     options: BackendOptions = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Build a bundle's engines into the cache, so that the first request need not wait for it."""
-    opened = Bundle.open(bundle)
+    check_backend(backend)
+    opened = opened_bundle(bundle)
     sizes, batches = [_size(opened, text) for text in size or [""]], batch or [1]
     requests = [_Request(width, height, images) for width, height in sizes for images in batches]
     if dynamic and len(requests) == 1:
         raise RequestError("--dynamic needs a range: give --size or --batch at least twice, the most used one first")
     shapes = [requested_shapes(opened, r.width, r.height, r.images) for r in requests]
+    found: list[dict[str, Any]] = []
+    built: Iterator[_Built]
     with progress_bar("building") as progress:
         if compute_capability:
-            name = "tensorrt-rtx" if backend == "auto" else backend
-            targets = [target_of_compute_capability(name, capability) for capability in compute_capability]
-            chosen = plan_options(**options_of(plan_options, name, options))
-            planners = [Planner(name, target, options=chosen, progress=progress) for target in targets]
+            planners = _planners_for(compute_capability, backend, options, progress)
+            built = (each for planner in planners for each in _build(planner, opened, requests, shapes, dynamic))
         else:
             device = _open(backend, options)
-            if not isinstance(device, TensorRt):
-                _open_each(device, opened, shapes)
-                return
-            planners = [Planner(device.name, device.planner.target, options=device.planner.options, progress=progress)]
-        for planner in planners:
-            for graph, profile, what in _plans(opened, requests, shapes, dynamic):
-                done = planner.is_built(opened, graph, profile)
-                plan = planner.build(opened, graph, profile)
-                size_mib = plan.path.stat().st_size / 2**20
-                how = "was there" if done else f"{plan.facts['build_seconds']:.1f} s"
-                target = " ".join(planner.target.values())
-                typer.echo(f"{graph.name} {what} {planner.backend} {target}: {how}, {size_mib:.1f} MiB")
+            if isinstance(device, TensorRt):
+                target, chosen = device.planner.target, device.planner.options
+                planner = Planner(device.name, target, options=chosen, progress=progress)
+                built = _build(planner, opened, requests, shapes, dynamic)
+            else:
+                built = _open_each(device, opened, requests, shapes)
+        for each in built:
+            found.append(asdict(each))
+            if not as_json:
+                typer.echo(each)
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+
+
+@dataclass(frozen=True)
+class _Built:
+    """An engine that is ready: of a graph, for requests, and where it is in the cache."""
+
+    graph: str
+    requests: str
+    backend: str
+    target: str
+    seconds: float | None
+    """How long the build took; None for what was there."""
+    bytes: int | None
+    """None where the backend keeps nothing on disk, as is the folder."""
+    folder: str | None
+
+    def __str__(self) -> str:
+        what = " ".join(filter(None, (self.graph, self.requests, self.backend, self.target)))
+        how = "was there" if self.seconds is None else f"{self.seconds:.1f} s"
+        if self.bytes is None:
+            return f"{what}: {how}, nothing to keep"
+        return f"{what}: {how}, {readable_size(self.bytes)} in {self.folder}"
 
 
 @dataclass(frozen=True)
@@ -81,6 +111,33 @@ class _Request:
 
     def __str__(self) -> str:
         return f"{self.width}x{self.height} batch {self.images}"
+
+
+def _planners_for(
+    capabilities: Sequence[str], backend: str, options: Sequence[str] | None, progress: Progress
+) -> list[Planner]:
+    """Return the planners of GPUs that need not be there."""
+    name = "tensorrt-rtx" if backend == "auto" else backend
+    targets = [target_of_compute_capability(name, capability) for capability in capabilities]
+    chosen = plan_options(**options_of(plan_options, name, options))
+    return [Planner(name, target, options=chosen, progress=progress) for target in targets]
+
+
+def _build(
+    planner: Planner,
+    bundle: Bundle,
+    requests: Sequence[_Request],
+    shapes: Sequence[Mapping[str, Shapes]],
+    dynamic: bool,
+) -> Iterator[_Built]:
+    """Build the plans of a bundle, one after the other."""
+    target = " ".join(planner.target.values())
+    for graph, profile, what in _plans(bundle, requests, shapes, dynamic):
+        done = planner.is_built(bundle, graph, profile)
+        plan = planner.build(bundle, graph, profile)
+        seconds = None if done else float(plan.facts["build_seconds"])
+        size = plan.path.stat().st_size
+        yield _Built(graph.name, what, planner.backend, target, seconds, size, str(plan.folder))
 
 
 def _plans(
@@ -108,12 +165,31 @@ def _open(name: str, options: Sequence[str] | None) -> Backend:
         raise BackendUnavailableError(f"{error}{hint}") from error
 
 
-def _open_each(backend: Backend, bundle: Bundle, shapes: Sequence[Mapping[str, Shapes]]) -> None:
-    """Open and close every graph, which builds what the backend caches."""
-    for each in shapes[:1] if backend.dynamic else shapes:
+def _open_each(
+    backend: Backend, bundle: Bundle, requests: Sequence[_Request], shapes: Sequence[Mapping[str, Shapes]]
+) -> Iterator[_Built]:
+    """Open and close every graph, which builds what the backend keeps in the cache."""
+    once = backend.dynamic
+    for request, each in list(zip(requests, shapes, strict=True))[: 1 if once else None]:
         for name, wanted in each.items():
-            backend.open(bundle, bundle.graph(name), wanted).close()
-            typer.echo(f"{name} {backend.name}: ready")
+            graph = bundle.graph(name)
+            before, began = _folder(backend, bundle, graph), time.perf_counter()
+            backend.open(bundle, graph, wanted).close()
+            seconds, folder = time.perf_counter() - began, _folder(backend, bundle, graph)
+            yield _Built(
+                name,
+                "every size" if once else str(request),
+                backend.name,
+                "",
+                None if before else seconds,
+                None if folder is None else sum(file.stat().st_size for file in folder.iterdir()),
+                None if folder is None else str(folder),
+            )
+
+
+def _folder(backend: Backend, bundle: Bundle, graph: GraphInfo) -> Path | None:
+    """Return where a backend keeps its engine of a graph in the cache, or None."""
+    return EngineCache().find(graph.name, backend.key(bundle, graph)) if isinstance(backend, OnnxRuntimeCpu) else None
 
 
 def _size(bundle: Bundle, text: str) -> tuple[int, int]:

@@ -10,6 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from ...engines.bundle import Bundle
+from ...engines.errors import RequestError
+from .options import checkpoint_named, opened_bundle
 from .progress import progress_bar
 
 
@@ -37,7 +39,9 @@ def export(
     """Turn a checkpoint into a bundle of ONNX graphs (needs the export extra)."""
     from ...export import export_checkpoint
 
-    with progress_bar("exporting") as progress:
+    if revision is not None and Path(checkpoint).exists():
+        raise RequestError(f"--revision is for hub ids, and {checkpoint} is a local path: leave it out")
+    with checkpoint_named(checkpoint), progress_bar("exporting") as progress:
         path = export_checkpoint(
             checkpoint,
             output,
@@ -48,7 +52,7 @@ def export(
             prediction_type=prediction_type,
             progress=progress,
         )
-    typer.echo(f"{path}: {_size(sum(f.size for f in Bundle.open(path).manifest.files.values()))}")
+    typer.echo(f"{path}: {readable_size(sum(f.size for f in Bundle.open(path).manifest.files.values()))}")
 
 
 def inspect(
@@ -56,7 +60,7 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest and what is wrong as JSON.")] = False,
 ) -> None:
     """Show a bundle's graphs, tensors, sizes and sampler, and check every file's hash."""
-    opened = Bundle.open(bundle)
+    opened = opened_bundle(bundle)
     manifest = opened.manifest
     with progress_bar("checking") as progress:
         done = iter(range(len(manifest.files)))
@@ -84,7 +88,7 @@ def _lines(bundle: Bundle) -> list[str]:
         f" guidance {manifest.default_guidance_scale:g}",
     ]
     for graph in manifest.graphs:
-        size = _size(sum(manifest.files[name].size for name in graph.files))
+        size = readable_size(sum(manifest.files[name].size for name in graph.files))
         inside = f", {graph.precision} inside" if graph.precision not in (None, manifest.precision) else ""
         parity = f", error against PyTorch {graph.parity.relative_error:.1e}" if graph.parity else ""
         lines.append(f"  {graph.name} (once per {_STAGES[graph.stage]}): {size}, opset {graph.opset}{inside}{parity}")
@@ -97,13 +101,13 @@ def _lines(bundle: Bundle) -> list[str]:
 _STAGES: dict[str, Any] = {
     "prompt": "prompt",
     "image": "initial picture",
-    "schedule": "schedule",
     "step": "step",
     "end": "picture",
 }
 
 
-def _size(count: float) -> str:
+def readable_size(count: float) -> str:
+    """Return a number of bytes in the unit that suits it."""
     for unit in ("B", "KiB", "MiB"):
         if count < 1024:
             return f"{count:.3g} {unit}"

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 from importlib import metadata
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from ...engines.backends import unavailable_reasons
 from ...engines.cache import EngineCache, home
+from ...engines.cuda.device import CudaDevice
+from ...engines.cuda.driver import load_driver, unavailable_reason
+from ...engines.errors import LatentRTError
 from ...engines.machine import processor_name, usable_cores
+from .bundle import readable_size
 
 _PACKAGES = ["latentrt", "numpy", "pillow", "tokenizers", "pydantic", "typer"]
 _PACKAGES += ["onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx", "cuda-bindings"]
@@ -19,13 +25,16 @@ _PACKAGES += ["onnx", "onnxscript", "torch", "diffusers", "transformers", "safet
 
 
 def env(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
-    """Print versions, the backends that work here and why others do not."""
+    """Print the machine, its GPUs, versions, the backends that work here and why others do not."""
     report = _report()
     if as_json:
         typer.echo(json.dumps(report, indent=2))
         return
     typer.echo(f"{report['system']}, Python {report['python']}, {report['cores']} cores: {report['processor']}")
-    typer.echo(f"cache {report['cache']}: {report['engines']} engines, {report['engine_bytes'] / 2**20:.0f} MiB")
+    for gpu in report["gpus"]:
+        typer.echo(f"GPU {gpu['number']}: {gpu.get('error') or _gpu_text(gpu)}")
+    typer.echo(f"cache {report['cache']}: {report['engines']} engines, {readable_size(report['engine_bytes'])}")
+    typer.echo(f"LATENTRT_HOME {report['latentrt_home'] or 'is not set'}")
     for name, version in report["packages"].items():
         typer.echo(f"  {name} {version or 'not installed'}")
     for name, reason in report["backends"].items():
@@ -36,15 +45,57 @@ def _report() -> dict[str, Any]:
     engines = EngineCache().entries()
     return {
         "system": platform.platform(),
+        "libc": " ".join(filter(None, platform.libc_ver())) or None,
         "python": platform.python_version(),
         "processor": processor_name(),
         "cores": usable_cores(),
+        "gpus": gpus(),
         "cache": str(home()),
+        "latentrt_home": os.environ.get("LATENTRT_HOME"),
         "engines": len(engines),
         "engine_bytes": sum(entry["bytes"] for entry in engines),
         "packages": {name: _version(name) for name in _PACKAGES},
         "backends": unavailable_reasons(),
     }
+
+
+def gpus() -> list[dict[str, Any]]:
+    """Return name, architecture, memory, CUDA and driver of every GPU; one that does not open has an `error`."""
+    if unavailable_reason() is not None:
+        return []
+    return [{"number": number, **_gpu(number)} for number in range(load_driver().cuDeviceGetCount())]
+
+
+def _gpu(number: int) -> dict[str, Any]:
+    try:
+        gpu = CudaDevice(number)
+    except LatentRTError as error:
+        return {"error": str(error)}
+    try:
+        return {
+            "name": gpu.name,
+            "compute_capability": gpu.compute_capability,
+            "memory_bytes": gpu.memory_free()[1],
+            "cuda": gpu.driver_version,
+            "driver": _kernel_driver(),
+        }
+    finally:
+        gpu.close()
+
+
+def _kernel_driver() -> str | None:
+    """Return the version of NVIDIA's kernel module, as nvidia-smi shows it."""
+    try:
+        return Path("/sys/module/nvidia/version").read_text(encoding="utf-8").strip()
+    except OSError:
+        return None
+
+
+def _gpu_text(gpu: dict[str, Any]) -> str:
+    return (
+        f"{gpu['name']}, compute capability {gpu['compute_capability']}, {readable_size(gpu['memory_bytes'])}, "
+        f"driver {gpu['driver'] or 'of unknown version'}, CUDA up to {gpu['cuda']}"
+    )
 
 
 def _version(name: str) -> str | None:

@@ -5,16 +5,22 @@ from __future__ import annotations
 import json
 import sys
 import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ...engines.errors import MissingExtraError, RequestError
 from ...engines.files import write_atomically
 from ..sizes import parse_size
-from .options import BackendOptions, backend_options
+from .options import BackendOptions, backend_options, opened_bundle
 from .progress import progress_bar
+
+if TYPE_CHECKING:
+    from ..request import RequestArguments
+    from ..result import GenerationResult
+    from .pictures import PictureWriter, Target
 
 
 def generate(
@@ -23,7 +29,7 @@ def generate(
         typer.Argument(metavar="PROMPT...", help="One or more prompts; - reads them from standard input."),
     ] = None,
     bundle: Annotated[
-        Path | None, typer.Option("--bundle", "-b", help="Bundle to run (default: embedded model).")
+        Path | None, typer.Option("--bundle", "-b", help="Bundle to run (default: the embedded model).")
     ] = None,
     prompt_file: Annotated[Path | None, typer.Option("--prompts", help="File with one prompt a line.")] = None,
     negative: Annotated[str, typer.Option("--negative", "-n", help="What the picture should not show.")] = "",
@@ -31,7 +37,7 @@ def generate(
         int | None, typer.Option("--seed", "-s", help="Seed of the first picture (default: random).")
     ] = None,
     steps: Annotated[int | None, typer.Option("--steps", help="Denoising steps (default: the bundle's).")] = None,
-    sampler: Annotated[str | None, typer.Option("--sampler", help="Sampler, such as ddim or dpmpp_2m_karras.")] = None,
+    sampler: Annotated[str | None, typer.Option("--sampler", help="Sampler; `latentrt samplers` lists them.")] = None,
     guidance: Annotated[float | None, typer.Option("--guidance", "-g", help="Guidance scale.")] = None,
     eta: Annotated[float, typer.Option("--eta", help="Noise of the DDIM sampler, 0 to 1.")] = 0.0,
     size: Annotated[str | None, typer.Option("--size", metavar="WxH", help="Picture size in pixels.")] = None,
@@ -39,7 +45,9 @@ def generate(
     init_image: Annotated[Path | None, typer.Option("--init-image", help="Picture to start from.")] = None,
     mask: Annotated[Path | None, typer.Option("--mask", help="Repaint only the white area of this picture.")] = None,
     strength: Annotated[float | None, typer.Option("--strength", help="How far to leave the initial picture.")] = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="A .png file for one picture, or a folder.")] = Path(),
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="A .png file for one picture, a folder, or - for standard output.")
+    ] = Path(),
     grid: Annotated[Path | None, typer.Option("--grid", help="Also write all pictures, labelled, as one PNG.")] = None,
     backend: Annotated[str, typer.Option("--backend", help="Backend (default: the fastest that works).")] = "auto",
     threads: Annotated[int | None, typer.Option("--threads", min=1, help="Processor threads.")] = None,
@@ -48,77 +56,111 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="Print paths, seeds and timings as JSON.")] = False,
 ) -> None:
     """Turn prompts into pictures."""
-    texts = _prompts(prompts, prompt_file)
+    texts = read_prompts(prompts, prompt_file)
     width, height = parse_size(size) if size else (None, None)
-    single = output.suffix.lower() == ".png"
-    if output.suffix and not single and not output.is_dir():
-        raise RequestError(f"output {output} is neither a .png file nor a folder: pictures are written as PNG")
-    if single and output.is_dir():
-        raise RequestError(f"output {output} is a folder with the name of a picture: name a file in it")
-    if single and len(texts) * count != 1:
-        raise RequestError(f"output {output} is one file for {len(texts) * count} pictures: give a folder")
-    if grid is not None and grid.suffix.lower() != ".png":
-        raise RequestError(f"grid {grid} is not a .png file: grids are written as PNG")
-    from dataclasses import asdict
+    from .pictures import Target, check_png
 
-    from ..pictures import image as images
+    target = Target.of(output, len(texts) * count)
+    if grid is not None:
+        check_png("--grid", grid)
+    if target.is_stdout and as_json:
+        raise RequestError("--output - and --json would both write to standard output: give one of them")
+    request: RequestArguments = {
+        "height": height,
+        "width": width,
+        "num_inference_steps": steps,
+        "guidance_scale": guidance,
+        "num_images_per_prompt": count,
+        "seed": seed,
+        "sampler": sampler,
+        "eta": eta,
+        "image": init_image,
+        "mask_image": mask,
+        "strength": strength,
+    }
+    settings = {"low_memory": low_memory, **backend_options(backend, options, threads=threads)}
+    drawn = _draw(bundle, backend, settings, (texts, negative), request, target, as_json)
+    _finish(drawn, grid, listed=not target.is_stdout, as_json=as_json)
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    result: GenerationResult[Any]
+    entries: list[dict[str, Any]]
+    described: dict[str, Any]
+    open_seconds: float
+    write_seconds: float
+
+
+def _draw(
+    bundle: Path | None,
+    backend: str,
+    settings: dict[str, Any],
+    prompts: tuple[list[str], str],
+    request: RequestArguments,
+    target: Target,
+    as_json: bool,
+) -> _Drawn:
+    """Open the pipeline, draw all pictures and write them; what was written before an error is named."""
     from ..pipeline import Pipeline
     from .pictures import PictureWriter
 
-    settings = backend_options(backend, options, threads=threads)
     began = time.perf_counter()
+    chosen = opened_bundle(_embedded() if bundle is None else bundle)
     with (
         progress_bar("generating") as progress,
-        Pipeline.open(bundle or _embedded(), backend, low_memory=low_memory, progress=progress, **settings) as pipe,
+        Pipeline.open(chosen, backend, progress=progress, **settings) as pipe,
     ):
-        opened = time.perf_counter()
-        described = {"bundle": pipe.bundle.manifest.source.get("name"), "precision": pipe.bundle.manifest.precision}
-        with PictureWriter(output if single else None, output, described) as writer:
+        ready = time.perf_counter()
+        described = {
+            "bundle": "embedded" if bundle is None else chosen.path.resolve().name,
+            "checkpoint": chosen.manifest.source.get("name"),
+            "precision": chosen.manifest.precision,
+        }
+        with PictureWriter(target, described) as writer:
             try:
-                result = pipe(
-                    texts,
-                    negative,
-                    height=height,
-                    width=width,
-                    num_inference_steps=steps,
-                    guidance_scale=guidance,
-                    num_images_per_prompt=count,
-                    seed=seed,
-                    sampler=sampler,
-                    eta=eta,
-                    image=init_image,
-                    mask_image=mask,
-                    strength=strength,
-                    on_batch=writer,
-                    progress=progress,
-                )
-            except BaseException:  # what was finished is on disk: say where
-                rescued = writer.rescued()
-                if as_json and rescued:
-                    typer.echo(json.dumps({"images": rescued}, indent=2))
-                elif not as_json:
-                    _echo(rescued)
+                heard: RequestArguments = {**request, "on_batch": writer, "progress": progress}
+                result = pipe(*prompts, **heard)
+            except BaseException:
+                if not target.is_stdout:
+                    _name_rescued(writer, as_json)
                 raise
-            done = time.perf_counter()
+            drawn = time.perf_counter()
             entries = writer.entries()
-            write = time.perf_counter() - done
+            write_seconds = time.perf_counter() - drawn
+    return _Drawn(result, entries, described, ready - began, write_seconds)
+
+
+def _name_rescued(writer: PictureWriter, as_json: bool) -> None:
+    rescued = writer.rescued()
+    if as_json and rescued:
+        typer.echo(json.dumps({"images": rescued}, indent=2))
+    elif not as_json:
+        _echo(rescued)
+
+
+def _finish(drawn: _Drawn, grid: Path | None, *, listed: bool, as_json: bool) -> None:
+    """Write the grid, and print what was drawn."""
+    from ..pictures import png as images
+
+    result = drawn.result
     if grid is not None:
-        sheet = images.grid(result.images, [entry["prompt"] for entry in entries])
+        sheet = images.grid(result.images, [entry["prompt"] for entry in drawn.entries])
         write_atomically(grid, images.encode_png(sheet))
-    if not as_json:
-        _echo(entries)
+    if as_json:
+        assert result.request is not None
+        report = {
+            "images": drawn.entries,
+            "timings": {"open": drawn.open_seconds, **asdict(result.timings), "write": drawn.write_seconds},
+            "memory": result.memory,
+            "request": {**result.request.model_dump(mode="json"), **drawn.described},
+            "warnings": result.warnings,
+        }
+        typer.echo(json.dumps(report, indent=2))
+    elif listed:
+        _echo(drawn.entries)
         if grid is not None:
             typer.echo(str(grid))
-        return
-    assert result.request is not None
-    report = {
-        "images": entries,
-        "timings": {"open": opened - began, **asdict(result.timings), "write": write},
-        "memory": result.memory,
-        "request": {**result.request.model_dump(mode="json"), **described},
-        "warnings": result.warnings,
-    }
-    typer.echo(json.dumps(report, indent=2))
 
 
 def _echo(entries: list[dict[str, Any]]) -> None:
@@ -127,7 +169,7 @@ def _echo(entries: list[dict[str, Any]]) -> None:
 
 
 def _embedded() -> Path:
-    """Return the embedded model's bundle, exported at first use."""
+    """Return the embedded model's bundle."""
     try:
         from ...export.embedded import ensure_bundle
     except ImportError as error:
@@ -136,20 +178,24 @@ def _embedded() -> Path:
         return ensure_bundle(progress=progress)
 
 
-def _prompts(arguments: list[str] | None, file: Path | None) -> list[str]:
+def read_prompts(arguments: list[str] | None, file: Path | None) -> list[str]:
     """Return prompts from the arguments, from standard input for `-`, or one a line from a file."""
     if bool(arguments) == bool(file):
         raise RequestError("give prompts either as arguments (- for standard input) or with --prompts FILE")
     if file is not None:
         try:
-            text = file.read_text(encoding="utf-8")
+            text = file.read_text(encoding="utf-8-sig")
+        except FileNotFoundError as error:
+            raise RequestError(f"--prompts {file} does not exist: give a text file with one prompt a line") from error
         except (OSError, UnicodeDecodeError) as error:
-            raise RequestError(f"prompts file {file} cannot be read as UTF-8 text: {error}") from error
+            why = getattr(error, "strerror", None) or error
+            raise RequestError(f"--prompts {file} cannot be read as UTF-8 text: {why}") from error
     elif arguments == ["-"]:
-        text = sys.stdin.read()
+        text = sys.stdin.read().removeprefix("\ufeff")
     else:
         return list(arguments or [])
     prompts = [line.strip() for line in text.splitlines() if line.strip()]
     if not prompts:
-        raise RequestError(f"{file or 'standard input'} holds no prompts: write one a line")
+        source = "standard input" if file is None else f"--prompts {file}"
+        raise RequestError(f"{source} holds no prompts: write one a line")
     return prompts

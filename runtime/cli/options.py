@@ -1,16 +1,19 @@
-"""`--option NAME=VALUE`: what a backend's constructor takes, from the command line."""
+"""What several commands take: a bundle, a checkpoint, and `--option NAME=VALUE` for a backend's constructor."""
 
 from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from ...engines.backends import factory, resolve
-from ...engines.errors import RequestError
+from ...engines.backends import factory, names, resolve
+from ...engines.bundle import Bundle
+from ...engines.errors import BundleError, CheckpointError, RequestError
 
 BackendOptions = Annotated[
     list[str] | None,
@@ -27,8 +30,40 @@ PYTHON_ONLY = ("name", "cache", "progress")
 """Parameters that are no text."""
 
 
+def opened_bundle(path: Path) -> Bundle:
+    """Open a bundle; raises `RequestError` when there is nothing at this path, else `BundleError`."""
+    try:
+        return Bundle.open(path)
+    except BundleError as error:
+        if path.exists():
+            raise
+        raise RequestError(str(error)) from error
+
+
+@contextmanager
+def checkpoint_named(source: str) -> Iterator[None]:
+    """Make a `CheckpointError` inside the block a `RequestError` when `source` is a path at which there is nothing."""
+    try:
+        yield
+    except CheckpointError as error:
+        is_path = source.count("/") != 1 or source.startswith((".", "/", "~")) or source.endswith("/")
+        if Path(source).exists() or not is_path:
+            raise
+        raise RequestError(str(error)) from error
+
+
+def check_backend(name: str) -> None:
+    """Raise `RequestError` for a backend that there is not, whether or not it could run here."""
+    if name not in ("auto", *names()):
+        raise RequestError(f"--backend {name!r} is not known: choose auto, {', '.join(names())}")
+
+
 def backend_options(backend: str, given: Sequence[str] | None, *, threads: int | None = None) -> dict[str, Any]:
-    """Return a backend's options from `NAME=VALUE` texts and from `--threads`; raises `RequestError`."""
+    """Return a backend's options from `NAME=VALUE` texts and from `--threads`.
+
+    Raises `RequestError` for an option, or a backend, that there is not.
+    """
+    check_backend(backend)
     options: dict[str, Any] = {} if threads is None else {"threads": threads}
     if given:
         name = resolve(backend)

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ...engines.errors import MissingExtraError
-from .options import BackendOptions, backend_options
+from .options import BackendOptions, backend_options, checkpoint_named, opened_bundle
 from .progress import progress_bar
 
 if TYPE_CHECKING:
+    from ...engines.bundle import Bundle
     from ...export.layers import LayerReport
     from ...export.verify import Report
 
@@ -29,17 +30,22 @@ def verify(
     options: BackendOptions = None,
     tokenizer: Annotated[str | None, typer.Option(help="Tokenizer folder or hub id, for a single file.")] = None,
     prediction_type: Annotated[str | None, typer.Option(help="What a single file's U-Net predicts.")] = None,
+    any_checkpoint: Annotated[
+        bool, typer.Option("--any-checkpoint", help="Compare although the bundle came from another checkpoint.")
+    ] = False,
     layers: Annotated[str | None, typer.Option(help="Also compare this graph node by node with ONNX Runtime.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Compare every graph and one whole request with PyTorch on this machine; exit 1 past the bound."""
+    opened = opened_bundle(bundle)
+    settings = backend_options(backend, options, threads=threads)
     try:
         from ...export.verify import verify as run_verify
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("latentrt"):
             raise
-        raise MissingExtraError("cpu,export,bench", "verifying a bundle") from error
-    with progress_bar("verifying") as progress:
+        raise MissingExtraError("cpu,export", "verifying a bundle") from error
+    with checkpoint_named(against), progress_bar("verifying") as progress:
         report = run_verify(
             bundle,
             against,
@@ -49,10 +55,11 @@ def verify(
             seed=seed,
             tokenizer=tokenizer,
             prediction_type=prediction_type,
+            any_checkpoint=any_checkpoint,
             progress=progress,
-            **backend_options(backend, options, threads=threads),
+            **settings,
         )
-    inside = _layers(bundle, layers, report.backend) if layers else []
+    inside = _layers(opened, layers, report.backend) if layers else []
     if as_json:
         typer.echo(json.dumps(report.as_json() | {"layers": [asdict(layer) for layer in inside]}, indent=2))
     else:
@@ -64,11 +71,10 @@ def verify(
         raise typer.Exit(1)
 
 
-def _layers(bundle: Path, graph: str, backend: str) -> list[LayerReport]:
-    from ...engines.bundle import Bundle
+def _layers(bundle: Bundle, graph: str, backend: str) -> list[LayerReport]:
     from ...export.layers import layer_errors
 
-    return layer_errors(Bundle.open(bundle), graph, backend)
+    return layer_errors(bundle, graph, backend)
 
 
 def _lines(report: Report) -> list[str]:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from ...engines.device import Array
 from ...engines.errors import RequestError
-from ..pictures.image import load_image
+from ..pictures.load import load_image
 from ..sampling.noise import Generator
 from ..sampling.step_table import StepTable, pack
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,8 +12,6 @@ import numpy.typing as npt
 
 from ...engines.bundle import TokenizerInfo
 from ...engines.errors import BundleError
-
-log = logging.getLogger(__name__)
 
 
 class Encoded(NamedTuple):
@@ -48,15 +45,15 @@ class Tokenizer:
         kept, cut = encoding.ids[:room], encoding.ids[room:]
         ids = np.full(info.max_length, info.pad_id, np.int64)
         ids[: len(kept) + 2] = [info.bos_id, *kept, info.eos_id]
-        return Encoded(ids, self._tokenizer.decode(cut) if cut else "")
+        return Encoded(ids, text[encoding.offsets[room][0] :] if cut else "")
 
 
 def encode_prompts(
-    tokenizers: Sequence[Tokenizer], images: Sequence[tuple[str, str, int]], branches: int, warnings: list[str]
+    tokenizers: Sequence[Tokenizer], images: Sequence[tuple[str, str, int]], branches: int, warn: Callable[[str], None]
 ) -> dict[str, npt.NDArray[np.int64]]:
     """Return token ids [R, L] by graph input for (prompt, negative prompt, seed) images.
 
-    With two guidance branches all negative prompts come first. What was cut off is logged and added to `warnings`.
+    With two guidance branches all negative prompts come first. `warn` is told what was cut off.
     """
     texts = [prompt for prompt, _, _ in images]
     negatives = [negative for _, negative, _ in images] if branches == 2 else []
@@ -67,8 +64,10 @@ def encode_prompts(
         ids[tokenizer.info.output] = np.stack([encoded[text].ids for text in negatives + texts])
         for text, (_, truncated) in encoded.items():
             room = tokenizer.info.max_length - 2
-            message = f"prompt {text[:40]!r}… is longer than {room} tokens: {truncated!r} is not used"
-            if truncated and message not in warnings:
-                warnings.append(message)
-                log.warning(message)
+            if truncated:
+                warn(f"prompt {_short(text)} is longer than {room} tokens: {_short(truncated)} is not used")
     return ids
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 60 else f"{text[:57]}…")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,14 +13,51 @@ from ...engines.errors import RequestError, SchedulerError
 from .catalog import SAMPLERS, SHORT_NAMES, SUFFIXES, TRANSLATIONS, Sampler
 from .step_table import StepTable
 
-__all__ = ["names", "step_table"]
+__all__ = ["SamplerDescription", "describe", "names", "step_table"]
 
 TYPES: dict[type, tuple[type, ...]] = {bool: (bool, type(None)), int: (int,), float: (int, float), str: (str,)}
+
+
+FIRST_ORDER = ("ddim", "ddpm", "euler", "euler_a", "dpmpp_3m_sde", "flow_euler")
+THIRD_ORDER = ("dpmpp_3s", "unipc")
+NO_ORDER = ("lcm",)
+"""It draws noise anew at every step, and converges to nothing."""
+
+
+@dataclass(frozen=True)
+class SamplerDescription:
+    """A sampler to choose from."""
+
+    name: str
+    """Its short name."""
+    class_name: str
+    """The diffusers class that it behaves like."""
+    suffixes: tuple[str, ...]
+    """What may stand behind the name and a _ to space the sigmas in another way."""
+    order: int | None
+    """How fast its error falls, at least: n times the steps, n**order times less."""
+    meaning: str
 
 
 def names() -> list[str]:
     """Return the short names of the samplers; those with sigmas to space also take _karras, _exponential or _beta."""
     return list(SHORT_NAMES)
+
+
+def describe() -> list[SamplerDescription]:
+    """Return every sampler that has a short name, with what its own documentation says."""
+    return [_described(name) for name in SHORT_NAMES]
+
+
+def _described(name: str) -> SamplerDescription:
+    class_name, forced, _ = SHORT_NAMES[name]
+    sampler = SAMPLERS[class_name]
+    build = sampler.build.func if isinstance(sampler.build, partial) else sampler.build
+    order = 1 if name in FIRST_ORDER else 3 if name in THIRD_ORDER else None if name in NO_ORDER else 2
+    meaning = (build.__doc__ or "").strip().splitlines()[0].partition("; slot")[0].rstrip(".")
+    settings = ", ".join(f"{key}={value}" for key, value in forced.items())
+    suffixes = tuple(SUFFIXES) if "use_karras_sigmas" in sampler.defaults else ()
+    return SamplerDescription(name, class_name, suffixes, order, meaning + (f"; {settings}" if settings else ""))
 
 
 def step_table(
@@ -51,6 +89,11 @@ def step_table(
         schedule = chosen.schedule(options, steps)
         start = first_step(steps, strength, flow=name.startswith("FlowMatch"))
         return chosen.build(replace(schedule, start=start), options)
+
+
+def takes_eta(sampler: str, scheduler_config: Mapping[str, Any]) -> bool:
+    """Tell whether a sampler, by any of its names, has the option eta."""
+    return resolved(scheduler_config, sampler)[0] == "DDIMScheduler"
 
 
 def resolved(config: Mapping[str, Any], sampler: str | None) -> tuple[str, dict[str, Any]]:

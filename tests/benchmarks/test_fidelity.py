@@ -5,8 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from latentrt.benchmarks.quality import scores as quality
-from latentrt.benchmarks.quality.fidelity import fidelity, psnr, relative_error, ssim
+from latentrt.benchmarks.quality.fidelity import fidelity
 from latentrt.engines.errors import CheckpointError, RequestError
+from latentrt.export.compare import psnr, relative_error, ssim
 from latentrt.runtime import cli
 
 
@@ -45,11 +46,11 @@ def test_fidelity_of_saved_answers(tmp_path: Path) -> None:
 
 
 def test_fid_by_hand() -> None:
-    a = np.array([[0.0, 0.0], [2.0, 0.0], [0.0, 4.0], [2.0, 4.0]])  # covariance diag(4/3, 16/3)
-    assert quality.fid(a, a) == pytest.approx(0, abs=1e-9)
-    assert quality.fid(a + 3, a) == pytest.approx(18)
+    mean, covariance = np.array([1.0, 2.0]), np.diag([4 / 3, 16 / 3])
+    assert quality.fid_of_moments(mean, covariance, mean, covariance) == pytest.approx(0, abs=1e-9)
+    assert quality.fid_of_moments(mean + 3, covariance, mean, covariance) == pytest.approx(18)
     # covariances C and 4C of the same mean: tr(C + 4C − 2·2C) = tr C
-    assert quality.fid(2 * (a - a.mean(0)), a - a.mean(0)) == pytest.approx(20 / 3)
+    assert quality.fid_of_moments(mean, 4 * covariance, mean, covariance) == pytest.approx(20 / 3)
 
 
 def test_fid_of_covariances_that_do_not_commute() -> None:

@@ -1,17 +1,20 @@
 from __future__ import annotations
 
+import errno
+import json
+import os
 import re
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
-from latentrt.benchmarks.report import page as report
 from latentrt.benchmarks.report import records
 from latentrt.benchmarks.report.compare import ALONE, compare, lines
-from latentrt.engines.errors import RequestError
+from latentrt.engines.errors import RequestError, StorageError
 from latentrt.runtime import cli
 
-from .made_records import STAGES, latency_record, missing_record, scaling_record
+from .made_records import STAGES, latency_record, missing_record
 
 
 def test_records_come_back_as_written_with_seven_digits(tmp_path: Path) -> None:
@@ -40,8 +43,76 @@ def test_one_run_of_a_file_can_be_named(tmp_path: Path) -> None:
     records.append(path, [latency_record(1), latency_record(2)])
     assert [r["run"] for r in records.read_run(f"{path}@run2")] == ["run2"]
     assert len(records.read_run(str(path))) == 2
-    with pytest.raises(RequestError, match="no records of run 'x'"):
+    with pytest.raises(RequestError, match=r"holds no run 'x': it has run1 \(2026-01-02\), run2 \(2026-01-02\)$"):
         records.read_run(f"{path}@x")
+    path.write_text("")
+    with pytest.raises(RequestError, match="holds no records"):
+        records.read_run(f"{path}@x")
+
+
+def test_a_half_written_line_does_not_swallow_the_next(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    records.append(path, [{"kind": "a"}])
+    with path.open("a") as file:
+        file.write('{"format": 1, "ki')
+    records.append(path, [{"kind": "b"}, {"kind": "c"}])
+    with pytest.raises(RequestError, match="line 2 is no JSON"):
+        records.read(path)
+    lines = path.read_text().splitlines()
+    assert [json.loads(line)["kind"] for line in (lines[0], *lines[2:])] == ["a", "b", "c"]
+
+
+def test_a_write_that_fails_half_way_leaves_the_file_as_it_was_and_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "r.jsonl"
+    records.append(path, [{"kind": "a"}])
+    before, write, inode = path.read_bytes(), os.write, path.stat().st_ino
+
+    def full(handle: int, data: bytes) -> int:
+        if os.fstat(handle).st_ino != inode:
+            return write(handle, data)
+        if os.fstat(handle).st_size > len(before):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(handle, data[:7])
+
+    monkeypatch.setattr(records.os, "write", full)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with pytest.raises(StorageError, match=r"No space left on device; the records are in (\S+\.jsonl)$") as caught:
+        records.append(path, [{"kind": "b"}])
+    assert path.read_bytes() == before
+    assert records.read(Path(str(caught.value).split()[-1])) == [{"format": 1, "kind": "b"}]
+
+
+def test_a_file_is_tried_before_it_is_needed(tmp_path: Path) -> None:
+    records.check_writable(tmp_path / "new" / "r.jsonl")
+    assert list((tmp_path / "new").iterdir()) == []
+    records.append(tmp_path / "r.jsonl", [{"kind": "a"}])
+    records.check_writable(tmp_path / "r.jsonl")
+    assert len(records.read(tmp_path / "r.jsonl")) == 1
+    with pytest.raises(StorageError, match=r"cannot write .*; choose another --output"):
+        records.check_writable(tmp_path / "r.jsonl" / "below")
+
+
+def test_records_of_a_source_tree_stay_in_it_and_others_go_to_the_user(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = Path(__file__).resolve().parents[2]
+    assert records.results_folder() == root / "benchmarks" / "results"
+    monkeypatch.setattr(records, "__file__", str(tmp_path / "site-packages/latentrt/benchmarks/report/records.py"))
+    monkeypatch.setenv("LATENTRT_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    assert records.results_folder() == tmp_path / "home" / "records"
+    monkeypatch.delenv("LATENTRT_HOME")
+    assert records.results_folder() == tmp_path / "data" / "latentrt" / "records"
+    monkeypatch.delenv("XDG_DATA_HOME")
+    assert records.results_folder() == Path.home() / ".local" / "share" / "latentrt" / "records"
+
+
+def test_a_file_of_records_is_named_by_its_machine() -> None:
+    machine = {"gpu": None, "processor": "AMD EPYC(TM) 9", "cores": 2}
+    assert records.default_file(machine).name == "amd-epyc-9-2-cores.jsonl"
+    assert records.default_file(machine | {"gpu": {"name": "NVIDIA H200"}}).name == "nvidia-h200.jsonl"
 
 
 def test_latest_keeps_one_record_of_each_kind_of_work() -> None:
@@ -54,7 +125,7 @@ def test_the_same_contender_twice_shows_no_difference() -> None:
     for noise in (0.002, 0.01, 0.05):
         found = compare([latency_record(1, noise=noise)], [latency_record(2, noise=noise)])
         assert (found.changes, found.compared, found.doubts) == ([], 1, [ALONE])
-    assert lines(found)[-1] == "no change beyond noise in 1 contenders"
+    assert lines(found)[-1] == "no change beyond noise in 1 contender"
 
 
 @pytest.mark.parametrize("stage", ["encode", "denoise", "decode"])
@@ -89,7 +160,8 @@ def test_what_has_not_changed_tells_of_the_machine() -> None:
     slow = dict.fromkeys(STAGES, 1.1)
     before = [latency_record(1), latency_record(3, **theirs)]
     found = compare(before, [latency_record(2, factors=slow), latency_record(4, factors=slow, **theirs)])
-    assert (found.changes, found.compared) == ([], 1)
+    assert (found.changes, found.compared, found.controls) == ([], 1, ["diffusers/eager"])
+    assert "diffusers/eager: the same in both, so a measure of the machine, not judged" in lines(found)[1]
     assert re.fullmatch(r"the machine took \+\d+\.\d% for what has not changed: corrected.*", found.doubts[0])
     after = [latency_record(2, factors=slow | {"decode": 1.25}), latency_record(4, factors=slow, **theirs)]
     assert [change.figure for change in compare(before, after).changes] == ["decode"]
@@ -99,6 +171,7 @@ def test_what_has_not_changed_tells_of_the_machine() -> None:
     # another version is judged, and is no measure of the machine
     newer = latency_record(4, factors=slow, contender="diffusers/eager", versions={"torch": "2.14"})
     judged = compare(before, [latency_record(2), newer])
+    assert not judged.controls
     assert judged.compared == 2 and {change.contender for change in judged.changes} == {"diffusers/eager"}
 
 
@@ -140,70 +213,3 @@ def test_compare_command_exits_by_what_it_finds(tmp_path: Path, capsys: pytest.C
     assert "decode: 29.33 → 32.7 ms, +11.5% slower" in capsys.readouterr().out
     assert cli.run(["bench", "compare", str(a), str(c)]) == 2
     assert cli.run(["bench", "compare", str(a), str(tmp_path / "none.jsonl")]) == 2
-
-
-@pytest.fixture
-def some_records() -> list[dict[str, Any]]:
-    whole = latency_record(
-        4, contender="latentrt/onnxruntime-cpu/request", title="latentrt, whole", factors={"encode": 0}
-    )
-    theirs = latency_record(5, contender="diffusers/eager", title="diffusers", ratio_to_first=2.5)
-    return [latency_record(1), whole, theirs, missing_record(1), scaling_record("steps"), scaling_record("pixels")]
-
-
-def test_text_says_what_the_records_say(some_records: list[dict[str, Any]]) -> None:
-    text = report.text(some_records)
-    assert "### embedded: 128×128, 20 steps, fp32" in text
-    assert (
-        "Test CPU, 2 cores, 2 threads pinned, 8 GiB, Linux; weights: random; sampler: PNDMScheduler; 20 rounds after 2"
-        in text
-    )
-    assert "2026-01-02; `latentrt bench embedded`" in text
-    assert "Not measured: ONNX Runtime through Optimum: optimum-onnx is not installed." in text
-    p50 = some_records[2]["seconds"]["total"]["p50"] * 1e3
-    assert re.search(rf"\| diffusers +\| +{p50:.0f} \|.* 2\.50 × \|", text)
-    assert re.search(r"\| latentrt, whole .* – \|", text)
-    assert re.search(r"\| latentrt +\| +steps \| +1 to 4 \|.*1\.00 ± 0\.01 \| +– \|", text)
-    assert "NOT QUIET" not in text
-    widths = {len(line) for line in text.splitlines() if line.startswith("| latentrt, whole")}
-    assert len(widths) <= 2, "tables of one width read well as plain text"
-
-
-def test_readme_is_replaced_between_its_markers_only(tmp_path: Path, some_records: list[dict[str, Any]]) -> None:
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{report.BEGIN}\nstale numbers\n{report.END}\nafter\n")
-    assert not report.update_readme(readme, some_records, write=False)
-    assert "stale" in readme.read_text()
-    assert not report.update_readme(readme, some_records)
-    assert report.update_readme(readme, some_records)
-    text = readme.read_text()
-    assert text.startswith(f"before\n{report.BEGIN}\n### embedded")
-    assert text.endswith(f"{report.END}\nafter\n")
-    assert "stale" not in text
-
-
-@pytest.mark.parametrize("text", ["", report.BEGIN, f"{report.END} {report.BEGIN}"])
-def test_a_readme_without_its_markers_is_refused(tmp_path: Path, text: str) -> None:
-    (tmp_path / "README.md").write_text(text)
-    with pytest.raises(RequestError, match="has no place for measurements"):
-        report.update_readme(tmp_path / "README.md", [latency_record()])
-
-
-def test_the_page_stands_alone_and_escapes_what_it_shows(tmp_path: Path, some_records: list[dict[str, Any]]) -> None:
-    some_records[2]["contender"]["title"] = "<b>diffusers</b>"
-    page = report.write_page(some_records, tmp_path / "page.html").read_text()
-    assert "<b>diffusers" not in page
-    assert "&lt;b&gt;diffusers" in page
-    assert page.count('src="data:image/png;base64,') == 4
-    assert not re.search(r'(?:src|href)="(?!data:)', page)
-
-
-def test_plots_are_png_files_with_speaking_names(tmp_path: Path, some_records: list[dict[str, Any]]) -> None:
-    paths = report.write_plots(some_records, tmp_path / "plots")
-    assert [path.name.removeprefix("test-cpu-embedded-128-128-") for path in paths] == [
-        "20-steps-fp32-stages.png",
-        "20-steps-fp32-latency.png",
-        "fp32-growth-growth-steps.png",
-        "fp32-growth-growth-pixels.png",
-    ]
-    assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)

@@ -28,7 +28,7 @@ def test_nothing_is_allocated_from_step_to_step(mode: Mode) -> None:
         assert result["device_bytes_taken"] == 0
         assert result["python_bytes_left"] < 100
         assert result["python_bytes_at_most"] < 1000
-        assert result["seconds_per_step"]["p50"] > 0
+        assert result["seconds_per_step"]["count"] == 3
     few, many = (result["python_bytes_at_most"] for result in found)
     assert many - few < 100
 

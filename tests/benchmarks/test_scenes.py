@@ -11,7 +11,6 @@ from latentrt.benchmarks.quality.scenes import (
     Scene,
     describe,
     draw,
-    held_out_prompts,
     held_out_scenes,
     is_held_out,
     is_training_scene,
@@ -42,7 +41,7 @@ def test_held_out_scenes_are_held_out_in_every_object_and_stay_the_same(kind: st
 
 def test_held_out_prompts_are_pinned() -> None:
     # Scores are comparable over time only while these stay.
-    assert held_out_prompts("pair", 2) == [
+    assert [scene.prompt for scene in held_out_scenes("pair", 2)] == [
         "a purple triangle left of a green cross on a red background",
         "a purple ring right of a yellow star on a cyan background",
     ]

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from latentrt.engines.bundle import FORMAT_VERSION, Bundle
 from latentrt.engines.errors import RequestError
 from latentrt.engines.onnxruntime.cpu import OnnxRuntimeCpu
-from latentrt.engines.tensorrt.engine import plan_options
+from latentrt.engines.tensorrt.backend import plan_options
 from latentrt.runtime.cli import run
 from latentrt.runtime.cli.options import options_of
 from latentrt.runtime.loop.workspace import Workspace
+from latentrt.runtime.pictures.png import TEXT_KEY
 from PIL import Image
 
 PROMPT = "a red circle on a blue background"
@@ -22,6 +25,7 @@ PROMPT = "a red circle on a blue background"
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("latentrt.runtime.cli.progress.PATIENCE", 1e6)  # no lines of progress on a slow machine
     return tmp_path
 
 
@@ -84,7 +88,7 @@ def test_options_of_the_backend_are_taken_by_name(
 
 def test_options_are_of_the_type_that_the_backend_declares() -> None:
     from latentrt.engines.onnxruntime.cuda import OnnxRuntimeCuda
-    from latentrt.engines.tensorrt.engine import TensorRt
+    from latentrt.engines.tensorrt.backend import TensorRt
 
     given = ["weights_on_gpu=1.5G", "scratch=500MiB", "optimization_level=4", "hardware=ampere_plus", "build=no"]
     assert options_of(TensorRt, "tensorrt", given) == {
@@ -94,7 +98,7 @@ def test_options_are_of_the_type_that_the_backend_declares() -> None:
         "hardware": "ampere_plus",
         "build": False,
     }
-    assert options_of(OnnxRuntimeCuda, "onnxruntime-cuda", ["graphs=ours"]) == {"graphs": "ours"}
+    assert options_of(OnnxRuntimeCuda, "onnxruntime-cuda", ["graphs=onnxruntime"]) == {"graphs": "onnxruntime"}
 
 
 @pytest.mark.parametrize(
@@ -107,7 +111,7 @@ def test_options_are_of_the_type_that_the_backend_declares() -> None:
     ],
 )
 def test_a_bad_option_is_named(text: str, message: str) -> None:
-    from latentrt.engines.tensorrt.engine import TensorRt
+    from latentrt.engines.tensorrt.backend import TensorRt
 
     with pytest.raises(RequestError, match=message):
         options_of(TensorRt, "tensorrt", [text])
@@ -130,12 +134,12 @@ def test_a_plan_s_options_are_checked(options: dict[str, Any], message: str) -> 
 def test_prompts_come_from_standard_input_or_a_file_and_a_grid_shows_them(
     folder: Path, tiny_sd15_bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    text = f"{PROMPT}\n\n  a star  \n"
+    text = f"\ufeff{PROMPT}\n\n  a star  \n"  # as editors on Windows begin a file
     common = ["--bundle", str(tiny_sd15_bundle), "--steps", "1", "--json", "--seed", "1", "--grid", "grid.png"]
     monkeypatch.setattr("sys.stdin", io.StringIO(text))
     assert run(["generate", "-", *common, "-o", "a"]) == 0
     first = json.loads(capsys.readouterr().out)
-    (folder / "prompts.txt").write_text(text)
+    (folder / "prompts.txt").write_text(text, encoding="utf-8")
     assert run(["generate", "--prompts", "prompts.txt", *common, "-o", "b"]) == 0
     second = json.loads(capsys.readouterr().out)
     assert [entry["prompt"] for entry in first["images"]] == [PROMPT, "a star"]
@@ -164,13 +168,32 @@ def test_inspect_shows_graphs_tensors_and_hashes(tiny_sd15_bundle: Path, capsys:
         assert word in out
     assert run(["inspect", "--json", str(tiny_sd15_bundle)]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert report["problems"] == {} and report["manifest"]["format_version"] == 1
+    assert report["problems"] == {} and report["manifest"]["format_version"] == FORMAT_VERSION
 
 
-def test_env_names_every_backend_and_why_it_does_not_work(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["env", "--json"]) == 0
-    report = json.loads(capsys.readouterr().out)
-    assert report["backends"]["onnxruntime-cpu"] is None
-    assert all(reason is None or len(reason) > 10 for reason in report["backends"].values())
-    assert run(["env"]) == 0
-    assert "backend onnxruntime-cpu: works" in capsys.readouterr().out
+def test_one_picture_goes_to_standard_output(
+    folder: Path, tiny_sd15_bundle: Path, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    common = ["generate", PROMPT, "-b", str(tiny_sd15_bundle), "--steps", "1", "-s", "1"]
+    assert run([*common, "-o", "-"]) == 0
+    png = capfdbinary.readouterr().out
+    assert run([*common, "-o", "a.png"]) == 0
+    assert png == Path("a.png").read_bytes() and [path.name for path in folder.iterdir()] == ["a.png"]
+
+
+def test_a_new_folder_may_have_a_dot_in_its_name(folder: Path, tiny_sd15_bundle: Path) -> None:
+    arguments = ["generate", PROMPT, "-b", str(tiny_sd15_bundle), "--steps", "1", "-s", "1", "-o", "sd1.5-pics"]
+    assert run(arguments) == 0
+    assert [path.name for path in Path("sd1.5-pics").iterdir()] == ["latentrt-0001-seed1.png"]
+
+
+def test_a_picture_says_which_bundle_and_checkpoint_drew_it(
+    folder: Path, tiny_sd15_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(tiny_sd15_bundle, "mine")
+    assert run(["generate", PROMPT, "-b", "mine", "--steps", "1", "-o", "a.png", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)["request"]
+    held = json.loads(Image.open("a.png").text[TEXT_KEY])  # type: ignore[attr-defined]
+    source = Bundle.open(tiny_sd15_bundle).manifest.source["name"]
+    for request in (told, held):
+        assert (request["bundle"], request["checkpoint"]) == ("mine", source)

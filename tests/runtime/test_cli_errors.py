@@ -33,8 +33,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def fails(capsys: pytest.CaptureFixture[str], arguments: list[str], code: int, *words: str) -> None:
-    """Run a command line and check its exit code and its one line of error."""
-    assert run(arguments) == code
+    """Run a command line and check its exit code and its one line of error; --quiet leaves lines of progress out."""
+    assert run(["--quiet", *arguments]) == code
     captured = capsys.readouterr()
     lines = [line for line in captured.err.splitlines() if line.strip()]
     assert len(lines) == 1, captured.err
@@ -45,37 +45,43 @@ def fails(capsys: pytest.CaptureFixture[str], arguments: list[str], code: int, *
 
 
 USAGE: list[tuple[list[str], tuple[str, ...]]] = [
-    (["--steps", "0"], ("num_inference_steps is 0", "greater than or equal to 1")),
-    (["--steps", "-5"], ("num_inference_steps is -5",)),
-    (["--steps", "many"], ("'many'", "--steps")),
-    (["--steps", "1001"], ("1001", "1000")),
-    (["--seed", "-1"], ("seed is -1",)),
-    (["--seed", str(2**64)], ("seed is 18446744073709551616",)),
+    (["--steps", "0"], ("--steps is 0", "greater than or equal to 1")),
+    (["--steps", "-5"], ("--steps is -5",)),
+    (["--steps", "many"], ("'many'", "--steps", "see `latentrt generate --help`")),
+    (["--steps", "1001"], ("--steps 1001", "1000")),
+    (["--seed", "-1"], ("--seed is -1",)),
+    (["--seed", str(2**64)], ("--seed is 18446744073709551616",)),
     (["--seed", "x"], ("'x'", "--seed")),
-    (["--size", "512"], ("size is '512'", "WIDTHxHEIGHT")),
-    (["--size", "0x64"], ("width is 0",)),
-    (["--size", "64x63"], ("height is 63", "multiple of", "64")),
-    (["--size", "99999x64"], ("width is 99999", "8192")),
-    (["--size=-64x64"], ("size is '-64x64'",)),
-    (["--count", "0"], ("num_images_per_prompt is 0",)),
-    (["--guidance", "-1"], ("guidance_scale is -1",)),
-    (["--guidance", "nan"], ("guidance_scale is nan",)),
-    (["--guidance", "inf"], ("guidance_scale is inf",)),
-    (["--eta", "2"], ("eta is 2",)),
-    (["--sampler", "magic"], ("magic", "ddim")),
-    (["--strength", "0.5"], ("strength was given without image",)),
-    (["--mask", "picture.png"], ("mask_image was given without image",)),
-    (["--init-image", "absent.png"], ("absent.png does not exist",)),
-    (["--init-image", "notes.png"], ("notes.png cannot be read as a picture",)),
-    (["--init-image", "picture.png", "--strength", "0"], ("strength is 0",)),
-    (["--init-image", "picture.png", "--strength", "1.5"], ("strength is 1.5",)),
-    (["--init-image", "picture.png", "--strength", "0.01", "--steps", "4"], ("strength",)),
-    (["--init-image", "picture.png", "--mask", "notes.png"], ("mask_image notes.png",)),
-    (["--output", "picture.jpg"], ("picture.jpg", ".png")),
-    (["--output", "one.png", "--count", "2"], ("one.png", "2 pictures")),
-    (["--grid", "grid.jpg"], ("grid.jpg", ".png")),
+    (["--size", "512"], ("--size is '512'", "WIDTHxHEIGHT")),
+    (["--size", "0x64"], ("the width of --size is 0",)),
+    (["--size", "0x0"], ("of --size is 0",)),
+    (["--size", "64x63"], ("the height of --size is 63", "multiple of", "64")),
+    (["--size", "99999x64"], ("the width of --size is 99999", "8192")),
+    (["--size=-64x64"], ("--size is '-64x64'",)),
+    (["--count", "0"], ("--count is 0",)),
+    (["--guidance", "-1"], ("--guidance is -1",)),
+    (["--guidance", "nan"], ("--guidance is nan",)),
+    (["--guidance", "inf"], ("--guidance is inf",)),
+    (["--eta", "2"], ("--eta is 2",)),
+    (["--sampler", "magic"], ("--sampler 'magic'", "ddim")),
+    (["--strength", "0.5"], ("--strength was given without --init-image",)),
+    (["--mask", "picture.png"], ("--mask was given without --init-image",)),
+    (["--init-image", "absent.png"], ("--init-image absent.png does not exist",)),
+    (["--init-image", "notes.png"], ("--init-image notes.png cannot be read as a picture",)),
+    (["--init-image", "picture.png", "--strength", "0"], ("--strength is 0",)),
+    (["--init-image", "picture.png", "--strength", "1.5"], ("--strength is 1.5",)),
+    (["--init-image", "picture.png", "--strength", "0.01", "--steps", "4"], ("--strength 0.01 of 4 steps",)),
+    (["--init-image", "picture.png", "--mask", "notes.png"], ("--mask notes.png",)),
+    (["--output", "picture.jpg"], ("--output picture.jpg", ".png")),
+    (["--output", "one.png", "--count", "2"], ("--output one.png", "2 pictures")),
+    (["--output", "-", "--count", "2"], ("--output -", "one picture of 2")),
+    (["--output", "-", "--json"], ("--output -", "--json")),
+    (["--backend", "quantum"], ("--backend 'quantum'", "onnxruntime-cpu")),
+    (["--bundle", "nowhere"], ("bundle nowhere does not exist",)),
+    (["--grid", "grid.jpg"], ("--grid grid.jpg", ".png")),
     (["--threads", "0"], ("--threads",)),
-    (["--unknown"], ("--unknown",)),
+    (["--unknown"], ("--unknown", "see `latentrt generate --help`")),
+    (["--quiet"], ("latentrt --quiet generate",)),
 ]
 
 
@@ -97,7 +103,7 @@ def test_bad_flags(
     [
         ([], ("prompts",)),
         ([PROMPT, "--prompts", "empty.txt"], ("either",)),
-        (["--prompts", "absent.txt"], ("absent.txt",)),
+        (["--prompts", "absent.txt"], ("--prompts absent.txt does not exist",)),
         (["--prompts", "empty.txt"], ("empty.txt", "no prompts")),
         (["--prompts", "latin.txt"], ("latin.txt", "UTF-8")),
     ],
@@ -158,12 +164,12 @@ def test_damaged_bundles(
 
 
 @pytest.mark.parametrize(
-    ("source", "words"),
+    ("source", "code", "words"),
     [
-        ("absent-folder/", ("absent-folder",)),
-        ("model.ckpt", ("pickle", "safetensors")),
-        ("short.safetensors", ("short.safetensors",)),
-        (".", ("model_index.json",)),
+        ("absent-folder/", 2, ("absent-folder/ does not exist",)),
+        ("model.ckpt", 1, ("pickle", "safetensors")),
+        ("short.safetensors", 1, ("short.safetensors",)),
+        (".", 1, ("model_index.json",)),
     ],
 )
 def test_bad_checkpoints(
@@ -171,11 +177,13 @@ def test_bad_checkpoints(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
     source: str,
+    code: int,
     words: tuple[str, ...],
 ) -> None:
+    pytest.importorskip("diffusers")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     before = sorted(p.name for p in folder.iterdir())
-    fails(capsys, ["export", source, "-o", "out"], 1, *words)
+    fails(capsys, ["export", source, "-o", "out"], code, *words)
     assert sorted(p.name for p in folder.iterdir()) == before
 
 
@@ -197,9 +205,44 @@ def test_inspect_names_damage_and_fails(
     assert "decoder.onnx does not match its SHA-256" in out and "Traceback" not in out
 
 
-def test_an_unknown_backend_is_named(folder: Path, tiny_sd15_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["generate", PROMPT, "--bundle", str(tiny_sd15_bundle), "--backend", "quantum"]
-    fails(capsys, arguments, 1, "'quantum'", "onnxruntime-cpu")
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["inspect", "nowhere"], ("nowhere does not exist",)),
+        (["build", "nowhere"], ("nowhere does not exist",)),
+        (["build", "nowhere", "--backend", "quantum"], ("--backend 'quantum'",)),
+        (["verify", "nowhere", "--against", "x"], ("nowhere does not exist",)),
+        (["export", ".", "-o", "out", "--revision", "main"], ("--revision is for hub ids", "local path")),
+        (["cache", "prune"], ("--older-than DAYS or --all",)),
+        (["cache", "prune", "--older-than", "-1"], ("--older-than", "see `latentrt cache prune --help`")),
+        (["genrate"], ("Did you mean", "see `latentrt --help`")),
+        (["generate", "--bundel", "x"], ("--bundel", "--bundle")),
+        (["--verbose", "env"], ("--verbose and --quiet",)),
+    ],
+)
+def test_what_was_typed_wrong_is_2(
+    folder: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: tuple[str, ...]
+) -> None:
+    fails(capsys, arguments, 2, *words)
+
+
+def test_a_backend_that_cannot_run_here_is_1(
+    folder: Path, tiny_sd15_bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("latentrt.engines.onnxruntime.cuda.no_driver", lambda: "no NVIDIA driver is installed")
+    arguments = ["generate", PROMPT, "--bundle", str(tiny_sd15_bundle), "--backend", "onnxruntime-cuda"]
+    fails(capsys, arguments, 1, "no NVIDIA driver is installed")
+
+
+def test_an_error_that_nobody_meant_is_one_line(
+    folder: Path, tiny_sd15_bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*args: Any, **kwargs: Any) -> None:
+        raise ZeroDivisionError("division by zero\nand more")
+
+    monkeypatch.setattr("latentrt.runtime.pipeline.Pipeline.__call__", broken)
+    arguments = ["generate", PROMPT, "--bundle", str(tiny_sd15_bundle)]
+    fails(capsys, arguments, 1, "ZeroDivisionError: division by zero (a bug: run with -vv for the traceback)")
 
 
 def test_a_full_disk_leaves_no_picture(
@@ -232,12 +275,16 @@ def test_an_interrupt_is_130(
     fails(capsys, ["generate", PROMPT, "--bundle", str(tiny_sd15_bundle)], 130, "interrupted")
 
 
-def test_the_installed_command_fails_the_same_way(folder: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "latentrt.runtime.cli", "generate", PROMPT, "--bundle", "nowhere"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 1 and done.stdout == ""
+@pytest.mark.parametrize("module", ["latentrt.runtime", "latentrt.runtime.cli"])
+def test_the_modules_run_as_the_command_does(folder: Path, module: str) -> None:
+    arguments = [sys.executable, "-m", module, "generate", PROMPT, "--bundle", "nowhere"]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.count("\n") == 1 and "nowhere does not exist" in done.stderr
+
+
+def test_a_traceback_is_shown_to_who_asks(folder: Path) -> None:
+    arguments = [sys.executable, "-m", "latentrt.runtime", "-vv", "generate", PROMPT, "--bundle", "nowhere"]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "Traceback" in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("latentrt: error: bundle nowhere does not exist")

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 from latentrt.runtime.sampling import step_table
+from latentrt.runtime.sampling.catalog import SAMPLERS, SHORT_NAMES
+from latentrt.runtime.sampling.registry import SamplerDescription, describe
 from latentrt.runtime.sampling.step_table import HISTORY, StepTable
 
 MEAN, SPREAD = 0.7, 0.5
@@ -136,3 +138,17 @@ def test_ddim_with_noise_is_first_order() -> None:
 def test_the_third_order_stochastic_solver_is_as_good_as_diffusers() -> None:
     """The one that diffusers adds to phi3 leaves first order; without it the pictures would differ from diffusers'."""
     assert 0.95 <= order_of(*solver("sde-dpmsolver++", 3)) < 1.5
+
+
+DESCRIBED = [sampler for sampler in describe() if sampler.order is not None]
+
+
+@pytest.mark.parametrize("sampler", DESCRIBED, ids=[sampler.name for sampler in DESCRIBED])
+def test_samplers_have_at_least_the_order_that_is_told_of_them(sampler: SamplerDescription) -> None:
+    name, forced, _ = SHORT_NAMES[sampler.name]
+    config = TRAILING
+    if "use_exponential_sigmas" in SAMPLERS[name].defaults:
+        config = EXPONENTIAL | {"lower_order_final": True}
+    if name.startswith("FlowMatch"):
+        config = {"num_train_timesteps": 1000, "prediction_type": "flow_prediction"}
+    assert order_of(name.removesuffix("Scheduler"), config | forced) >= (sampler.order or 0) - 0.15

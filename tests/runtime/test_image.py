@@ -1,13 +1,15 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
-from latentrt.engines.errors import RequestError, StorageError
+from latentrt.engines.errors import StorageError
 from latentrt.engines.files import write_atomically
-from latentrt.runtime.cli.files import write_numbered
-from latentrt.runtime.pictures.image import encode_png, grid, image_pixels, latent_mask, load_image, request_from_png
+from latentrt.runtime.cli.pictures import write_numbered
+from latentrt.runtime.pictures.load import image_pixels, latent_mask, load_image
+from latentrt.runtime.pictures.png import TEXT_KEY, encode_png, grid
 from PIL import Image
 
 
@@ -17,14 +19,7 @@ def test_png_holds_the_pixels_and_the_request(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     path.write_bytes(encode_png(Image.fromarray(pixels), request))
     assert np.array_equal(np.asarray(Image.open(path)), pixels)
-    assert request_from_png(path) == request
-
-
-def test_a_png_without_a_request_says_so(tmp_path: Path) -> None:
-    path = tmp_path / "a.png"
-    path.write_bytes(encode_png(Image.fromarray(np.zeros((2, 2, 3), np.uint8))))
-    with pytest.raises(RequestError, match="carries no latentrt request"):
-        request_from_png(path)
+    assert json.loads(Image.open(path).text[TEXT_KEY]) == request
 
 
 def test_the_same_picture_loads_from_path_pil_and_arrays(tmp_path: Path) -> None:

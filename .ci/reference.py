@@ -1,0 +1,128 @@
+"""Writes the generated tables of the documentation between their markers: `python .ci/reference.py`.
+
+A table between `<!-- NAME:begin -->` and `<!-- NAME:end -->` comes from the code, and a test compares the two.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import sys
+from collections.abc import Callable, Iterable
+from itertools import pairwise
+from pathlib import Path
+from typing import get_args
+
+from latentrt.engines import backends, errors
+from latentrt.engines.bundle import manifest
+from latentrt.runtime.sampling import catalog, step_table
+from pydantic import BaseModel
+
+DOCS = Path(__file__).parent.parent / "docs"
+TRAINED = {"_class_name": "PNDMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """Return a Markdown table; `|` in a cell becomes `or`, which every renderer can show."""
+    lines = [list(head), *map(list, rows)]
+    lines.insert(1, ["---"] * len(lines[0]))
+    return "\n".join(f"| {' | '.join(cell.replace(' | ', ' or ') for cell in line)} |" for line in lines)
+
+
+def samplers() -> str:
+    """Return the short names of samplers, and what a run of 20 steps costs with each."""
+    rows = []
+    for short, (name, options, _) in catalog.SHORT_NAMES.items():
+        run = step_table(TRAINED, 20, sampler=short)
+        respaced = "use_karras_sigmas" in catalog.SAMPLERS[name].defaults
+        fixed = ", ".join(f"{key}={value}" for key, value in options.items())
+        drawn = "yes" if run.draws.any() else ""
+        rows.append(
+            [f"`{short}`", f"`{name}`", fixed, str(len(run)), str(run.history), drawn, "yes" if respaced else ""]
+        )
+    head = ["name", "diffusers class", "what the name sets", "calls", "history", "noise", "suffixes"]
+    return table(head, rows)
+
+
+def backend_options() -> str:
+    """Return what `--option` takes, for every backend."""
+    rows = [
+        [f"`{backend}`", f"`{option}`", kind, "" if default is None else f"`{default}`", meaning]
+        for backend in backends.names()
+        for option, (kind, default, meaning) in backends.option_help(backend).items()
+    ]
+    return table(["backend", "option", "value", "default", "meaning"], rows)
+
+
+def manifest_fields() -> str:
+    """Return one table for each object of a manifest, the manifest first: fields, types and meanings."""
+    module = ast.parse(inspect.getsource(manifest))
+    models = [node for node in module.body if isinstance(node, ast.ClassDef) and not node.name.startswith("_")]
+    models.sort(key=lambda node: node.name != "Manifest")
+    return "\n\n".join(object_fields(node, getattr(manifest, node.name)) for node in models)
+
+
+def object_fields(node: ast.ClassDef, model: type[BaseModel]) -> str:
+    """Return the docstring of one object and the table of its fields; a text below a field is its meaning."""
+    rows = []
+    for statement, after in pairwise([*node.body, ast.Pass()]):
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+            name = statement.target.id
+            needed = "yes" if model.model_fields[name].is_required() else "no"
+            rows.append([f"`{name}`", f"`{kind(statement.annotation)}`", needed, text_of(after)])
+    return f"### {node.name}\n\n{text_of(node.body[0])}\n\n{table(['field', 'type', 'needed', 'meaning'], rows)}"
+
+
+def kind(annotation: ast.expr) -> str:
+    """Return an annotation as it is written, with the values of a choice in place of its name."""
+    named = isinstance(annotation, ast.Name) and hasattr(manifest, annotation.id)
+    values = get_args(getattr(manifest, ast.unparse(annotation))) if named else ()
+    return " | ".join(map(repr, values)) or ast.unparse(annotation)
+
+
+def text_of(node: ast.stmt) -> str:
+    """Return a docstring on one line, or nothing for another statement."""
+    if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+        return " ".join(node.value.value.split())
+    return ""
+
+
+def error_tree() -> str:
+    """Return the exception tree as it stands in its module."""
+    lines = (errors.__doc__ or "").splitlines()
+    tree = [line[4:] for line in lines if line.startswith("    ")]
+    return "\n".join(["```text", *tree, "```"])
+
+
+def family() -> str:
+    """Return the file of the family that the tests add."""
+    source = DOCS.parent / "tests" / "export" / "more_families" / "toy.py"
+    return f"```python\n{source.read_text(encoding='utf-8').rstrip()}\n```"
+
+
+PAGES: dict[str, dict[str, Callable[[], str]]] = {
+    "options.md": {"samplers": samplers, "backend-options": backend_options},
+    "bundle.md": {"manifest": manifest_fields},
+    "troubleshooting.md": {"errors": error_tree},
+    "extend/family.md": {"family": family},
+}
+
+
+def written(page: str, text: str) -> str:
+    """Return a page's text with its tables written anew."""
+    for name, make in PAGES[page].items():
+        begin, end = f"<!-- {name}:begin -->\n", f"<!-- {name}:end -->"
+        if text.count(begin) != 1 or text.count(end) != 1:
+            raise SystemExit(f"{page} has no place for {name}: add the lines {begin.strip()} and {end}")
+        head, _, rest = text.partition(begin)
+        text = f"{head}{begin}\n{make()}\n\n{end}{rest.partition(end)[2]}"
+    return text
+
+
+if __name__ == "__main__":
+    for page in PAGES:
+        path = DOCS / page
+        old = path.read_text(encoding="utf-8")
+        if (new := written(page, old)) != old:
+            path.write_text(new, encoding="utf-8")
+            sys.stderr.write(f"{path}\n")

@@ -1,0 +1,138 @@
+"""What records come to in a line, in one small table and in one chart: latentrt beside what else could run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from ...engines.errors import RequestError
+from .records import Record, by_machine, latest
+from .tables import DASH, Table, mib
+
+WORKLOADS = ("embedded", "sd15-512")
+"""What the summary tells of: fp32 on the processor, one picture a request."""
+OTHERS = ("diffusers/eager", "diffusers/compile", "openvino", "optimum")
+BF16 = "On processors with bf16 units PyTorch in bf16 is faster for now."
+
+
+def is_ours(record: Record) -> bool:
+    """Tell whether a record is latentrt's."""
+    return str(record["contender"]["name"]).startswith("latentrt/")
+
+
+def title_of(record: Record) -> str:
+    """Return a contender's name for readers that see one mode of latentrt only."""
+    return "latentrt" if is_ours(record) else str(record["contender"]["title"])
+
+
+def headlines(group: Sequence[Record]) -> list[str]:
+    """Return what latentrt's first mode is to each other contender of the same work, in a few words each."""
+    ours = next((record for record in group if is_ours(record)), None)
+    if ours is None:
+        return []
+    parts = []
+    for theirs in (record for record in group if not is_ours(record)):
+        memory = ours["memory"]["peak_bytes"] / theirs["memory"]["peak_bytes"]
+        times = f"{_ratio(ours, theirs):.2f} × as fast as {title_of(theirs)}"
+        parts.append(f"{times} with {memory:.2f} × its memory")
+    return parts
+
+
+def _ratio(ours: Record, theirs: Record) -> float:
+    """Return their time over ours: of the same rounds where both were measured in one run, else of medians."""
+    if ours["run"] == theirs["run"] and ours["ratio_to_first"] == 1 and theirs["ratio_to_first"]:
+        return float(theirs["ratio_to_first"])
+    return float(theirs["seconds"]["total"]["p50"] / ours["seconds"]["total"]["p50"])
+
+
+def chosen(records: Iterable[Record], workload: str) -> list[Record]:
+    """Return the newest fp32 records of a workload on a processor: of latentrt's first mode, then of the others.
+
+    All, five at most, come from the machine and the size of the newest; empty when there are none of latentrt.
+    """
+    groups: dict[tuple[object, ...], dict[str, Record]] = {}
+    for number, group in enumerate(by_machine(records)):
+        for key, record in latest(group).items():
+            work, device = record["workload"], record["conditions"]["device"]
+            if (work["name"], work["precision"], work["batch"], device) == (workload, "fp32", 1, "cpu"):
+                groups.setdefault((number, *key[:3], key[4]), {})[record["contender"]["name"]] = record
+    found = [group for group in groups.values() if any(map(is_ours, group.values()))]
+    if not found:
+        return []
+    newest = max(found, key=lambda group: max(record["date"] for record in group.values()))
+    ours = next(record for record in newest.values() if is_ours(record))
+    return [ours, *(newest[name] for name in OTHERS if name in newest)]
+
+
+def summary(records: Iterable[Record]) -> str:
+    """Return one table of at most five rows in Markdown, and a sentence on how its numbers were made.
+
+    Raises `RequestError` when no record is of the summary's workloads.
+    """
+    records = list(records)
+    found = {name: group for name in WORKLOADS if (group := chosen(records, name))}
+    if not found:
+        raise RequestError(f"no fp32 record of latentrt on a processor: run `latentrt bench {WORKLOADS[0]}` first")
+    names = list(dict.fromkeys(record["contender"]["name"] for group in found.values() for record in group))
+    rows = []
+    for name in names:
+        entries = [next((r for r in group if r["contender"]["name"] == name), None) for group in found.values()]
+        cells = zip(*(DASHES if entry is None else _cells(entry) for entry in entries), strict=True)
+        title = next(title_of(entry) for entry in entries if entry is not None)
+        rows.append([title, *(column[0] if len(set(column)) == 1 else " / ".join(column) for column in cells)])
+    return Table("", HEAD, rows, _note([group[0] for group in found.values()])).markdown()
+
+
+HEAD = ("", "ran in", "request p50", "step", "peak memory", "shell to PNG", "pixels")
+DASHES = (DASH,) * (len(HEAD) - 1)
+
+
+def _cells(record: Record) -> tuple[str, ...]:
+    seconds, cold = record["seconds"], record.get("cold")
+    return (
+        precision_of(record),
+        duration(seconds["total"]["p50"]),
+        duration(seconds["step"]["p50"]) if "step" in seconds else DASH,
+        mib(record["memory"]["peak_bytes"]),
+        duration(cold["seconds"]["p50"]) if cold else DASH,
+        str((record.get("fidelity") or {}).get("max_pixel_difference", DASH)),
+    )
+
+
+def precision_of(record: Record) -> str:
+    """Return the precision that a contender computed in, which need not be the one that was asked for."""
+    options = record["contender"]["options"]
+    ran = options.get("inference_precision") or options.get("precision") or record["workload"]["precision"]
+    return {"f32": "fp32", "f16": "fp16"}.get(ran, str(ran))
+
+
+def duration(seconds: float) -> str:
+    """Return a time as text with three digits, in milliseconds below a second."""
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
+
+
+def _note(firsts: Sequence[Record]) -> str:
+    works = " / ".join(
+        f"`{work['name']}` ({work['width']}×{work['height']}, {work['steps']} steps, "
+        f"{record['model']['weights'].partition(',')[0]} weights)"
+        for record in firsts
+        for work in (record["workload"],)
+    )
+    commands: dict[str, list[str]] = {}
+    for record in firsts:
+        commands.setdefault(made_on(record), []).append(f"`{record['command']}`{_noise(record)}")
+    made = "; ".join(f"{where}: {' / '.join(these)}" for where, these in commands.items())
+    return (
+        f"{works}: medians; `pixels`: largest difference, of 255, to diffusers with the same noise. "
+        f"This compares fp32 with fp32. {BF16} {made}."
+    )
+
+
+def made_on(record: Record) -> str:
+    """Return machine, threads and date of a record in a few words."""
+    machine = record["machine"]
+    return f"{machine['processor']}, {machine['cores']} cores, {record['date'][:10]}"
+
+
+def _noise(record: Record) -> str:
+    state = record["conditions"]
+    return "" if state["quiet"] else f" (others used {state['others_share']:.0%} of the machine)"

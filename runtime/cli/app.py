@@ -1,0 +1,118 @@
+"""The commands of `latentrt`, its global options, and the way of one command line."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from typing import Annotated
+
+import typer
+
+from . import bench, build, bundle, cache, env, generate, listings, verify
+from .errors import outcome
+from .interrupts import INTERRUPTED
+from .progress import set_verbosity
+
+EXIT_CODES = "Exit codes: 0 done, 1 failed, 2 bad usage or request, 130 interrupted."
+
+log = logging.getLogger(__name__)
+
+app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False)
+COMMANDS: list[tuple[str, Callable[..., None], str, str]] = [
+    (
+        "generate",
+        generate.generate,
+        "Turn prompts into pictures.",
+        'latentrt generate "a red circle on a blue background" -o circle.png',
+    ),
+    (
+        "export",
+        bundle.export,
+        "Turn a checkpoint into a bundle.",
+        "latentrt export my-checkpoint/ -o my-bundle --precision fp16",
+    ),
+    (
+        "build",
+        build.build,
+        "Build a bundle's engines ahead of time.",
+        "latentrt build my-bundle --size 512x512 --batch 1 --batch 4",
+    ),
+    ("inspect", bundle.inspect, "Show and check a bundle.", "latentrt inspect my-bundle"),
+    (
+        "verify",
+        verify.verify,
+        "Compare a bundle with its checkpoint.",
+        "latentrt verify my-bundle --against my-checkpoint/",
+    ),
+    (
+        "samplers",
+        listings.samplers,
+        "List the samplers.",
+        'latentrt generate "a red circle" --sampler dpmpp_2m_karras',
+    ),
+    (
+        "backends",
+        listings.backends,
+        "List the backends and their options.",
+        'latentrt generate "a red circle" --backend onnxruntime-cpu --option threads=2',
+    ),
+    ("env", env.env, "Print what is installed and what works.", "latentrt env --json"),
+]
+for _name, _function, _summary, _example in COMMANDS:
+    app.command(_name, short_help=_summary, epilog=f"Example: {_example}")(_function)
+app.add_typer(cache.app, name="cache", short_help="List or remove the engines that were built.")
+app.add_typer(bench.app, name="bench", short_help="Measure, report and compare.")
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"latentrt {metadata.version('latentrt')}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True, epilog=EXIT_CODES)
+def latentrt(
+    context: typer.Context,
+    verbose: Annotated[
+        int,
+        typer.Option("--verbose", "-v", count=True, show_default=False, help="Say what is done; twice: everything."),
+    ] = 0,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say errors only, and show no progress.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Text-to-image latent diffusion without PyTorch: checkpoint to ONNX graphs, prompt to picture."""
+    if verbose and quiet:
+        raise typer.BadParameter("--verbose and --quiet contradict each other: give one")
+    set_verbosity(verbose, quiet)
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+def execute(arguments: Sequence[str]) -> int:
+    """Run one command line and return its exit code; only an interrupt is raised, as `KeyboardInterrupt`."""
+    warnings.simplefilter("ignore")
+    words = list(arguments)
+    try:
+        result = app(args=words, standalone_mode=False, prog_name="latentrt")
+        sys.stdout.flush()
+    except SystemExit as error:  # Typer's way out of shell completion, and of output that nobody reads
+        result = error.code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        log.debug("the traceback of the error below", exc_info=error)
+        message, code = outcome(error, words)
+        if code == INTERRUPTED:
+            raise KeyboardInterrupt from error
+        typer.echo(f"latentrt: error: {' '.join(message.split())}", err=True)
+        return code
+    if result == INTERRUPTED:  # what Typer makes of an interrupt
+        raise KeyboardInterrupt
+    return result if isinstance(result, int) else 0

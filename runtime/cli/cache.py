@@ -1,0 +1,107 @@
+"""`latentrt cache`: what engines are kept on this machine, and which to give up."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import typer
+
+from ...engines.cache import SIDECAR, EngineCache, home
+from ...engines.errors import RequestError
+from .bundle import readable_size
+
+app = typer.Typer(rich_markup_mode=None)
+
+DAY = 24 * 3600
+
+
+@app.callback(invoke_without_command=True, epilog="Example: latentrt cache prune --older-than 30 --dry-run")
+def cache(context: typer.Context) -> None:
+    """List the engines that were built on this machine, remove some, or print where they are."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+@app.command("list", short_help="List the engines in the cache.", epilog="Example: latentrt cache list --json")
+def list_engines(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """List the engines in the cache: of which graph, for what, how large and how old."""
+    found = _engines()
+    if as_json:
+        typer.echo(json.dumps([{**engine, "folder": str(engine["folder"])} for engine in found], indent=2))
+        return
+    for engine in found:
+        typer.echo(_line(engine))
+    total = sum(engine["bytes"] for engine in found)
+    typer.echo(f"{len(found)} engines, {readable_size(total)} in {EngineCache().root}")
+
+
+@app.command(short_help="Remove engines.", epilog="Example: latentrt cache prune --older-than 30 --dry-run")
+def prune(
+    older_than: Annotated[
+        float | None, typer.Option("--older-than", min=0, metavar="DAYS", help="Engines built before so many days.")
+    ] = None,
+    every: Annotated[bool, typer.Option("--all", help="Every engine.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be removed, and remove nothing.")] = False,
+) -> None:
+    """Remove engines; the next request that needs one builds it again. What is being built stays."""
+    if every == (older_than is not None):
+        raise RequestError("say which engines: give either --older-than DAYS or --all")
+    engines, removed = EngineCache(), 0
+    if not dry_run and engines.root.exists():
+        engines.sweep()
+    for engine in _engines():
+        if older_than is not None and engine["age_days"] < older_than:
+            continue
+        if dry_run or engines.remove(engine):
+            removed += engine["bytes"]
+            typer.echo(_line(engine))
+        else:
+            typer.echo(f"{_line(engine)}: kept, another process is building it")
+    typer.echo(f"{'would remove' if dry_run else 'removed'} {readable_size(removed)}")
+
+
+@app.command("path", short_help="Print the folder of the caches.", epilog="Example: du -sh $(latentrt cache path)")
+def print_path() -> None:
+    """Print the folder of the caches: $LATENTRT_HOME, or a folder of the user's caches."""
+    typer.echo(home())
+
+
+def _engines() -> list[dict[str, Any]]:
+    """Return what the cache has, the newest first."""
+    now, found = time.time(), []
+    for entry in EngineCache().entries():
+        built, key = (entry["folder"] / SIDECAR).stat().st_mtime, entry.get("key", {})
+        found.append(
+            {
+                "graph": entry.get("graph", "unknown"),
+                "backend": key.get("backend", "unknown"),
+                "for": _purpose(key),
+                "bytes": entry["bytes"],
+                "age_days": round(max(0.0, now - built) / DAY, 3),
+                "folder": entry["folder"],
+            }
+        )
+    return sorted(found, key=lambda engine: engine["age_days"])
+
+
+def _purpose(key: Mapping[str, Any]) -> str:
+    """Return what an engine runs on, and for which shapes it was made: from its key."""
+    if "cpu" in key:  # the processor's name, then its instruction sets in lower case
+        words = str(key["cpu"]).split(" fpu ")[0].split()
+        return f"{' '.join(words[:8])}, onnxruntime {key.get('onnxruntime', '')}"
+    if "profile" in key:
+        from ...engines.tensorrt.plan import profile_from_json
+
+        target = " ".join(map(str, key.get("target", {}).values()))
+        return f"{target}, version {key.get('version')}, {profile_from_json(key['profile'])}"
+    return "unknown"
+
+
+def _line(engine: Mapping[str, Any]) -> str:
+    days = engine["age_days"]
+    age = f"{days:.0f} days" if days >= 2 else f"{days * 24:.0f} hours" if days >= 1 / 12 else f"{days * 1440:.0f} min"
+    size = readable_size(engine["bytes"])
+    return f"{engine['graph']:<18}{engine['backend']:<18}{size:>10}  {age:>9}  {engine['for']}"

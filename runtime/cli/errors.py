@@ -1,0 +1,80 @@
+"""What an exception is on the command line: one line in the words of its options, and an exit code."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import typer
+
+from ...engines.errors import LatentRTError, RequestError, reason
+from . import interrupts
+from .interrupts import INTERRUPTED
+
+UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+"""Typer's base of all usage errors; releases differ in where it can be imported from."""
+
+OPTION_NAMES = {
+    "num_images_per_prompt": "--count",
+    "num_inference_steps": "--steps",
+    "guidance_scale": "--guidance",
+    "negative_prompt": "--negative",
+    "prediction_type": "--prediction-type",
+    "mask_image": "--mask",
+}
+"""What the Python API calls an argument, and the option that gives it: anywhere in a message."""
+
+SUBJECTS = {
+    "image": "--init-image",
+    "strength": "--strength",
+    "seed": "--seed",
+    "eta": "--eta",
+    "size": "--size",
+    "width": "the width of --size",
+    "height": "the height of --size",
+    "sampler": "--sampler",
+    "tokenizer": "--tokenizer",
+}
+"""The same for words that also mean something else: only where a message begins with them."""
+
+GLOBAL_OPTIONS = ("-v", "-vv", "--verbose", "-q", "--quiet", "--version")
+
+_NAMES = re.compile(rf"\b({'|'.join(OPTION_NAMES)})\b")
+_SUBJECT = re.compile(rf"^({'|'.join(SUBJECTS)})\b(?!_)")
+
+
+def outcome(error: BaseException, words: Sequence[str]) -> tuple[str, int]:
+    """Return the line that an exception deserves, and the exit code; `words` is the command line."""
+    if interrupts.asked() or isinstance(error, typer.Abort):
+        return "interrupted", INTERRUPTED
+    if isinstance(error, UsageError):
+        return _usage(error, words), 2
+    if isinstance(error, RequestError):
+        return in_options(str(error)), 2
+    if isinstance(error, LatentRTError):
+        return str(error), 1
+    if isinstance(error, MemoryError):
+        return "out of memory: use a smaller size, a smaller --count, or a machine with more memory", 1
+    if isinstance(error, OSError):
+        return f"{error.strerror or error}: {error.filename or ''}".rstrip(": "), 1
+    return f"{type(error).__name__}: {reason(error)} (a bug: run with -vv for the traceback)", 1
+
+
+def in_options(message: str) -> str:
+    """Return a message about a request with the command line's options in place of the Python API's arguments."""
+    message = _SUBJECT.sub(lambda match: SUBJECTS[match[1]], message)
+    message = _NAMES.sub(lambda match: OPTION_NAMES[match[1]], message)
+    message = message.replace("was given without image", "was given without --init-image")
+    return message.replace(": input should be ", ": it should be ")
+
+
+def _usage(error: Any, words: Sequence[str]) -> str:
+    """Return a usage error's text with the value that was given, which Typer leaves out, and where to read more."""
+    names = getattr(getattr(error, "param", None), "opts", [])
+    given = [value for name, value in pairwise(words) if name in names]
+    command = getattr(getattr(error, "ctx", None), "command_path", "latentrt")
+    if getattr(error, "option_name", None) in GLOBAL_OPTIONS:
+        return f"{error.option_name} stands before the command: latentrt {error.option_name} {command.split()[-1]} ..."
+    return f"{error.format_message()}{f' from {given[-1]!r}' if given else ''} (see `{command} --help`)"
