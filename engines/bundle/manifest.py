@@ -62,9 +62,13 @@ class TokenizerInfo(_Strict):
 
     file: str
     max_length: int = Field(gt=2)
+    """Tokens of a prompt, begin and end among them."""
     bos_id: int
+    """Begins every prompt."""
     eos_id: int
+    """Ends every prompt."""
     pad_id: int
+    """Fills a prompt up."""
     output: str = "token_ids"
     """The graph input that the token ids feed."""
 
@@ -88,11 +92,15 @@ class LatentInfo(_Strict):
     """Latent geometry: pixels per latent cell and side, channels, and the size that the checkpoint was trained for."""
 
     channels: int = Field(gt=0)
+    """Channels of a latent cell."""
     downscale: int = Field(gt=0)
+    """Pixels of a latent cell on each side."""
     size_multiple: int = Field(gt=0)
     """Height and width in pixels must be multiples of this."""
     default_height: int = Field(gt=0)
+    """Pixels, when a request names no size."""
     default_width: int = Field(gt=0)
+    """Pixels, when a request names no size."""
 
 
 class FileInfo(_Strict):
@@ -106,18 +114,27 @@ class Manifest(_Strict):
     """The contents of `manifest.json`."""
 
     format_version: int
+    """What this page describes is version 2; others are refused."""
     family: str
+    """The exporter's family; the runtime does not ask."""
     precision: Precision
+    """Number format of the networks."""
     graphs: tuple[GraphInfo, ...]
+    """In the order in which a request runs them."""
     tokenizers: tuple[TokenizerInfo, ...]
+    """One for each text encoder."""
     inputs: tuple[NumbersInput, ...] = ()
     """What graphs read beside token ids, by kind."""
     latent: LatentInfo
+    """Geometry of the latents."""
     scheduler: dict[str, Any]
     """The checkpoint's own diffusers scheduler config, `_class_name` included."""
     default_guidance_scale: float = 7.5
+    """What a request gets that asks for none."""
     default_num_inference_steps: int = Field(default=50, gt=0)
+    """What a request gets that asks for none."""
     files: dict[str, FileInfo]
+    """Size and hash of every file but the manifest, by its path in the bundle."""
     source: dict[str, Any] = {}
     """Where the checkpoint came from: name, revision, and the SHA-256 of each source file."""
     tools: dict[str, str] = {}
