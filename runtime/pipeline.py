@@ -134,6 +134,7 @@ class Pipeline:
         output_type: OutputType = "pil",
         callback_on_step_end: StepCallback | None = None,
         on_batch: BatchCallback | None = None,
+        keep_images: bool = True,
         progress: Progress = silent,
     ) -> GenerationResult[Any]:
         """Turn prompts into pictures.
@@ -142,7 +143,8 @@ class Pipeline:
         0.8); `mask_image` repaints only its white area (default strength 1). Sizes are pixels; `None` means the
         bundle's default. `callback_on_step_end(pipe, step, timestep, {"latents": array})` may return replaced latents,
         show `pipe.decode(latents)`, or raise to cancel; with it no more than a step is captured.
-        `on_batch(request, first, images)` gets the pictures of each batch before the next batch starts. Raises
+        `on_batch(request, first, images)` gets the pictures of each batch before the next batch starts; without
+        `keep_images` they are let go after it, so that memory does not grow with the number of prompts. Raises
         `RequestError` for anything that cannot be served as given. A call waits for those of other threads.
         """
         start = time.perf_counter()
@@ -189,10 +191,12 @@ class Pipeline:
                 output = last.read(self.session.stream)
                 self._check_finite(workspace, len(table), output, decode)
                 finished.add(trace, len(table))
-                finished.images.extend(map(Image.fromarray, output) if output_type == "pil" else output)
+                pictures = list(map(Image.fromarray, output) if output_type == "pil" else output)
+                if keep_images:
+                    finished.images.extend(pictures)
                 if on_batch is not None:
-                    on_batch(request, first, finished.images[first:])
-        if output_type != "pil":
+                    on_batch(request, first, pictures)
+        if output_type != "pil" and keep_images:
             finished.images = np.stack(finished.images)
         finished.timings.total = time.perf_counter() - start
         return finished

@@ -33,6 +33,7 @@ class RequestArguments(TypedDict, total=False):
     strength: float | None
     callback_on_step_end: Callable[[Any, int, float, dict[str, Any]], dict[str, Any] | None] | None
     on_batch: Callable[[GenerationRequest, int, Sequence[Any]], None] | None
+    keep_images: bool
     progress: Callable[[str, int, int], None]
 
 
@@ -63,6 +64,18 @@ class GenerationRequest(BaseModel):
         if value is None and info.field_name == "negative_prompt":
             return ("",)
         return (value,) if isinstance(value, str) else value
+
+    @field_validator("prompt", "negative_prompt")
+    @classmethod
+    def _is_text(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for text in value:
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise ValueError(
+                    f"character {error.start + 1} is half of a pair, which is no text: give valid Unicode (UTF-8)"
+                ) from error
+        return value
 
     @model_validator(mode="after")
     def _matching(self) -> GenerationRequest:

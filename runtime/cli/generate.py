@@ -79,7 +79,7 @@ def generate(
         "strength": strength,
     }
     settings = {"low_memory": low_memory, **backend_options(backend, options, threads=threads)}
-    drawn = _draw(bundle, backend, settings, (texts, negative), request, target, as_json)
+    drawn = _draw(bundle, backend, settings, (texts, negative), request, target, as_json, keep=grid is not None)
     _finish(drawn, grid, listed=not target.is_stdout, as_json=as_json)
 
 
@@ -100,6 +100,7 @@ def _draw(
     request: RequestArguments,
     target: Target,
     as_json: bool,
+    keep: bool,
 ) -> _Drawn:
     """Open the pipeline, draw all pictures and write them; what was written before an error is named."""
     from ..pipeline import Pipeline
@@ -119,7 +120,7 @@ def _draw(
         }
         with PictureWriter(target, described) as writer:
             try:
-                heard: RequestArguments = {**request, "on_batch": writer, "progress": progress}
+                heard: RequestArguments = {**request, "on_batch": writer, "keep_images": keep, "progress": progress}
                 result = pipe(*prompts, **heard)
             except BaseException:
                 if not target.is_stdout:

@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from threading import BoundedSemaphore
 from types import TracebackType
 from typing import Any
 
@@ -20,6 +21,8 @@ from ..pictures.png import encode_png
 from ..request import GenerationRequest
 
 NUMBERED = re.compile(r"latentrt-(\d{4,})-")
+MAX_WAITING = 16
+"""Pictures that wait to be written before the next batch has to."""
 PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"}
 
 
@@ -54,15 +57,15 @@ class Target:
         """Whether the name is a picture's; every other name, and a folder that exists, is a folder."""
         return self.path.suffix.lower() in PICTURE_SUFFIXES and not self.path.is_dir()
 
-    def write(self, seed: int, png: bytes) -> Path:
-        """Write one picture and return its path; raises `StorageError`."""
+    def write(self, seed: int, png: bytes, before: Path | None = None) -> Path:
+        """Write one picture, numbered behind the one `before` it, and return its path; raises `StorageError`."""
         if self.is_stdout:
             sys.stdout.buffer.write(png)
             sys.stdout.buffer.flush()
         elif self.is_file:
             write_atomically(self.path, png)
         else:
-            return write_numbered(self.path, seed, png)
+            return write_numbered(self.path, seed, png, None if before is None else _number(before))
         return self.path
 
 
@@ -82,14 +85,18 @@ class PictureWriter:
         """Write to `target`; `described` goes into every PNG, beside its request."""
         self._target, self._described = target, described
         self._thread = ThreadPoolExecutor(1, "png")
+        self._waiting = BoundedSemaphore(MAX_WAITING)
         self._written: list[Future[dict[str, Any]]] = []
+        self._looked_at = 0
+        self._last: Path | None = None
 
     def __call__(self, request: GenerationRequest, first: int, images: Sequence[Image.Image]) -> None:
         """Take a batch; raises `StorageError` when an earlier picture could not be written."""
-        for earlier in self._written:
-            if earlier.done():
-                earlier.result()
+        while self._looked_at < len(self._written) and self._written[self._looked_at].done():
+            self._written[self._looked_at].result()
+            self._looked_at += 1
         for number, picture in enumerate(images, first):
+            self._waiting.acquire()  # a disk slower than the device holds the device back, not the memory
             self._written.append(self._thread.submit(self._write, request, number, picture))
 
     def entries(self) -> list[dict[str, Any]]:
@@ -101,10 +108,15 @@ class PictureWriter:
         return [picture.result() for picture in self._written if picture.exception() is None]
 
     def _write(self, request: GenerationRequest, number: int, picture: Image.Image) -> dict[str, Any]:
-        prompt, negative, seed = request.images[number]
-        own = {"prompt": prompt, "negative_prompt": negative, "seed": seed, "num_images_per_prompt": 1}
-        png = encode_png(picture, {**request.model_dump(mode="json"), **own, **self._described})
-        return {"path": str(self._target.write(seed, png)), "seed": seed, "prompt": prompt}
+        try:
+            prompt, negative, seed = request.images[number]
+            shared = request.model_dump(mode="json", exclude={"prompt", "negative_prompt"})
+            own = {"prompt": prompt, "negative_prompt": negative, "seed": seed, "num_images_per_prompt": 1}
+            png = encode_png(picture, {**own, **shared, **own, **self._described})
+            self._last = self._target.write(seed, png, self._last)
+            return {"path": str(self._last), "seed": seed, "prompt": prompt}
+        finally:
+            self._waiting.release()
 
     def __enter__(self) -> PictureWriter:
         return self
@@ -113,17 +125,23 @@ class PictureWriter:
         self._thread.shutdown(wait=True)
 
 
-def write_numbered(folder: Path, seed: int, data: bytes) -> Path:
-    """Write a picture to a new file, numbered behind those that are in `folder`, and return its path.
+def _number(path: Path) -> int:
+    match = NUMBERED.match(path.name)
+    return int(match[1]) if match else 0
+
+
+def write_numbered(folder: Path, seed: int, data: bytes, after: int | None = None) -> Path:
+    """Write a picture to a new file, numbered behind `after`, or behind all in `folder`, and return its path.
 
     The name is taken before the picture is written, so no other process takes it; raises `StorageError`.
     """
     path = folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        number = max(map(_number, folder.glob("latentrt-*.png")), default=0) if after is None else after
         while True:
-            taken = [int(match[1]) for p in folder.glob("latentrt-*.png") if (match := NUMBERED.match(p.name))]
-            path = folder / f"latentrt-{max(taken, default=0) + 1:04d}-seed{seed}.png"
+            number += 1
+            path = folder / f"latentrt-{number:04d}-seed{seed}.png"
             with suppress(FileExistsError):
                 path.touch(exist_ok=False)
                 break

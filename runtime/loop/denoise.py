@@ -8,11 +8,13 @@ even steps read set 0 and write set 1, and odd steps the other way round.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from ...engines.bundle import GraphInfo
 from ...engines.device import Array, Device, Graph, Stream, Tensor
@@ -44,15 +46,15 @@ class DenoiseLoop:
     ) -> None:
         """Allocate the buffers."""
 
-        def empty(names: list[str]) -> dict[str, Tensor]:
-            return {name: device.empty(arrays[name].shape, arrays[name].dtype) for name in names}
-
-        self._conditioning = conditioning
-        self._constants = empty([name for name in arrays if name not in STATE])
-        self._sets = [empty(list(STATE)), empty(list(STATE))]
+        constants = {name: array for name, array in arrays.items() if name not in STATE}
+        state = {name: arrays[name] for name in STATE}
         dtype = next(spec.dtype for spec in denoiser.outputs if spec.name == "prediction")
-        self._prediction = device.empty(arrays["model_input"].shape, dtype)
-        self._owned = [self._prediction, *self._constants.values(), *self._sets[0].values(), *self._sets[1].values()]
+        self._conditioning = conditioning
+        with ExitStack() as memory:
+            self._constants = allocate_like(device, constants, memory)
+            self._sets = [allocate_like(device, state, memory), allocate_like(device, state, memory)]
+            self._prediction = allocate(device, arrays["model_input"].shape, dtype, memory)
+            self._memory = memory.pop_all()
         self._unchanged: dict[str, Array] = {}
         self._bound: list[tuple[BoundEngine, BoundEngine]] = []
         self._captured = CapturedWork()
@@ -132,9 +134,7 @@ class DenoiseLoop:
     def close(self) -> None:
         """Free graphs and buffers; calling it again does nothing."""
         self.unbind()
-        for tensor in self._owned:
-            tensor.close()
-        self._owned = []
+        self._memory.close()
 
 
 class CapturedWork:
@@ -174,6 +174,18 @@ class CapturedWork:
 def _close(graph: Graph | None) -> None:
     if graph is not None:
         graph.close()
+
+
+def allocate(device: Device, shape: Sequence[int], dtype: npt.DTypeLike, memory: ExitStack) -> Tensor:
+    """Return a new tensor that `memory` frees."""
+    tensor = device.empty(shape, dtype)
+    memory.callback(tensor.close)
+    return tensor
+
+
+def allocate_like(device: Device, arrays: Mapping[str, Array], memory: ExitStack) -> dict[str, Tensor]:
+    """Return new tensors of the shapes and types of host arrays, which `memory` frees."""
+    return {name: allocate(device, array.shape, array.dtype, memory) for name, array in arrays.items()}
 
 
 def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:

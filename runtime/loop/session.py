@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
+import weakref
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -33,10 +36,16 @@ class Session:
         self._workspaces: OrderedDict[Any, Workspace] = OrderedDict()
         self._engines: dict[tuple[str, Any], Engine] = {}
         self._busy = self._closed = False
+        self._process = os.getpid()
+        _SESSIONS.add(self)
         graphs = [graph for graph in bundle.manifest.graphs if graph.stage != "image"]  # most start from noise
-        for number, graph in enumerate(graphs if backend.dynamic and not low_memory else []):
-            progress(f"opening {graph.name}", number, len(graphs))
-            self.engine(graph, {})
+        try:
+            for number, graph in enumerate(graphs if backend.dynamic and not low_memory else []):
+                progress(f"opening {graph.name}", number, len(graphs))
+                self.engine(graph, {})
+        except BaseException:
+            self.close()
+            raise
 
     @contextmanager
     def request(self) -> Iterator[None]:
@@ -56,6 +65,11 @@ class Session:
     @contextmanager
     def turn(self) -> Iterator[None]:
         """Hold the backend inside the block, also inside a request of the same thread."""
+        if os.getpid() != self._process:
+            raise EngineError(
+                f"the pipeline was opened in process {self._process}, and this is {os.getpid()}, a fork of it: "
+                "open a pipeline in each worker process"
+            )
         with self.backend.lock:
             if self._closed:
                 raise EngineError("the pipeline is closed: open it again")
@@ -105,7 +119,12 @@ class Session:
             self._engines.pop(key).close()
 
     def close(self) -> None:
-        """Free all engines and memory once a running request is done; calling it again does nothing."""
+        """Free all engines and memory once a running request is done; calling it again does nothing.
+
+        In a fork of the process that opened it nothing is freed: the threads of its engines are not there.
+        """
+        if os.getpid() != self._process:
+            return
         with self.backend.lock:
             if self._busy:
                 raise RequestError("a callback closed its own pipeline: raise an exception to end the request")
@@ -117,3 +136,17 @@ class Session:
             self._engines.clear()
             self.stream.close()
             self._closed = True
+
+
+_SESSIONS: weakref.WeakSet[Session] = weakref.WeakSet()
+
+
+def _leak_in_child() -> None:
+    """Keep the engines of a forked process for ever: their destructors wait for threads that a fork does not have."""
+    for session in _SESSIONS:
+        for engine in session._engines.values():
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(engine))
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leak_in_child)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -11,33 +11,32 @@ from ...engines.bundle import STAGES, Bundle, GraphInfo, Stage, TensorInfo
 from ...engines.device import Array, Device, Event, Stream, Tensor
 from ...engines.engine import BoundEngine, Engine, shape_of, solve_sizes
 from ...engines.errors import BundleError, EngineError
-from .denoise import CapturedWork, DenoiseLoop, Mode, OpenEngine, shapes_of
+from .denoise import CapturedWork, DenoiseLoop, Mode, OpenEngine, allocate, allocate_like, shapes_of
 
 Release = Callable[[Stage], None]
 """Closes the engines of a stage."""
 
 
-def allocate_outputs(device: Device, graph: GraphInfo, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a new tensor for every output of a graph, shaped by its inputs."""
+def allocate_outputs(
+    device: Device, graph: GraphInfo, inputs: Mapping[str, Tensor], memory: ExitStack
+) -> dict[str, Tensor]:
+    """Return a new tensor for every output of a graph, shaped by its inputs; `memory` frees them."""
     sizes = solve_sizes({spec.name: spec for spec in graph.inputs}, shapes_of(inputs))
-    return {spec.name: device.empty(shape_of(spec, sizes), spec.dtype) for spec in graph.outputs}
+    return {spec.name: allocate(device, shape_of(spec, sizes), spec.dtype, memory) for spec in graph.outputs}
 
 
 def run_once(
     device: Device, engine: Engine, graph: GraphInfo, inputs: Mapping[str, Array], stream: Stream
 ) -> dict[str, Array]:
     """Run a graph once on host arrays and return its outputs on the host; nothing stays allocated."""
-    tensors = {name: device.empty(array.shape, array.dtype) for name, array in inputs.items()}
-    try:
-        tensors |= allocate_outputs(device, graph, tensors)
+    with ExitStack() as memory:
+        tensors = allocate_like(device, inputs, memory)
+        tensors |= allocate_outputs(device, graph, tensors, memory)
         for name, array in inputs.items():
             tensors[name].write(array, stream)
         bound = engine.bind(tensors)  # lives until its work is done
         bound.enqueue(stream)
         return {spec.name: tensors[spec.name].read(stream) for spec in graph.outputs}
-    finally:
-        for tensor in tensors.values():
-            tensor.close()
 
 
 @dataclass
@@ -71,21 +70,25 @@ class Workspace:
     ) -> None:
         """Allocate all tensors and, unless engines are released after each stage, bind them."""
         self._device, self._bundle, self._open, self._release = device, bundle, open_engine, release
-        self._tensors: dict[str, Tensor] = {name: device.empty(a.shape, a.dtype) for name, a in inputs.items()}
         self._prompt_graphs = [graph for graph in bundle.manifest.graphs if graph.stage == "prompt"]
-        for graph in self._prompt_graphs:
-            self._tensors |= allocate_outputs(device, graph, self._inputs(graph, graph.inputs))
-        denoiser, decoder = bundle.graph("denoiser"), bundle.graph("decoder")
-        conditioning = self._inputs(denoiser, [spec for spec in denoiser.inputs if spec.name not in arrays])
-        self.loop = DenoiseLoop(device, denoiser, arrays, conditioning)
-        self.pictures = allocate_outputs(device, decoder, {"latents": self.loop.latents(0)})
         self._prompt: list[BoundEngine] = []
         self._decoders: list[BoundEngine] = []
         self._requests = CapturedWork()
-        if release is None:
-            self._bind_prompt()
-            self._bind_loop()
-            self._bind_decoder()
+        denoiser, decoder = bundle.graph("denoiser"), bundle.graph("decoder")
+        with ExitStack() as memory:
+            self._tensors = allocate_like(device, inputs, memory)
+            for graph in self._prompt_graphs:
+                self._tensors |= allocate_outputs(device, graph, self._inputs(graph, graph.inputs), memory)
+            conditioning = self._inputs(denoiser, [spec for spec in denoiser.inputs if spec.name not in arrays])
+            self.loop = DenoiseLoop(device, denoiser, arrays, conditioning)
+            memory.callback(self.loop.close)
+            self.pictures = allocate_outputs(device, decoder, {"latents": self.loop.latents(0)}, memory)
+            memory.callback(self._unbind)  # runs first: what is bound goes before its memory
+            if release is None:
+                self._bind_prompt()
+                self._bind_loop()
+                self._bind_decoder()
+            self._memory = memory.pop_all()
 
     def load(self, inputs: Mapping[str, Array], arrays: Mapping[str, Array], stream: Stream) -> None:
         """Copy a request's token ids, numbers and loop arrays to the device."""
@@ -176,12 +179,12 @@ class Workspace:
 
     def close(self) -> None:
         """Free all memory; calling it again does nothing."""
+        self._memory.close()
+
+    def _unbind(self) -> None:
         self._requests.close()
-        self.loop.close()
+        self.loop.unbind()
         self._prompt, self._decoders = [], []
-        for tensor in (*self._tensors.values(), *self.pictures.values()):
-            tensor.close()
-        self._tensors, self.pictures = {}, {}
 
     def _inputs(self, graph: GraphInfo, specs: Sequence[TensorInfo]) -> dict[str, Tensor]:
         if missing := [spec.name for spec in specs if spec.name not in self._tensors]:

@@ -9,11 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from ...engines.errors import RequestError, SchedulerError
+from ...engines.errors import LatentRTError, RequestError, SchedulerError, reason
 from .catalog import SAMPLERS, SHORT_NAMES, SUFFIXES, TRANSLATIONS, Sampler
 from .step_table import StepTable
 
 __all__ = ["SamplerDescription", "describe", "names", "step_table"]
+
+MAX_TRAIN_TIMESTEPS = 100_000
 
 TYPES: dict[type, tuple[type, ...]] = {bool: (bool, type(None)), int: (int,), float: (int, float), str: (str,)}
 
@@ -79,16 +81,30 @@ def step_table(
 
     Raises RequestError for numbers out of range, SchedulerError for a scheduler or option that no table expresses.
     """
-    name, options = resolved(scheduler_config, sampler)
-    chosen = SAMPLERS[name]
-    steps = checked_steps(num_inference_steps, options)
+    try:
+        with np.errstate(all="ignore"):  # TableBuilder.table refuses what is not finite
+            return _table(scheduler_config, num_inference_steps, sampler, strength, eta, mu)
+    except LatentRTError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        # a config of wrong types, lengths or signs
+        raise SchedulerError(
+            f"the scheduler config makes no schedule ({reason(error)}): export the checkpoint again, "
+            "or choose another sampler"
+        ) from error
+
+
+def _table(
+    config: Mapping[str, Any], steps: int, sampler: str | None, strength: float, eta: float, mu: float | None
+) -> StepTable:
+    name, options = resolved(config, sampler)
+    steps = checked_steps(steps, options)
     if not 0 <= eta <= 1:
         raise RequestError(f"eta {eta} is out of range: give 0 (deterministic) to 1")
     options |= {"eta": eta, "mu": mu}
-    with np.errstate(all="ignore"):  # TableBuilder.table refuses what is not finite
-        schedule = chosen.schedule(options, steps)
-        start = first_step(steps, strength, flow=name.startswith("FlowMatch"))
-        return chosen.build(replace(schedule, start=start), options)
+    schedule = SAMPLERS[name].schedule(options, steps)
+    start = first_step(steps, strength, flow=name.startswith("FlowMatch"))
+    return SAMPLERS[name].build(replace(schedule, start=start), options)
 
 
 def takes_eta(sampler: str, scheduler_config: Mapping[str, Any]) -> bool:
@@ -157,6 +173,10 @@ def check(name: str, options: Mapping[str, Any], chosen: Sampler) -> None:
 def checked_steps(steps: int, options: Mapping[str, Any]) -> int:
     """Return the number of steps; raises RequestError unless it is a whole number in 1 .. num_train_timesteps."""
     limit = int(options["num_train_timesteps"])
+    if not 1 <= limit <= MAX_TRAIN_TIMESTEPS:
+        raise SchedulerError(
+            f"num_train_timesteps is {limit}: 1 to {MAX_TRAIN_TIMESTEPS} are supported; mend the scheduler config"
+        )
     if isinstance(steps, bool) or not isinstance(steps, int | np.integer) or not 1 <= steps <= limit:
         raise RequestError(f"num_inference_steps {steps!r} is out of range: give a whole number from 1 to {limit}")
     return int(steps)
