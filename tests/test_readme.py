@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,22 @@ def test_the_python_block_runs_as_printed(
     exec(compile(example, "README.md", "exec"), {})
     assert (tmp_path / "circle.png").stat().st_size > 0
     assert capsys.readouterr().out.startswith("[1] ")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_commands_run_as_printed(
+    tiny_sd15_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In their order, a tiny checkpoint in place of the hub's; `bench embedded`, which takes minutes, is left out."""
+    pytest.importorskip("tensorrt_rtx")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "stable-diffusion-v1-5").mkdir()
+    (tmp_path / "stable-diffusion-v1-5" / "stable-diffusion-v1-5").symlink_to(tiny_sd15_checkpoint)
+    for line in commands(README):
+        if line != "latentrt bench embedded":
+            assert run(shlex.split(line)[1:]) == 0, (line, capsys.readouterr().err)
+    assert len(list(tmp_path.glob("latentrt-*.png"))) == 2
 
 
 def test_the_place_of_the_summary() -> None:

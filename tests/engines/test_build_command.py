@@ -82,7 +82,7 @@ def test_built_shapes_are_those_that_a_request_asks_for(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"size": ["30x32"]}, "width is 30: this bundle needs a multiple of 8"),
+        ({"size": ["30x32"]}, "width is 30: this bundle needs a multiple of 4"),
         ({"size": ["big"]}, "size is 'big': give WIDTHxHEIGHT"),
         ({"dynamic": True}, "--dynamic needs a range"),
         ({"capability": "9.0"}, "no compute capability '9.0': choose 7.5"),

@@ -50,7 +50,7 @@ def test_manifest_follows_the_contract(bundle: Bundle) -> None:
             found = {t.name: (t.dtype, t.shape) for t in tensors}
             assert found == {k: (network if dtype == "F" else dtype, shape) for k, (dtype, shape) in wanted.items()}
     latent = manifest.latent
-    assert (latent.channels, latent.downscale, latent.size_multiple) == (4, 4, 8)
+    assert (latent.channels, latent.downscale, latent.size_multiple) == (4, 4, 4)
     assert (latent.default_height, latent.default_width) == (32, 32)
     assert manifest.default_guidance_scale == 7.5
     assert not bundle.problems()

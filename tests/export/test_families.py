@@ -49,6 +49,7 @@ def toy_checkpoint(tiny_sd15_checkpoint: Path, tmp_path: Path, toy_family: None)
     index = json.loads((folder / "model_index.json").read_text())
     del index["unet"]
     index |= {"_class_name": "ToyPipeline", "denoiser": ["toy", "ToyDenoiser"]}
+    index |= {"scheduler": ["diffusers", "EulerDiscreteScheduler"]}
     (folder / "model_index.json").write_text(json.dumps(index))
     scheduler = diffusers.EulerDiscreteScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
     scheduler.save_pretrained(folder / "scheduler")
