@@ -1,6 +1,6 @@
 """The engine cache: what was built for this machine, keyed by everything that changes it.
 
-    <home>/engines/<graph>-<key>/engine.json   what the engine is for, and how to tell
+    <home>/engines/<graph>-<key>/engine.json   what the engine is for, and size and hash of its files
                                 /…             the engine's own files
     <home>/engines/.building/<graph>-<key>     a build in progress; renamed when complete
     <home>/engines/.locks/<graph>-<key>        held by the process that builds
@@ -16,15 +16,18 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+import stat
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from .errors import StorageError
-from .files import locked
+from .errors import StorageError, reason
+from .files import flush_folder, locked, sha256_of, write_atomically
 
 SIDECAR = "engine.json"
+CHECKED = "checked.json"
+"""Sizes, times and inodes of an engine's files when they were last found to be as built."""
 
 log = logging.getLogger(__name__)
 
@@ -46,11 +49,14 @@ class EngineCache:
     def find(self, name: str, key: Mapping[str, Any]) -> Path | None:
         """Return the folder of a finished engine with exactly this key, or None."""
         folder = self.root / _entry(name, key)
-        try:
-            sidecar = json.loads((folder / SIDECAR).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        sidecar = _sidecar(folder)
+        if sidecar is None or sidecar.get("key") != _plain(key):
             return None
-        return folder if isinstance(sidecar, dict) and sidecar.get("key") == _plain(key) else None
+        self._check_owner(folder)
+        if problem := _damage(folder, sidecar):
+            log.warning("engine %s is damaged (%s): it is built again", folder, problem)
+            return None
+        return folder
 
     def get(self, name: str, key: Mapping[str, Any], build: Callable[[Path], Mapping[str, Any]]) -> Path:
         """Return the folder of the engine with this key, calling `build(folder)` when there is none.
@@ -70,13 +76,18 @@ class EngineCache:
                 working = self.root / ".building" / entry
                 shutil.rmtree(working, ignore_errors=True)
                 working.mkdir(parents=True)
+                self._check_owner(working)
                 try:
                     facts = build(working)
-                    sidecar = {"graph": name, "key": _plain(key), **facts}
+                    files = {f.name: _describe(f) for f in sorted(working.iterdir()) if f.is_file()}
+                    sidecar = {"graph": name, "key": _plain(key), "files": files, **facts}
                     (working / SIDECAR).write_text(json.dumps(sidecar, indent=2) + "\n", encoding="utf-8")
+                    (working / CHECKED).write_text(json.dumps(_stamp(working, files)), encoding="utf-8")
+                    flush_folder(working)
                     final = self.root / entry
-                    shutil.rmtree(final, ignore_errors=True)  # an entry whose sidecar is damaged
+                    shutil.rmtree(final, ignore_errors=True)  # a damaged entry
                     working.rename(final)
+                    flush_folder(self.root, files=False)
                 finally:
                     shutil.rmtree(working, ignore_errors=True)
                 return final
@@ -84,15 +95,39 @@ class EngineCache:
     def entries(self) -> list[dict[str, Any]]:
         """Return the sidecars of all finished engines, each with its `folder` and `bytes`."""
         found = []
-        for sidecar in sorted(self.root.glob(f"*/{SIDECAR}")):
-            size = sum(f.stat().st_size for f in sidecar.parent.iterdir() if f.is_file())
-            try:
-                found.append(
-                    {**json.loads(sidecar.read_text(encoding="utf-8")), "folder": sidecar.parent, "bytes": size}
-                )
-            except ValueError:
-                continue
+        for file in sorted(self.root.glob(f"*/{SIDECAR}")):
+            with suppress(OSError):  # removed by another process meanwhile
+                size = sum(f.stat().st_size for f in file.parent.iterdir() if f.is_file())
+                if sidecar := _sidecar(file.parent):
+                    found.append({**sidecar, "folder": file.parent, "bytes": size})
         return found
+
+    def verify(self) -> dict[Path, str]:
+        """Hash every file of every engine, remove the engines that are damaged, and return what was wrong by folder."""
+        damaged = {}
+        for folder in sorted(file.parent for file in self.root.glob(f"*/{SIDECAR}")):
+            sidecar = _sidecar(folder)
+            problem = "its description cannot be read" if sidecar is None else _damage(folder, sidecar, always=True)
+            if problem:
+                damaged[folder] = problem
+                self.remove({"folder": folder})
+        return damaged
+
+    def _check_owner(self, folder: Path) -> None:
+        """Raise `StorageError` for engines that others may have written: an engine is code."""
+        if not hasattr(os, "geteuid"):
+            return
+        for place in (self.root, folder):
+            info = place.stat()
+            if info.st_uid not in (os.geteuid(), 0):
+                raise StorageError(
+                    f"engine cache {place} belongs to user {info.st_uid}, and this is {os.geteuid()}: "
+                    "set LATENTRT_HOME to a folder of your own"
+                )
+            if info.st_mode & 0o002 and not info.st_mode & stat.S_ISVTX:
+                raise StorageError(
+                    f"engine cache {place} can be written by everybody: run chmod o-w on it, or set LATENTRT_HOME"
+                )
 
     def remove(self, entry: Mapping[str, Any]) -> bool:
         """Remove an engine that `entries` has listed; one whose lock another process holds stays, and gives False.
@@ -128,6 +163,52 @@ class EngineCache:
                 raise
             what = error.strerror or error
             raise StorageError(f"cannot write the engine cache {self.root} ({what}): set LATENTRT_HOME") from error
+
+
+def _sidecar(folder: Path) -> dict[str, Any] | None:
+    """Return what an engine's folder says of itself, or None when that is missing or damaged."""
+    try:
+        sidecar = json.loads((folder / SIDECAR).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    fits = isinstance(sidecar, dict) and isinstance(sidecar.get("key"), dict) and isinstance(sidecar.get("files"), dict)
+    return sidecar if fits else None
+
+
+def _describe(file: Path) -> dict[str, Any]:
+    return {"size": file.stat().st_size, "sha256": sha256_of(file)}
+
+
+def _stamp(folder: Path, names: Iterable[str]) -> dict[str, list[int]]:
+    """Return what changes when a file is written, copied or restored; hashing gigabytes at each start would be slow."""
+    facts = {name: (folder / name).stat() for name in names}
+    return {name: [info.st_size, info.st_mtime_ns, info.st_ino] for name, info in facts.items()}
+
+
+def _damage(folder: Path, sidecar: Mapping[str, Any], *, always: bool = False) -> str | None:
+    """Return what is wrong with an engine's files, or None.
+
+    Files are hashed when they are not those of the last check, by size, time and inode, or `always`.
+    """
+    try:
+        stamp = _stamp(folder, sidecar["files"])
+        for name, info in sidecar["files"].items():
+            if stamp[name][0] != info["size"]:
+                return f"{name} has {stamp[name][0]} bytes where it had {info['size']}"
+        try:
+            known = json.loads((folder / CHECKED).read_text(encoding="utf-8")) == stamp
+        except (OSError, ValueError, RecursionError):
+            known = False
+        if known and not always:
+            return None
+        for name, info in sidecar["files"].items():
+            if sha256_of(folder / name) != info["sha256"]:
+                return f"{name} has other contents than when it was built"
+    except (OSError, KeyError, TypeError) as error:
+        return reason(error)
+    with suppress(StorageError):  # a cache that cannot be written is checked each time
+        write_atomically(folder / CHECKED, json.dumps(stamp).encode())
+    return None
 
 
 def _plain(key: Mapping[str, Any]) -> Any:

@@ -40,6 +40,18 @@ def write_atomically(path: Path, data: bytes) -> None:
             temporary.unlink(missing_ok=True)
 
 
+def flush_folder(folder: Path, *, files: bool = True) -> None:
+    """Flush a folder's entries, and its `files`, to the disk: a rename after it never shows less than it did before."""
+    for path in [*(sorted(folder.iterdir()) if files else ()), folder]:
+        if path.is_dir() and (os.name == "nt" or path != folder):
+            continue
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
 def storage_error(path: Path, error: OSError) -> StorageError:
     """Return the error of a file or folder that could not be written."""
     return StorageError(f"cannot write {path}: {error.strerror or error}; free space or choose another place")

@@ -66,8 +66,16 @@ class OnnxRuntimeCpu:
 
     def open(self, bundle: Bundle, graph: GraphInfo, shapes: Shapes | None = None) -> OnnxRuntimeEngine:
         """Open one graph of a bundle, building its engine first when the cache has none."""
-        folder = self._cache.get(graph.name, self.key(bundle, graph), lambda out: self._build(bundle, graph, out))
-        return OnnxRuntimeEngine(graph, self._session(folder / "model.onnx", graph), OnnxRuntimeBinding)
+        try:
+            session = self._session(self._built(bundle, graph), graph)
+        except EngineError as error:  # it was whole by its hashes, and yet does not load: once more from the graph
+            log.warning("%s: it is built again", error)
+            self._cache.remove({"folder": self._built(bundle, graph)})
+            session = self._session(self._built(bundle, graph), graph)
+        return OnnxRuntimeEngine(graph, session, OnnxRuntimeBinding)
+
+    def _built(self, bundle: Bundle, graph: GraphInfo) -> Path:
+        return self._cache.get(graph.name, self.key(bundle, graph), lambda out: self._build(bundle, graph, out))
 
     def key(self, bundle: Bundle, graph: GraphInfo) -> dict[str, Any]:
         """Return everything that changes an engine of this backend."""
@@ -114,9 +122,10 @@ class OnnxRuntimeCpu:
         options.add_session_config_entry("session.force_spinning_stop", "1")
         return options
 
-    def _session(self, path: Path, graph: GraphInfo) -> Any:
+    def _session(self, folder: Path, graph: GraphInfo) -> Any:
         import onnxruntime as ort
 
+        path = folder / "model.onnx"
         options = self._options()
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.add_session_config_entry("session.disable_prepacking", "1")

@@ -38,6 +38,18 @@ def list_engines(as_json: Annotated[bool, typer.Option("--json", help="Print JSO
     typer.echo(f"{len(found)} engines, {readable_size(total)} in {EngineCache().root}")
 
 
+@app.command(short_help="Check every engine.", epilog="Example: latentrt cache verify")
+def verify() -> None:
+    """Hash the files of every engine and remove damaged ones, which are built again when they are needed; exit 1."""
+    engines = EngineCache()
+    damaged = engines.verify()
+    for folder, problem in damaged.items():
+        typer.echo(f"{folder.name}: {problem}; removed")
+    typer.echo(f"{len(engines.entries())} engines are as they were built")
+    if damaged:
+        raise typer.Exit(1)
+
+
 @app.command(short_help="Remove engines.", epilog="Example: latentrt cache prune --older-than 30 --dry-run")
 def prune(
     older_than: Annotated[
