@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import threading
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol
 
 from .bundle import Bundle, GraphInfo
+from .cuda.driver import has_driver, module_exists
 from .device import Device
 from .engine import Engine, Shapes
 from .errors import BackendUnavailableError, RequestError
@@ -16,6 +18,7 @@ from .onnxruntime import cpu as onnxruntime_cpu
 from .onnxruntime import cuda as onnxruntime_cuda
 from .options import describe
 from .tensorrt import backend as tensorrt
+from .tensorrt.library import MODULES
 
 
 class Backend(Protocol):
@@ -55,6 +58,10 @@ _BACKENDS: dict[str, tuple[Callable[[], str | None], Callable[..., Backend]]] = 
     "onnxruntime-cuda": (onnxruntime_cuda.unavailable_reason, onnxruntime_cuda.OnnxRuntimeCuda),
     "onnxruntime-cpu": (onnxruntime_cpu.unavailable_reason, onnxruntime_cpu.OnnxRuntimeCpu),
 }
+
+_MODULES = {**MODULES, "onnxruntime-cuda": "onnxruntime", "onnxruntime-cpu": "onnxruntime"}
+
+log = logging.getLogger(__name__)
 
 
 def names() -> list[str]:
@@ -98,15 +105,26 @@ def open_backend(name: str = "auto", **options: Any) -> Backend:
 def resolve(name: str = "auto") -> str:
     """Return a backend's name; `auto` gives the first that works here.
 
-    Raises `BackendUnavailableError` for an unknown name, and for `auto` where none works.
+    `auto` warns of every backend that it passed over although its library and a driver are installed. Raises
+    `BackendUnavailableError` for an unknown name, and for `auto` where none works.
     """
     if name == "auto":
-        reasons = unavailable_reasons()
-        working = [candidate for candidate, reason in reasons.items() if reason is None]
-        if not working:
-            why = "; ".join(f"{backend}: {reason}" for backend, reason in reasons.items())
-            raise BackendUnavailableError(f"no backend works on this machine ({why})")
-        name = working[0]
+        return _first_that_works()
     if name not in _BACKENDS:
         raise BackendUnavailableError(f"unknown backend {name!r}: choose auto, {', '.join(_BACKENDS)}")
     return name
+
+
+def _first_that_works() -> str:
+    reasons: dict[str, str] = {}
+    for name, (unavailable_reason, _) in _BACKENDS.items():
+        reason = unavailable_reason()
+        if reason is None:
+            if has_driver():
+                for passed, why in reasons.items():
+                    if module_exists(_MODULES[passed]):
+                        log.warning("backend %s is passed over for %s: %s", passed, name, why)
+            return name
+        reasons[name] = reason
+    why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    raise BackendUnavailableError(f"no backend works on this machine ({why})")

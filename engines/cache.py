@@ -34,17 +34,21 @@ log = logging.getLogger(__name__)
 
 def home() -> Path:
     """Return the folder for caches: `$LATENTRT_HOME`, else `$XDG_CACHE_HOME/latentrt`, else `~/.cache/latentrt`."""
-    if given := os.environ.get("LATENTRT_HOME"):
-        return Path(given).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "latentrt"
+    try:
+        if given := os.environ.get("LATENTRT_HOME"):
+            return Path(given).expanduser().absolute()
+        if base := os.environ.get("XDG_CACHE_HOME"):
+            return Path(base).absolute() / "latentrt"
+        return Path.home().absolute() / ".cache" / "latentrt"
+    except (RuntimeError, OSError) as error:  # a user without a home, as containers have them
+        raise StorageError("this user has no home folder for the cache: set LATENTRT_HOME to a folder") from error
 
 
 class EngineCache:
     """Engines on disk under one folder; safe with several processes."""
 
     def __init__(self, root: Path | None = None) -> None:
-        self.root = root if root is not None else home() / "engines"
+        self.root = root.absolute() if root is not None else home() / "engines"
 
     def find(self, name: str, key: Mapping[str, Any]) -> Path | None:
         """Return the folder of a finished engine with exactly this key, or None."""
@@ -69,6 +73,8 @@ class EngineCache:
             return found
         entry = _entry(name, key)
         with self._writing():
+            self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._check_owner(self.root)
             self.sweep()
             with self._lock(entry):
                 if found := self.find(name, key):  # built by another process while this one waited
@@ -93,24 +99,34 @@ class EngineCache:
                 return final
 
     def entries(self) -> list[dict[str, Any]]:
-        """Return the sidecars of all finished engines, each with its `folder` and `bytes`."""
+        """Return the sidecars of all finished engines, each with its `folder` and `bytes`.
+
+        Their files are not checked, only that each sidecar is that of its folder: `find` does the rest.
+        """
         found = []
         for file in sorted(self.root.glob(f"*/{SIDECAR}")):
             with suppress(OSError):  # removed by another process meanwhile
                 size = sum(f.stat().st_size for f in file.parent.iterdir() if f.is_file())
-                if sidecar := _sidecar(file.parent):
+                sidecar = _sidecar(file.parent)
+                if sidecar and _entry(str(sidecar.get("graph")), sidecar["key"]) == file.parent.name:
                     found.append({**sidecar, "folder": file.parent, "bytes": size})
         return found
 
     def verify(self) -> dict[Path, str]:
-        """Hash every file of every engine, remove the engines that are damaged, and return what was wrong by folder."""
+        """Hash every file of every engine, remove the engines that are damaged, and return what was wrong by folder.
+
+        One that another process builds at this moment is left alone. Raises `StorageError` when the cache is not ours.
+        """
         damaged = {}
-        for folder in sorted(file.parent for file in self.root.glob(f"*/{SIDECAR}")):
+        for folder in sorted(self.root.glob("*-" + 24 * "[0-9a-f]")):
+            self._check_owner(folder)
             sidecar = _sidecar(folder)
-            problem = "its description cannot be read" if sidecar is None else _damage(folder, sidecar, always=True)
-            if problem:
+            if sidecar is None or _entry(str(sidecar.get("graph")), sidecar["key"]) != folder.name:
+                problem: str | None = "its description cannot be read"
+            else:
+                problem = _damage(folder, sidecar, always=True)
+            if problem and self.remove({"folder": folder}):
                 damaged[folder] = problem
-                self.remove({"folder": folder})
         return damaged
 
     def _check_owner(self, folder: Path) -> None:
@@ -182,7 +198,7 @@ def _describe(file: Path) -> dict[str, Any]:
 def _stamp(folder: Path, names: Iterable[str]) -> dict[str, list[int]]:
     """Return what changes when a file is written, copied or restored; hashing gigabytes at each start would be slow."""
     facts = {name: (folder / name).stat() for name in names}
-    return {name: [info.st_size, info.st_mtime_ns, info.st_ino] for name, info in facts.items()}
+    return {name: [info.st_size, info.st_mtime_ns, info.st_ctime_ns, info.st_ino] for name, info in facts.items()}
 
 
 def _damage(folder: Path, sidecar: Mapping[str, Any], *, always: bool = False) -> str | None:

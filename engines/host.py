@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import mmap
 import os
 import time
 import weakref
@@ -15,8 +16,6 @@ import numpy.typing as npt
 
 from .device import Array, Event, Stream
 from .errors import EngineError, ShapeError
-
-_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
 class HostTensor:
@@ -178,7 +177,7 @@ class HostDevice:
         """Return the resident bytes of this process; where the system does not tell, the bytes of open tensors."""
         if self._statm is None:
             return self._bytes
-        return int(os.pread(self._statm, 128, 0).split()[1]) * _PAGE_BYTES
+        return int(os.pread(self._statm, 128, 0).split()[1]) * mmap.PAGESIZE
 
 
 def _host(stream: Stream) -> HostStream:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 from functools import cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 
 @cache
@@ -31,8 +32,75 @@ def processor_identity() -> str:
     return f"{facts.get('model name', '')} {facts.get('flags', facts.get('Features', ''))}"
 
 
-def usable_cores() -> int:
-    """Return the number of logical processors that this process may run on."""
+def usable_cores(cgroups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
+    """Return the number of logical processors that this process may run on, at least 1.
+
+    That is what its affinity allows, or less where the quota of a container (cgroup version 1 or 2) is less; a part of
+    a processor counts as one.
+    """
+    quota = _quota(cgroups, own)
+    allowed = len(_allowed())
+    return max(1, allowed if quota is None else min(allowed, math.ceil(quota)))
+
+
+def physical_cores(
+    processors: Path = Path("/sys/devices/system/cpu"),
+    cgroups: Path = Path("/sys/fs/cgroup"),
+    own: Path = Path("/proc/self/cgroup"),
+) -> int:
+    """Return how many threads of arithmetic are worth running: usable cores, with hyperthreads of one counted once."""
+    cores = {_siblings(processors, number) for number in _allowed()}
+    return max(1, min(len(cores), usable_cores(cgroups, own)))
+
+
+def _allowed() -> set[int]:
     if hasattr(os, "sched_getaffinity"):
-        return max(1, len(os.sched_getaffinity(0)))
-    return os.cpu_count() or 1
+        return set(os.sched_getaffinity(0))
+    return set(range(os.cpu_count() or 1))
+
+
+def _siblings(processors: Path, number: int) -> str:
+    """Return what the hyperthreads of one core have in common; processors that the system does not list stand alone."""
+    text = _text(processors / f"cpu{number}" / "topology" / "thread_siblings_list")
+    return text or str(number)
+
+
+def _quota(cgroups: Path, own: Path) -> float | None:
+    """Return how many processors' time the process may use, or None without a limit.
+
+    A limit of any group around the process holds for it too. In a container the paths that the process is told may be
+    those outside, so the root of what is mounted counts as well.
+    """
+    limits = []
+    for line in _text(own).splitlines():
+        _, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        names = controllers.split(",") if controllers else []
+        if names and "cpu" not in names:
+            continue
+        mounts = [cgroups / controllers, cgroups / "cpu"] if names else [cgroups, cgroups / "unified"]
+        parts = PurePosixPath(path.lstrip("/")).parts
+        parts = () if ".." in parts else parts  # a group outside what this process may see
+        for mount in mounts:
+            folders = [mount.joinpath(*parts[:depth]) for depth in range(len(parts) + 1)]
+            limits += [limit for folder in folders if (limit := _limit(folder)) is not None]
+    return min(limits, default=None)
+
+
+def _limit(group: Path) -> float | None:
+    """Return the processors' time that one group is limited to, or None."""
+    quota, _, period = _text(group / "cpu.max").partition(" ")
+    if not quota:
+        quota, period = _text(group / "cpu.cfs_quota_us"), _text(group / "cpu.cfs_period_us")
+    try:
+        share = int(quota) / int(period)
+    except (ValueError, ZeroDivisionError):  # `max`, or nothing there
+        return None
+    return share if share > 0 else None  # version 1 says -1 for no limit
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return ""

@@ -10,6 +10,12 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 Bytes = Annotated[int, "bytes"]
 """A number of bytes; on the command line it may be written as 500MB or 2GiB."""
 
+Tf32 = Annotated[
+    bool,
+    "whether fp32 convolutions and matrix products may round what they multiply to 10 bits (TF32), faster, not exact",
+]
+"""An option of every GPU backend: none rounds unless it is asked to."""
+
 _WORDS = {int: "number", bool: "yes or no", str: "text", Bytes: "bytes, such as 2GiB"}
 
 

@@ -18,6 +18,7 @@ from ..engines.bundle import Bundle, GraphInfo, LatentInfo
 from ..engines.device import Array
 from ..engines.engine import shape_of
 from ..engines.errors import BackendUnavailableError, MissingExtraError
+from ..engines.onnx_graph import graph_files
 from .compare import relative_error
 
 PROVIDERS = {"onnxruntime-cpu": "CPUExecutionProvider", "onnxruntime-cuda": "CUDAExecutionProvider"}
@@ -38,7 +39,7 @@ def layer_errors(bundle: Bundle, graph: str, backend: str, seed: int = 0) -> lis
     Raises `BackendUnavailableError` for a backend that Polygraphy cannot run, `BundleError` for an unknown graph.
     """
     info = bundle.graph(graph)
-    files = [bundle.file(name) for name in info.files]
+    files = graph_files(bundle, info, "export")
     feed = random_feed(info, bundle.manifest.latent, seed)
     with tempfile.TemporaryDirectory() as folder:
         marked = Path(folder) / "marked.onnx"

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import threading
+from collections.abc import Callable
 from typing import Any
 
 from ..errors import EngineError
 from .driver import Driver, load_driver
+from .release import Free, releases_of
 
 
 class CudaContext:
@@ -21,23 +22,67 @@ class CudaContext:
         self.number = number
         self._gpu = self._driver.cuDeviceGet(number)
         self._context: Any = self._driver.cuDevicePrimaryCtxRetain(self._gpu)
-        self._threads = threading.local()
+        self._open = True
+        self.releases = releases_of(self._driver, number)
+        self._streams: set[int] = set()
         self._events: list[Any] = []
         self._bytes = 0
 
     def activate(self) -> Driver:
-        """Make this GPU current in the calling thread and return the driver."""
-        if self._context is None:
+        """Make this GPU current in the calling thread and return the driver.
+
+        Called before everything that a context matters to: any library, and any other GPU's work in the same thread,
+        may have made another context current since the last time.
+        """
+        if not self._open:
             raise EngineError("a closed GPU was used: open it again")
-        if not getattr(self._threads, "active", False):
-            self._driver.cuCtxSetCurrent(self._context)
-            self._threads.active = True
+        return self.enter()
+
+    def enter(self) -> Driver:
+        """Make this GPU current and return the driver, also while what it held is freed after its end."""
+        self._driver.cuCtxSetCurrent(self._context)
         return self._driver
+
+    def release(self, free: Free) -> None:
+        """Call `free` with the driver once the work enqueued by now is done; see `Releases.add`."""
+        self.activate()
+        self.releases.add(self, free)
+
+    def mark(self) -> Callable[[], None]:
+        """Record an event behind the work of each stream, and return what waits for these events and keeps them."""
+        driver = self.enter()
+        events: list[Any] = []
+        try:
+            for stream in tuple(self._streams):
+                events.append(self._event(driver))
+                driver.cuEventRecord(events[-1], stream)
+        except BaseException:
+            self._events += events
+            raise
+
+        def wait() -> None:
+            try:
+                for event in events:
+                    self.enter().cuEventSynchronize(event)
+            finally:
+                self._events.extend(events)
+
+        return wait
+
+    def add_stream(self, handle: int) -> None:
+        """Count a stream among those whose work may use this device's memory."""
+        self._streams.add(handle)
+
+    def drop_stream(self, handle: int) -> None:
+        """Destroy a stream whose work is done."""
+        driver = self.activate()
+        with self.releases.lock:
+            self._streams.discard(handle)
+            driver.cuStreamDestroy(handle)
 
     def take_event(self) -> Any:
         """Return a native event: one that was given back, else a new one."""
-        driver = self.activate()
-        return self._events.pop() if self._events else driver.cuEventCreate(0)
+        return self._event(self.activate())
 
     def give_back_event(self, handle: Any) -> None:
         """Keep a native event that nobody refers to any more for the next `take_event`."""
@@ -52,12 +97,19 @@ class CudaContext:
         return self._bytes
 
     def close(self) -> None:
-        """Give the context back once all work is done; calling it again does nothing."""
-        if self._context is None:
-            return
-        driver = self.activate()
-        driver.cuCtxSynchronize()
-        for handle in self._events:
+        """Give the context back once its streams' work is done; calling it again does nothing."""
+        if self._open:
+            self._open = False
+            self.releases.add(self, self._give_back)
+
+    def _event(self, driver: Driver) -> Any:
+        try:
+            return self._events.pop()
+        except IndexError:
+            return driver.cuEventCreate(0)
+
+    def _give_back(self, driver: Driver) -> None:
+        events, self._events = self._events, []
+        for handle in events:
             driver.cuEventDestroy(handle)
-        self._events, self._context = [], None
         driver.cuDevicePrimaryCtxRelease(self._gpu)

@@ -1,7 +1,8 @@
 """An NVIDIA GPU as a device: memory, streams, events and captured graphs over `cuda.bindings`.
 
 What waits for the GPU: `read`, `synchronize`, `milliseconds_since` and every `close`; `write` waits for the copy of the
-same tensor that is still on its way.
+same tensor that is still on its way. A `close` waits for the streams of its own device, and while any stream of the GPU
+captures it waits for nothing: the memory is given back when the capture ends.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Sequence
 import numpy.typing as npt
 
 from .context import CudaContext
-from .driver import Driver
+from .driver import Driver, cuda_version
 from .memory import CudaTensor
 from .stream import CudaStream
 
@@ -22,8 +23,12 @@ class CudaDevice(CudaContext):
     def __init__(self, number: int = 0, driver: Driver | None = None) -> None:
         """Open GPU `number`; raises `BackendUnavailableError` without a driver, `EngineError` without that GPU."""
         super().__init__(number, driver)
-        self._free_at_open = self.memory_free()[0]
-        self.name = self._driver.cuDeviceGetName(128, self._gpu).split(b"\0")[0].decode()
+        try:
+            self._free_at_open = self.memory_free()[0]
+            self.name = self._driver.cuDeviceGetName(128, self._gpu).split(b"\0")[0].decode()
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def compute_capability(self) -> str:
@@ -36,8 +41,7 @@ class CudaDevice(CudaContext):
     @property
     def driver_version(self) -> str:
         """The newest CUDA that the driver supports, such as `13.0`."""
-        version = self._driver.cuDriverGetVersion()
-        return f"{version // 1000}.{version % 1000 // 10}"
+        return cuda_version(self._driver.cuDriverGetVersion())
 
     def empty(self, shape: Sequence[int], dtype: npt.DTypeLike) -> CudaTensor:
         """Allocate a tensor with undefined contents."""

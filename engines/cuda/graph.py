@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any, Protocol
 
 from ..device import Stream
@@ -42,23 +43,26 @@ class CudaCapture:
             raise EngineError("a capture was finished inside its own block: leave the block first")
         if self._handle is None:
             raise EngineError("a capture was finished twice, or its block failed: capture again")
+        with ExitStack() as undo:
+            undo.callback(self.abandon)
+            driver = self._context.activate()
+            executable = driver.cuGraphInstantiate(self._handle, 0)
+            undo.callback(driver.cuGraphExecDestroy, executable)
+            driver.cuGraphUpload(executable, self._stream)
+            undo.pop_all()
         handle, self._handle = self._handle, None
-        driver = self._context.activate()
-        try:
-            executable = driver.cuGraphInstantiate(handle, 0)
-        finally:
-            driver.cuGraphDestroy(handle)
-        driver.cuGraphUpload(executable, self._stream)
-        return CudaGraph(self._context, executable, self.held)
+        graph, self.held = CudaGraph(self._context, executable, self.held), []
+        driver.cuGraphDestroy(handle)
+        return graph
 
     def abandon(self) -> None:
-        """Free what an unfinished capture holds."""
-        if self._handle is not None:
-            self._context.activate().cuGraphDestroy(self._handle)
-        self._handle = None
-        for thing in self.held:
-            thing.close()
-        self.held = []
+        """Free what an unfinished capture holds; nothing of it has run."""
+        (handle, self._handle), (held, self.held) = (self._handle, None), (self.held, [])
+        with ExitStack() as undo:
+            for thing in held:
+                undo.callback(thing.close)
+            if handle is not None:
+                self._context.activate().cuGraphDestroy(handle)
 
 
 class CudaGraph:
@@ -80,10 +84,8 @@ class CudaGraph:
         """Free the graph once its replays are done; calling it again does nothing."""
         if self._handle is None:
             return
-        handle, self._handle = self._handle, None
-        driver = self._context.activate()
-        driver.cuCtxSynchronize()
-        driver.cuGraphExecDestroy(handle)
-        for thing in self._held:
-            thing.close()
-        self._held = []
+        (handle, self._handle), (held, self._held) = (self._handle, None), (self._held, [])
+        with ExitStack() as undo:
+            for thing in held:
+                undo.callback(thing.close)
+            self._context.release(lambda driver: driver.cuGraphExecDestroy(handle))

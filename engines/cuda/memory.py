@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -38,11 +39,11 @@ class Pinned:
         np.copyto(self.bytes.view(array.dtype).reshape(array.shape), array)
 
     def close(self) -> None:
-        """Free the memory; the work that uses it must be done. Calling it again does nothing."""
+        """Free the memory once the work that uses it is done; calling it again does nothing."""
         if self.pointer:
+            pointer, self.pointer = self.pointer, 0
             self.bytes, self.busy_until = np.empty(0, np.uint8), None
-            self._context.activate().cuMemFreeHost(self.pointer)
-            self.pointer = 0
+            self._context.release(lambda driver: driver.cuMemFreeHost(pointer))
 
 
 class CudaTensor:
@@ -92,16 +93,16 @@ class CudaTensor:
         return np.array(block.bytes.view(self.dtype).reshape(self.shape))
 
     def close(self) -> None:
-        """Free the memory once all work on the GPU is done; calling it again does nothing."""
+        """Free the memory once the work that uses it is done; calling it again does nothing."""
         if not self.pointer:
             return
         pointer, self.pointer = self.pointer, 0
-        driver = self._context.activate()
-        driver.cuCtxSynchronize()
-        driver.cuMemFree(pointer)
-        if self._pinned is not None:
-            self._pinned.close()
+        pinned, self._pinned = self._pinned, None
         self._context.count(-self.nbytes)
+        with ExitStack() as undo:
+            if pinned is not None:
+                undo.callback(pinned.close)
+            self._context.release(lambda driver: driver.cuMemFree(pointer))
 
     def _open(self) -> Driver:
         if not self.pointer:

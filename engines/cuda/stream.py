@@ -43,6 +43,7 @@ class CudaStream:
         self._context = context
         self._native: Any = context.activate().cuStreamCreate(1)  # 1: does not wait for the default stream
         self.handle = int(self._native)
+        context.add_stream(self.handle)
         self.capturing: CudaCapture | None = None
 
     def synchronize(self) -> None:
@@ -77,18 +78,19 @@ class CudaStream:
         if self.capturing is not None:
             raise EngineError("a stream that is already capturing cannot start another capture")
         driver = self._open()
-        driver.cuStreamBeginCapture(self.handle, driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED)
-        self.capturing = capture = CudaCapture(self._context, self.handle)
-        try:
-            yield capture
-        except BaseException:
+        with self._context.releases.paused():
+            driver.cuStreamBeginCapture(self.handle, driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED)
+            self.capturing = capture = CudaCapture(self._context, self.handle)
+            try:
+                yield capture
+            except BaseException:
+                self.capturing = None
+                with suppress(EngineError):  # what went wrong in the block says more than that the capture is broken
+                    capture.end()
+                capture.abandon()
+                raise
             self.capturing = None
-            with suppress(EngineError):  # what went wrong in the block says more than that the capture is broken
-                capture.end()
-            capture.abandon()
-            raise
-        self.capturing = None
-        capture.end()
+            capture.end()
 
     def close(self) -> None:
         """Free the stream once its work is done; calling it again does nothing."""
@@ -96,7 +98,7 @@ class CudaStream:
             return
         self.synchronize()
         self._native = None
-        self._context.activate().cuStreamDestroy(self.handle)
+        self._context.drop_stream(self.handle)
 
     def _open(self) -> Driver:
         if self._native is None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,8 +20,8 @@ from ..device import Stream, Tensor
 from ..engine import Shapes
 from ..errors import BackendUnavailableError, EngineError, RequestError, reason
 from ..host import HostDevice, HostStream
-from ..machine import processor_identity, usable_cores
-from ..onnx_graph import load_graph
+from ..machine import physical_cores, processor_identity
+from ..onnx_graph import follow_links, graph_files, load_graph
 from .session import OnnxRuntimeEngine
 
 BUILDER = 1
@@ -51,7 +51,7 @@ class OnnxRuntimeCpu:
         *,
         cache: EngineCache | None = None,
         threads: Annotated[
-            int | None, "threads that a run uses (default: one for each core that this process may use)"
+            int | None, "threads that a run uses (default: one for each physical core that this process may use)"
         ] = None,
     ) -> None:
         """Open the processor; raises `BackendUnavailableError` without ONNX Runtime, `RequestError` for bad options."""
@@ -61,16 +61,17 @@ class OnnxRuntimeCpu:
             raise BackendUnavailableError(f"backend {self.name}: {reason}")
         self.device = HostDevice()
         self.lock = threading.RLock()
-        self.threads = threads or usable_cores()
+        self.threads = threads or physical_cores()
         self._cache = cache or EngineCache()
 
     def open(self, bundle: Bundle, graph: GraphInfo, shapes: Shapes | None = None) -> OnnxRuntimeEngine:
         """Open one graph of a bundle, building its engine first when the cache has none."""
+        folder = self._built(bundle, graph)
         try:
-            session = self._session(self._built(bundle, graph), graph)
+            session = self._session(folder, graph)
         except EngineError as error:  # it was whole by its hashes, and yet does not load: once more from the graph
             log.warning("%s: it is built again", error)
-            self._cache.remove({"folder": self._built(bundle, graph)})
+            self._cache.remove({"folder": folder})
             session = self._session(self._built(bundle, graph), graph)
         return OnnxRuntimeEngine(graph, session, OnnxRuntimeBinding)
 
@@ -92,20 +93,20 @@ class OnnxRuntimeCpu:
     def _build(self, bundle: Bundle, graph: GraphInfo, out: Path) -> dict[str, Any]:
         import onnxruntime as ort
 
-        files = [bundle.file(name) for name in graph.files]
+        model, weights = _graph_for_cpu(graph_files(bundle, graph, "cpu"))
         options = self._options()
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
         options.optimized_model_filepath = str(out / "model.onnx")
         for entry, value in {
             "session.optimized_model_external_initializers_file_name": "model.onnx.data",
             "session.optimized_model_external_initializers_min_size_in_bytes": "1024",
-            "session.model_external_initializers_file_folder_path": str(files[0].parent),
+            "session.model_external_initializers_file_folder_path": str(weights),
             "session.disable_prepacking": "1",
         }.items():
             options.add_session_config_entry(entry, value)
         log.info("building %s for %s", graph.name, self.name)
         try:
-            ort.InferenceSession(_graph_for_cpu(files[0]), options, providers=["CPUExecutionProvider"])
+            ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's own exceptions share no base class
             raise EngineError(f"graph {graph.name} cannot be built for {self.name}: {reason(error)}") from error
         return {"tensors": [t.model_dump() for t in graph.inputs + graph.outputs]}
@@ -154,7 +155,9 @@ class OnnxRuntimeBinding:
         self._engine.run(self._addresses)
 
 
-def _graph_for_cpu(path: Path) -> bytes:
-    model = load_graph(path, "cpu")
+def _graph_for_cpu(files: Sequence[Path]) -> tuple[bytes, Path]:
+    """Return a graph as ONNX Runtime's CPU provider likes it, and the folder of its weights."""
+    model = load_graph(files[0], "cpu")
     rewrite(model, fuse=True)
-    return model.SerializeToString()
+    folder = follow_links(model, files)
+    return model.SerializeToString(), folder

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -22,7 +23,8 @@ from ..cuda.stream import cuda_stream
 from ..device import Stream, Tensor
 from ..engine import Shapes
 from ..errors import BackendUnavailableError, EngineError, RequestError, reason
-from ..onnx_graph import load_graph
+from ..onnx_graph import follow_links, graph_files, load_graph
+from ..options import Tf32
 from .session import OnnxRuntimeEngine
 
 PROVIDER = "CUDAExecutionProvider"
@@ -31,12 +33,14 @@ Graphs = Literal["none", "onnxruntime"]
 
 def unavailable_reason() -> str | None:
     """Return why this backend cannot run here, or None; imports ONNX Runtime only where there is a driver."""
-    if reason := no_driver():
-        return reason
+    if why := no_driver():
+        return why
     try:
         import onnxruntime
     except ImportError:
         return "onnxruntime-gpu is not installed: run `pip install 'latentrt[gpu]'`"
+    except Exception as error:  # its native library raises whatever it likes
+        return f"onnxruntime cannot be imported ({reason(error)}): run `pip install 'latentrt[gpu]'`"
     if PROVIDER not in onnxruntime.get_available_providers():
         return (
             f"the installed onnxruntime {onnxruntime.__version__} has no {PROVIDER}: "
@@ -59,36 +63,41 @@ class OnnxRuntimeCuda:
         graphs: Annotated[
             Graphs, "whether ONNX Runtime captures each engine's work and replays it (onnxruntime), or launches it"
         ] = "none",
+        tf32: Tf32 = False,
     ) -> None:
         """Open a GPU; raises `BackendUnavailableError` where that cannot be done, `RequestError` for bad options."""
         if graphs not in get_args(Graphs):
             raise RequestError(f"graphs is {graphs!r}: choose {', '.join(get_args(Graphs))}")
-        if reason := unavailable_reason():
-            raise BackendUnavailableError(f"backend {self.name}: {reason}")
+        if why := unavailable_reason():
+            raise BackendUnavailableError(f"backend {self.name}: {why}")
         import onnxruntime
 
         if hasattr(onnxruntime, "preload_dlls"):
             onnxruntime.preload_dlls()  # CUDA and cuDNN from Python packages, where the system has none
         self.device = CudaDevice(gpu)
         self.lock = threading.RLock()
-        self.stream = self.device.stream()
+        with ExitStack() as undo:
+            undo.callback(self.device.close)
+            self.stream = self.device.stream()
+            undo.pop_all()
         self.graphs: Graphs = graphs
+        self.tf32 = tf32
         self._graph_ids = itertools.count(1)
 
     def open(self, bundle: Bundle, graph: GraphInfo, shapes: Shapes | None = None) -> OnnxRuntimeEngine:
         """Open one graph of a bundle; its session serves every shape."""
         import onnxruntime as ort
 
-        files = [bundle.file(name) for name in graph.files]
+        model, weights = _graph_for_cuda(graph_files(bundle, graph, "gpu"))
         options = ort.SessionOptions()
         options.log_severity_level = 3
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(files[0].parent))
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights))
         options.enable_mem_pattern = False  # a pattern moves the arena at the second run, and captures keep addresses
         self.device.activate()
-        provider = provider_options(self.device.number, self.stream.handle, self.graphs)
+        provider = provider_options(self.device.number, self.stream.handle, self.graphs, self.tf32)
         try:
-            session = ort.InferenceSession(_graph_for_cuda(files[0]), options, providers=[(PROVIDER, provider)])
+            session = ort.InferenceSession(model, options, providers=[(PROVIDER, provider)])
         except Exception as error:  # onnxruntime's own exceptions share no base class
             raise EngineError(f"graph {graph.name} cannot be opened on {self.name}: {reason(error)}") from error
         if PROVIDER not in session.get_providers():
@@ -112,7 +121,7 @@ class OnnxRuntimeCuda:
         return options
 
 
-def provider_options(gpu: int, stream: int, graphs: Graphs) -> dict[str, str]:
+def provider_options(gpu: int, stream: int, graphs: Graphs, tf32: bool = False) -> dict[str, str]:
     """Return the CUDA provider's options: on a given stream, with an arena that grows by what is asked."""
     return {
         "device_id": str(gpu),
@@ -122,6 +131,7 @@ def provider_options(gpu: int, stream: int, graphs: Graphs) -> dict[str, str]:
         "cudnn_conv_use_max_workspace": "1",
         "do_copy_in_default_stream": "1",
         "enable_cuda_graph": "1" if graphs == "onnxruntime" else "0",
+        "use_tf32": "1" if tf32 else "0",  # its own default is to round
     }
 
 
@@ -134,6 +144,7 @@ class OnnxRuntimeCudaBinding:
         self._tensors = dict(tensors)  # keeps the memory alive
         self._addresses = engine.addresses(tensors, "cuda", backend.device.number)
         self._options = backend.run_options()
+        self._device, self._captures = backend.device, backend.graphs == "onnxruntime"
 
     def enqueue(self, stream: Stream) -> None:
         """Enqueue one run; returns without waiting for the GPU. Raises `EngineError` inside a capture."""
@@ -142,13 +153,16 @@ class OnnxRuntimeCudaBinding:
             raise EngineError(f"engine {self._engine.name} cannot be captured: run it in eager mode")
         self._stream.follow(queue)
         try:
-            self._engine.run(self._addresses, self._options)
+            with self._device.releases.paused() if self._captures else nullcontext():  # it may capture in any run
+                self._device.activate()
+                self._engine.run(self._addresses, self._options)
         finally:
             queue.follow(self._stream)  # what a run that failed has launched uses the tensors too
 
 
-def _graph_for_cuda(path: Path) -> bytes:
-    """Return a graph without the standard `Attention`, which releases before 1.25 run on the CPU."""
-    model = load_graph(path, "gpu")
+def _graph_for_cuda(files: Sequence[Path]) -> tuple[bytes, Path]:
+    """Return a graph without `Attention`, which releases before 1.25 run on the CPU, and the folder of its weights."""
+    model = load_graph(files[0], "gpu")
     rewrite(model, fuse=True, expand=True)
-    return model.SerializeToString()
+    folder = follow_links(model, files)
+    return model.SerializeToString(), folder

@@ -20,7 +20,7 @@ class ArenaBlock:
     def __init__(self, device: Device, nbytes: int) -> None:
         tensor = device.empty((nbytes,), np.uint8)
         self.pointer, self.nbytes = tensor.pointer, nbytes
-        weakref.finalize(self, tensor.close)
+        weakref.finalize(self, tensor.close).atexit = False  # the driver goes with the process
 
 
 class Arena:

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import importlib.util
 import threading
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
 from ..bundle import Bundle, GraphInfo
 from ..cache import EngineCache
 from ..cuda.device import CudaDevice
+from ..cuda.driver import module_exists
 from ..cuda.driver import unavailable_reason as no_driver
 from ..engine import Shapes
-from ..errors import BackendUnavailableError, RequestError
-from ..options import Bytes
+from ..errors import BackendUnavailableError, RequestError, reason
+from ..options import Bytes, Tf32
 from ..progress import Progress
 from .arena import Arena
 from .engine import LoadedPlan, TensorRtEngine
-from .library import EXTRAS, MODULES
+from .library import EXTRAS, MODULES, load_library
 from .plan import OptimizationLevel, OtherHardware, PlanOptions, Scratch
 from .planner import Planner, target_of_device
 
@@ -29,11 +30,17 @@ WeightsOnGpu = Annotated[
 
 
 def unavailable_reason(name: str = "tensorrt") -> str | None:
-    """Return why this backend cannot run here, or None; imports TensorRT nowhere."""
-    if reason := no_driver():
-        return reason
-    if importlib.util.find_spec(MODULES[name]) is None:
+    """Return why this backend cannot run here, or None; imports TensorRT only where there is a driver. Never raises."""
+    if why := no_driver():
+        return why
+    if not module_exists(MODULES[name]):
         return f"{MODULES[name]} is not installed: run `pip install 'latentrt[{EXTRAS[name]}]'`"
+    try:
+        load_library(name)
+    except BackendUnavailableError as error:
+        return str(error).removeprefix(f"backend {name}: ")
+    except Exception as error:  # a release of another shape than those we know
+        return f"the installed {MODULES[name]} cannot be used ({reason(error)})"
     return None
 
 
@@ -42,11 +49,12 @@ def plan_options(
     scratch: Scratch = None,
     hardware: OtherHardware = None,
     weights_on_gpu: WeightsOnGpu = None,
+    tf32: Tf32 = False,
 ) -> PlanOptions:
     """Return what plans are built with, from the options of the backend that shape a plan; raises `RequestError`."""
     if weights_on_gpu is not None and weights_on_gpu < 0:
         raise RequestError(f"weights_on_gpu is {weights_on_gpu}: give a number of bytes, 0 or more, such as 500MB")
-    return PlanOptions(optimization_level, scratch, hardware, weights_on_gpu is not None)
+    return PlanOptions(optimization_level, scratch, hardware, weights_on_gpu is not None, tf32)
 
 
 class TensorRt:
@@ -68,18 +76,24 @@ class TensorRt:
         optimization_level: OptimizationLevel = None,
         scratch: Scratch = None,
         hardware: OtherHardware = None,
+        tf32: Tf32 = False,
         progress: Progress | None = None,
     ) -> None:
         """Open a GPU; raises `BackendUnavailableError` where that cannot be done, `RequestError` for bad options."""
-        options = plan_options(optimization_level, scratch, hardware, weights_on_gpu)
-        if reason := unavailable_reason(name):
-            raise BackendUnavailableError(f"backend {name}: {reason}")
+        options = plan_options(optimization_level, scratch, hardware, weights_on_gpu, tf32)
+        if why := unavailable_reason(name):
+            raise BackendUnavailableError(f"backend {name}: {why}")
         self.name = name
         self.device = CudaDevice(gpu)
         self.lock = threading.RLock()
         self.can_capture = weights_on_gpu is None
-        target = target_of_device(name, self.device, options)
-        self.planner = Planner(name, target, cache=cache, options=options, progress=progress)
+        with ExitStack() as undo:
+            undo.callback(self.device.close)
+            target = target_of_device(name, self.device, options)
+            self.planner = Planner(
+                name, target, cache=cache, options=options, progress=progress, activate=self.device.activate
+            )
+            undo.pop_all()
         self._arena = Arena(self.device)
         self._weights_on_gpu = weights_on_gpu
         self._build = build
@@ -100,5 +114,4 @@ class TensorRt:
         loaded.users -= 1
         if loaded.users == 0:
             self._loaded.pop(loaded.plan.folder, None)
-            self.device.activate().cuCtxSynchronize()
             loaded.close()

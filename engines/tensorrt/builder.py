@@ -7,7 +7,7 @@ TensorRT-RTX needs none and builds for a compute capability.
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,9 @@ from ..onnx_graph import load_graph
 from ..progress import Progress
 from .library import EXTRAS, Library
 from .plan import PlanOptions, Profile
+
+Activate = Callable[[], object]
+"""Makes one GPU current in the calling thread."""
 
 
 def build_plan(
@@ -30,14 +33,18 @@ def build_plan(
     compute_capability: str | None = None,
     timing_cache: Path | None = None,
     progress: Progress | None = None,
+    activate: Activate | None = None,
 ) -> dict[str, Any]:
     """Build the plan of an ONNX file (external data beside it) into `output` and return facts for its sidecar.
 
-    `compute_capability` is the architecture that an RTX plan is for. Ctrl-C stops the build at the next step that the
+    `compute_capability` is the architecture that an RTX plan is for. `activate` makes the GPU that builds current in
+    the calling thread; without it CUDA takes the first. Ctrl-C stops the build at the next step that the
     library reports. Raises `EngineError` with the library's own first errors.
     """
     trt = library.trt
     library.errors.clear()
+    if activate is not None:
+        activate()
     builder = trt.Builder(library.logger)
     network = _parse(library, builder, graph)
     config = builder.create_builder_config()
@@ -53,7 +60,7 @@ def build_plan(
     if not fits:
         raise library.failure(f"graph {graph.name} does not take the shapes {profile}")
     timings = _load_timing_cache(library, config, timing_cache)
-    plan = _build(library, builder, network, config, graph.name, progress)
+    plan = _build(library, builder, network, config, graph.name, progress, activate)
     output.write_bytes(memoryview(plan))
     if timings is not None and timing_cache is not None:
         write_atomically(timing_cache, bytes(memoryview(config.get_timing_cache().serialize())))
@@ -99,6 +106,8 @@ def _configure(library: Library, config: Any, options: PlanOptions, compute_capa
                 f"hardware is {options.hardware!r}: {library.backend} {library.version} has {', '.join(levels)}"
             )
         config.hardware_compatibility_level = levels[options.hardware]
+    if (tf32 := getattr(trt.BuilderFlag, "TF32", None)) is not None:  # the library's own default is to round
+        config.set_flag(tf32) if options.tf32 else config.clear_flag(tf32)
     if options.weight_streaming:
         config.set_flag(trt.BuilderFlag.WEIGHT_STREAMING)
     elif hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):  # the plan never allocates while it runs or is captured
@@ -109,7 +118,15 @@ def _configure(library: Library, config: Any, options: PlanOptions, compute_capa
         config.set_compute_capability(known.get(compute_capability, trt.ComputeCapability.CURRENT), 0)
 
 
-def _build(library: Library, builder: Any, network: Any, config: Any, name: str, progress: Progress | None) -> Any:
+def _build(
+    library: Library,
+    builder: Any,
+    network: Any,
+    config: Any,
+    name: str,
+    progress: Progress | None,
+    activate: Activate | None = None,
+) -> Any:
     """Build in a thread, so that Ctrl-C arrives here at once and can stop the builder at its next step.
 
     An event says when the thread is done: `Thread.join` returns too early once Ctrl-C has interrupted it.
@@ -122,8 +139,10 @@ def _build(library: Library, builder: Any, network: Any, config: Any, name: str,
 
     def work() -> None:
         try:
+            if activate is not None:
+                activate()  # a new thread has no current GPU, and CUDA would take the first
             built.append(builder.build_serialized_network(network, config))
-        except Exception as error:  # the bindings raise RuntimeError and ValueError; either is the answer
+        except Exception as error:  # the bindings raise RuntimeError and ValueError, the driver EngineError
             library.errors.append(str(error))
         finally:
             done.set()

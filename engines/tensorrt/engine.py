@@ -6,8 +6,8 @@ Each binding has its own execution context, with its addresses set once, so a ca
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -67,10 +67,12 @@ class LoadedPlan:
             write_atomically(self._kernels_file, bytes(memoryview(self._kernels.serialize())))
 
     def close(self) -> None:
-        """Free the engine and the contexts of its bindings."""
-        for binding in self.bindings:
+        """Free the engine and the contexts of its bindings once the work that uses them is done."""
+        for binding in tuple(self.bindings):
             binding.close()
+        held = [self._config, self._kernels, self._engine, self._runtime]
         self._engine = self._config = self._kernels = self._runtime = None
+        self.device.release(lambda _: _let_go(held))
 
     def _runtime_config(self) -> Any:
         """Return TensorRT-RTX's runtime settings; TensorRT itself compiles nothing at run time and needs none.
@@ -113,12 +115,15 @@ class TensorRtEngine:
         shapes = {name: tensor.shape for name, tensor in tensors.items() if name in self.inputs}
         if not self._loaded.profile.covers(shapes):
             raise ShapeError(f"engine {self.name} is for {self._loaded.profile}: open it for {shapes}")
-        unwanted = {
-            name: self._loaded.device.empty(shape_of(spec, sizes), spec.dtype)
-            for name, spec in self.outputs.items()
-            if name not in tensors
-        }
-        return TensorRtBinding(self, self._loaded, tensors, unwanted)
+        unwanted = {}
+        with ExitStack() as undo:
+            for name, spec in self.outputs.items():
+                if name not in tensors:
+                    unwanted[name] = extra = self._loaded.device.empty(shape_of(spec, sizes), spec.dtype)
+                    undo.callback(extra.close)
+            binding = TensorRtBinding(self, self._loaded, tensors, unwanted)
+            undo.pop_all()
+        return binding
 
     def close(self) -> None:
         """Free the engine; calling it again does nothing."""
@@ -141,8 +146,6 @@ class TensorRtBinding:
         self._engine = engine
         self._loaded = loaded
         self._tensors = {**tensors, **unwanted}  # keeps the memory alive
-        for extra in unwanted.values():
-            weakref.finalize(self, extra.close)
         loaded.device.activate()
         loaded.library.errors.clear()
         self._context = loaded.context()
@@ -154,6 +157,8 @@ class TensorRtBinding:
         loaded.arena.reserve(self._scratch)
         self._block: ArenaBlock | None = None
         loaded.bindings.add(self)
+        self._free = weakref.finalize(self, _free, loaded.device, [self._context], tuple(unwanted.values()))
+        self._free.atexit = False  # the driver goes with the process
 
     def enqueue(self, stream: Stream) -> None:
         """Enqueue one execution; returns without waiting for the GPU."""
@@ -176,3 +181,18 @@ class TensorRtBinding:
     def close(self) -> None:
         """Let go of the execution context and the scratch memory; calling it again does nothing."""
         self._context = self._block = None
+        self._free()
+
+
+def _free(device: CudaDevice, contexts: list[Any], tensors: Sequence[CudaTensor]) -> None:
+    """Free what a binding made, once the work that uses it is done."""
+    with ExitStack() as undo:
+        for tensor in tensors:
+            undo.callback(tensor.close)
+        device.release(lambda _: _let_go(contexts))
+
+
+def _let_go(objects: list[Any]) -> None:
+    """Drop the last references to a library's objects, in this order."""
+    while objects:
+        objects.pop(0)

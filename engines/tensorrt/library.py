@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import re
 from functools import cache
 from typing import Any
 
@@ -28,12 +29,12 @@ class Library:
         try:
             self.trt: Any = importlib.import_module(MODULES[backend])
             self.version = str(self.trt.__version__)
-        except (ImportError, OSError, AttributeError, RuntimeError) as error:
+        except Exception as error:  # its modules load native libraries, and fail with whatever these raise
             raise BackendUnavailableError(
                 f"backend {backend}: {MODULES[backend]} cannot be imported ({reason(error)}): "
                 f"run `pip install 'latentrt[{EXTRAS[backend]}]'`"
             ) from error
-        if tuple(int(part) for part in self.version.split(".")[:2]) < OLDEST[backend]:
+        if tuple(int(part) for part in re.findall(r"\d+", self.version)[:2]) < OLDEST[backend]:
             oldest = ".".join(map(str, OLDEST[backend]))
             raise BackendUnavailableError(
                 f"backend {backend}: {MODULES[backend]} {self.version} is installed, {oldest} or later is needed: "

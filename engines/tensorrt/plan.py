@@ -12,7 +12,7 @@ from ..bundle import Bundle, GraphInfo
 from ..cache import SIDECAR, EngineCache
 from ..engine import Shapes, solve_sizes
 from ..errors import EngineError, RequestError, ShapeError
-from ..options import Bytes
+from ..options import Bytes, Tf32
 
 PLAN = "engine.plan"
 BUILDER = 1
@@ -81,6 +81,8 @@ class PlanOptions:
     hardware: OtherHardware = None
     weight_streaming: bool = False
     """Whether weights may stay in host memory and be streamed to the GPU."""
+    tf32: Tf32 = False
+    """Whether fp32 is computed in TF32."""
 
     def __post_init__(self) -> None:
         level, scratch = self.optimization_level, self.scratch
@@ -148,7 +150,8 @@ def find_dynamic(cache: EngineCache, graph: GraphInfo, key: Mapping[str, Any], s
     """Return a plan that differs from `key` in its profile alone and serves the given shapes, or None."""
     for entry in _plans(cache, graph):
         same = {**entry["key"], "profile": None} == {**key, "profile": None}
-        if same and profile_from_json(entry["key"]["profile"]).covers(shapes):
+        covers = same and profile_from_json(entry["key"]["profile"]).covers(shapes)
+        if covers and cache.find(graph.name, entry["key"]):  # whole, and written by us
             return Plan(entry["folder"], entry)
     return None
 

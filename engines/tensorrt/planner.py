@@ -12,9 +12,10 @@ from ..cache import EngineCache
 from ..cuda.device import CudaDevice
 from ..engine import Shapes
 from ..errors import EngineError, RequestError
+from ..onnx_graph import graph_files
 from ..progress import Progress
-from .builder import build_plan
-from .library import load_library
+from .builder import Activate, build_plan
+from .library import EXTRAS, load_library
 from .plan import PLAN, Plan, PlanOptions, Profile, find_dynamic, missing_plan, plan_key, profile_for
 
 Target = Mapping[str, str]
@@ -52,8 +53,12 @@ class Planner:
         cache: EngineCache | None = None,
         options: PlanOptions | None = None,
         progress: Progress | None = None,
+        activate: Activate | None = None,
     ) -> None:
-        """Load the library; raises `BackendUnavailableError` when it cannot be imported."""
+        """Load the library; raises `BackendUnavailableError` when it cannot be imported.
+
+        `activate` makes the GPU that builds current, where there is one.
+        """
         if backend == "tensorrt-rtx" and options is not None and options.hardware:
             raise RequestError("tensorrt-rtx has no option hardware: its plans run on every GPU of an architecture")
         self.backend = backend
@@ -62,6 +67,7 @@ class Planner:
         self.cache = cache or EngineCache()
         self.options = options or PlanOptions()
         self._progress = progress
+        self._activate = activate
 
     def plan(self, bundle: Bundle, graph: GraphInfo, shapes: Shapes, *, build: bool = True) -> Plan:
         """Return a plan that serves the shapes: one made for them, else a dynamic one that covers them, else a new one.
@@ -83,7 +89,7 @@ class Planner:
 
         def work(folder: Path) -> dict[str, Any]:
             start = time.perf_counter()
-            files = [bundle.file(name) for name in graph.files]
+            files = graph_files(bundle, graph, EXTRAS[self.backend])
             facts = build_plan(
                 self.library,
                 files[0],
@@ -93,6 +99,7 @@ class Planner:
                 compute_capability=self.target.get("compute_capability") if self.backend == "tensorrt-rtx" else None,
                 timing_cache=self.cache.root / f"timings-{self.library.version}-{self._name()}.cache",
                 progress=None if self._progress is None else self._named(graph.name),
+                activate=self._activate,
             )
             check_tensors(graph, facts["tensors"])
             return {**facts, "build_seconds": round(time.perf_counter() - start, 3)}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import shutil
 from pathlib import Path
+from threading import Thread
 from types import SimpleNamespace
 from typing import Any
 
@@ -140,12 +141,17 @@ class Library:
         return EngineError(what)
 
 
-def tensorrt_backend(patch: pytest.MonkeyPatch, cache: EngineCache, **options: Any) -> tensorrt.TensorRt:
+def tensorrt_backend(
+    patch: pytest.MonkeyPatch, cache: EngineCache, driver: SimulatedDriver | None = None, **options: Any
+) -> tensorrt.TensorRt:
     """Return the TensorRT backend on a simulated GPU."""
-    driver = SimulatedDriver()
+    driver = driver or SimulatedDriver()
     library = Library(driver)
 
-    def build(library: Any, graph: Path, output: Path, *_: Any, **__: Any) -> dict[str, Any]:
+    def build(library: Any, graph: Path, output: Path, *_: Any, **how: Any) -> dict[str, Any]:
+        thread = Thread(target=lambda: driver.built_on.append((how["activate"](), driver.gpu())[1]))
+        thread.start()
+        thread.join()
         shutil.copy(graph, output)
         infos = [("input", i) for i in InferenceSession(str(graph)).get_inputs()]
         infos += [("output", o) for o in InferenceSession(str(graph)).get_outputs()]
@@ -161,9 +167,11 @@ def tensorrt_backend(patch: pytest.MonkeyPatch, cache: EngineCache, **options: A
     return tensorrt.TensorRt("tensorrt", cache=cache, **options)
 
 
-def onnxruntime_backend(patch: pytest.MonkeyPatch, **options: Any) -> onnxruntime_cuda.OnnxRuntimeCuda:
+def onnxruntime_backend(
+    patch: pytest.MonkeyPatch, driver: SimulatedDriver | None = None, **options: Any
+) -> onnxruntime_cuda.OnnxRuntimeCuda:
     """Return the ONNX Runtime CUDA backend on a simulated GPU."""
-    driver = SimulatedDriver()
+    driver = driver or SimulatedDriver()
 
     def session(model: str, options: Any, providers: list[tuple[str, dict[str, str]]]) -> Session:
         return Session(model, int(providers[0][1]["user_compute_stream"]), driver)

@@ -1,8 +1,11 @@
-"""The enumerations of `cuda.bindings.driver` that the simulated driver knows, with their values."""
+"""The enumerations of `cuda.bindings.driver` that the simulated driver knows, and what it keeps of a stream's work."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import IntEnum
+
+Op = Callable[[], None]
 
 
 class CUresult(IntEnum):
@@ -28,3 +31,17 @@ class CUdevice_attribute(IntEnum):
 class Failure(Exception):
     def __init__(self, code: CUresult) -> None:
         self.code = code
+
+
+class Capture:
+    def __init__(self) -> None:
+        self.ops: list[Op] = []
+        self.valid = True
+
+
+class Mark:
+    """What one recording of an event stands for."""
+
+    def __init__(self, stream: int) -> None:
+        self.stream = stream
+        self.time: float | None = None

@@ -12,26 +12,12 @@ import itertools
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
 from typing import Any
 
-from .simulated_codes import CUdevice_attribute, CUresult, CUstreamCaptureMode, Failure
+from .simulated_codes import Capture, CUdevice_attribute, CUresult, CUstreamCaptureMode, Failure, Mark, Op
 
-Op = Callable[[], None]
-
-
-class Capture:
-    def __init__(self) -> None:
-        self.ops: list[Op] = []
-        self.valid = True
-
-
-class Mark:
-    """What one recording of an event stands for."""
-
-    def __init__(self, stream: int) -> None:
-        self.stream = stream
-        self.time: float | None = None
+CONTEXT = 7
+"""The primary context of GPU 0; that of GPU 1 is the next number, and so on."""
 
 
 class SimulatedDriver:
@@ -40,10 +26,14 @@ class SimulatedDriver:
     CUstreamCaptureMode = CUstreamCaptureMode
     CUdevice_attribute = CUdevice_attribute
 
-    def __init__(self, total_bytes: int = 1 << 30) -> None:
+    def __init__(self, total_bytes: int = 1 << 30, gpus: int = 1) -> None:
         self.total_bytes = total_bytes
+        self.gpus = gpus
+        self.homes: dict[int, int | None] = {}
+        """The context that memory, a stream or an event was made in."""
         self.live: Counter[str] = Counter()
         self.launched: list[str] = []
+        self.built_on: list[int] = []
         self._new = itertools.count(0x1000)
         self._memory: dict[int, Any] = {}
         self._pinned: dict[int, Any] = {}
@@ -57,11 +47,10 @@ class SimulatedDriver:
         """Return a driver function: the method `_name`, with its exceptions as status codes."""
         if not name.startswith("cu"):
             raise AttributeError(name)
-        method = getattr(self, f"_{name}")
 
         def call(*arguments: Any) -> tuple[Any, ...]:
             try:
-                value = method(*arguments)
+                value = getattr(self, f"_{name}")(*arguments)
             except Failure as failure:
                 return (failure.code, None)
             values = () if value is None else value if isinstance(value, tuple) else (value,)
@@ -80,6 +69,10 @@ class SimulatedDriver:
 
         self._submit(stream, run)
 
+    def gpu(self) -> int:
+        """Return the GPU that is current in the calling thread."""
+        return self._context() - CONTEXT
+
     def check_memory(self, pointer: int) -> None:
         """Raise when an address is not the start of live device memory."""
         if pointer not in self._memory:
@@ -92,7 +85,7 @@ class SimulatedDriver:
         return 13000
 
     def _cuDeviceGetCount(self) -> int:
-        return 1
+        return self.gpus
 
     def _cuDeviceGet(self, number: int) -> int:
         return number
@@ -105,7 +98,7 @@ class SimulatedDriver:
 
     def _cuDevicePrimaryCtxRetain(self, device: int) -> int:
         self.live["context"] += 1
-        return 7
+        return CONTEXT + device
 
     def _cuDevicePrimaryCtxRelease(self, device: int) -> None:
         self.live["context"] -= 1
@@ -114,11 +107,10 @@ class SimulatedDriver:
         self._thread.current = context
 
     def _cuCtxSynchronize(self) -> None:
-        self._context()
-        if self._captures:
-            self._fail(CUresult.CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED)
+        self._refuse_while_capturing()
         for stream in list(self._queues):
-            self._drain(stream)
+            if self.homes[stream] == self._context():
+                self._drain(stream)
 
     def _cuGetErrorString(self, status: CUresult) -> bytes:
         return status.name.lower().replace("_", " ").encode()
@@ -126,35 +118,40 @@ class SimulatedDriver:
     # memory
 
     def _cuMemAlloc(self, nbytes: int) -> int:
-        self._context()
-        if nbytes > self.total_bytes - sum(map(len, self._memory.values())):
+        if nbytes > self._cuMemGetInfo()[0]:
             raise Failure(CUresult.CUDA_ERROR_OUT_OF_MEMORY)
         return self._allocate(self._memory, nbytes, "memory")
 
     def _cuMemFree(self, pointer: int) -> None:
+        self._refuse_while_capturing()
         self._free(self._memory, pointer, "memory")
 
     def _cuMemHostAlloc(self, nbytes: int, flags: int) -> int:
         return self._allocate(self._pinned, nbytes, "pinned")
 
     def _cuMemFreeHost(self, pointer: int) -> None:
+        self._refuse_while_capturing()
         self._free(self._pinned, pointer, "pinned")
 
     def _cuMemGetInfo(self) -> tuple[int, int]:
-        return self.total_bytes - sum(map(len, self._memory.values())), self.total_bytes
+        here = self._context()
+        taken = sum(len(memory) for pointer, memory in self._memory.items() if self.homes[pointer] == here)
+        return self.total_bytes - taken, self.total_bytes
 
     def _cuMemcpyHtoDAsync(self, target: int, source: int, nbytes: int, stream: int) -> None:
+        self._at_home(stream, target)
         self._submit(stream, lambda: self._copy(target, source, nbytes, self._memory, self._pinned))
 
     def _cuMemcpyDtoHAsync(self, target: int, source: int, nbytes: int, stream: int) -> None:
+        self._at_home(stream, source)
         self._submit(stream, lambda: self._copy(target, source, nbytes, self._pinned, self._memory))
 
     # streams and events
 
     def _cuStreamCreate(self, flags: int) -> int:
-        self._context()
         self.live["stream"] += 1
         handle = next(self._new)
+        self.homes[handle] = self._context()
         self._queues[handle] = []
         return handle
 
@@ -169,9 +166,9 @@ class SimulatedDriver:
         self._drain(stream)
 
     def _cuEventCreate(self, flags: int) -> int:
-        self._context()
         self.live["event"] += 1
         handle = next(self._new)
+        self.homes[handle] = self._context()
         self._events[handle] = None
         return handle
 
@@ -182,6 +179,7 @@ class SimulatedDriver:
     def _cuEventRecord(self, event: int, stream: int) -> None:
         if stream in self._captures:  # legal, but an event that nobody could wait for
             self._fail(CUresult.CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED)
+        self._at_home(stream, event)
         mark = self._events[event] = Mark(stream)
         self._submit(stream, lambda: setattr(mark, "time", time.perf_counter()))
 
@@ -233,9 +231,21 @@ class SimulatedDriver:
 
     # inside
 
-    def _context(self) -> None:
-        if getattr(self._thread, "current", None) is None:
+    def _context(self) -> int:
+        if (current := getattr(self._thread, "current", None)) is None:
             raise Failure(CUresult.CUDA_ERROR_INVALID_CONTEXT)
+        return int(current)
+
+    def _at_home(self, stream: int, other: int) -> None:
+        """A stream takes what was made on its own GPU, while that GPU is current."""
+        if {self.homes.get(stream), self.homes.get(other, self.homes.get(stream))} != {self._context()}:
+            raise Failure(CUresult.CUDA_ERROR_INVALID_HANDLE)
+
+    def _refuse_while_capturing(self) -> None:
+        """What waits for a whole GPU breaks every capture on it."""
+        here = self._context()
+        if any(self.homes[stream] == here for stream in self._captures):
+            self._fail(CUresult.CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED)
 
     def _fail(self, code: CUresult) -> None:
         for capture in self._captures.values():
@@ -243,7 +253,7 @@ class SimulatedDriver:
         raise Failure(code)
 
     def _submit(self, stream: int, op: Op) -> None:
-        self._context()
+        self._at_home(stream, stream)
         if stream not in self._queues:
             raise Failure(CUresult.CUDA_ERROR_INVALID_HANDLE)
         capture = self._captures.get(stream)
@@ -272,6 +282,7 @@ class SimulatedDriver:
         ctypes.memset(memory, 0xAB, nbytes + 256)
         pointer = -(-ctypes.addressof(memory) // 256) * 256
         table[pointer] = memory
+        self.homes[pointer] = getattr(self._thread, "current", None)
         self.live[kind] += 1
         return pointer
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from latentrt.engines.cache import EngineCache, home
 from latentrt.engines.errors import StorageError
+from latentrt.engines.files import locked
 
 KEY = {"backend": "b", "graph": "g", "version": "1", "gpu": "x", "profile": [1, 64, 64], "flags": {"level": 3}}
 
@@ -142,3 +143,78 @@ def test_home_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert home() == tmp_path / "a"
     monkeypatch.delenv("LATENTRT_HOME")
     assert home() == tmp_path / "b" / "latentrt"
+
+
+@pytest.mark.parametrize("variables", [{}, {"LATENTRT_HOME": "~/x"}, {"LATENTRT_HOME": "~nobody-of-this-name/x"}])
+def test_a_user_without_a_home_is_told_what_to_set(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
+    def none(*_: object) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("LATENTRT_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(Path, "home", none)
+    monkeypatch.setattr(Path, "expanduser", none)
+    with pytest.raises(StorageError, match="set LATENTRT_HOME"):
+        EngineCache()
+
+
+def test_a_relative_cache_stays_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LATENTRT_HOME", "home")
+    caches = [EngineCache(), EngineCache(Path("engines"))]
+    monkeypatch.chdir("elsewhere")
+    found = [cache.get("denoiser", KEY, build).parent for cache in caches]
+    assert found == [tmp_path / "home" / "engines", tmp_path / "engines"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="modes are POSIX's")
+def test_a_new_cache_is_of_its_owner_alone(tmp_path: Path) -> None:
+    root = EngineCache(tmp_path / "home" / "engines").get("denoiser", KEY, build).parent
+    assert root.stat().st_mode & 0o777 == 0o700
+
+
+def test_damage_that_keeps_size_and_time_is_a_miss(tmp_path: Path) -> None:
+    cache = EngineCache(tmp_path)
+    file = cache.get("denoiser", KEY, build) / "plan"
+    time.sleep(0.05)  # file systems tell times apart by some milliseconds
+    before = file.stat()
+    file.write_bytes(b"PLAN")
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert cache.find("denoiser", KEY) is None
+    assert (cache.get("denoiser", KEY, build) / "plan").read_bytes() == b"plan"
+
+
+def test_a_sidecar_of_another_engine_is_not_listed_and_removed_on_request(tmp_path: Path) -> None:
+    cache = EngineCache(tmp_path)
+    folder = cache.get("denoiser", KEY, build)
+    data = json.loads((folder / "engine.json").read_text())
+    (folder / "engine.json").write_text(json.dumps({**data, "key": {**KEY, "profile": [9, 9, 9]}}))
+    assert cache.entries() == []
+    assert cache.verify() == {folder: "its description cannot be read"} and not folder.exists()
+
+
+def test_verifying_touches_nothing_but_engines_that_nobody_builds(tmp_path: Path) -> None:
+    cache = EngineCache(tmp_path)
+    folder = cache.get("denoiser", KEY, build)
+    (tmp_path / "timings-1.2-gpu.cache").write_bytes(b"timings")
+    (tmp_path / "my-notes").mkdir()
+    (folder / "plan").write_bytes(b"PLAN")
+    with locked(tmp_path / ".locks" / folder.name):
+        assert cache.verify() == {}
+    (folder / "engine.json").unlink()
+    assert list(cache.verify()) == [folder]
+    assert {path.name for path in tmp_path.iterdir()} >= {"timings-1.2-gpu.cache", "my-notes"}
+
+
+def test_everything_is_on_the_disk_before_the_engine_appears(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[Any] = []
+    flush, rename = os.fsync, Path.rename
+    monkeypatch.setattr(os, "fsync", lambda handle: (events.append(os.fstat(handle).st_ino), flush(handle)))
+    monkeypatch.setattr(Path, "rename", lambda self, other: (events.append("rename"), rename(self, other))[1])
+    folder = EngineCache(tmp_path).get("denoiser", KEY, build)
+    flushed = set(events[: events.index("rename")])
+    assert {path.stat().st_ino for path in (folder, *folder.iterdir())} <= flushed
+    assert tmp_path.stat().st_ino in events[events.index("rename") :]

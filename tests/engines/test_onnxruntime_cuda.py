@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import onnxruntime as ort
 import pytest
 from latentrt.engines.bundle import Bundle
 from latentrt.engines.errors import RequestError
@@ -17,6 +18,22 @@ def test_a_session_gets_the_gpu_the_stream_and_the_graphs_that_were_asked_for(gr
     options = provider_options(3, 0x1234, graphs)  # type: ignore[arg-type]
     wanted = {"device_id": "3", "user_compute_stream": str(0x1234), "enable_cuda_graph": captured}
     assert options.items() >= wanted.items()
+
+
+@pytest.mark.parametrize("tf32", [False, True])
+def test_fp32_is_exact_unless_tf32_is_asked_for(monkeypatch: pytest.MonkeyPatch, bundle: Bundle, tf32: bool) -> None:
+    assert provider_options(0, 1, "none")["use_tf32"] == "0"
+    backend = onnxruntime_backend(monkeypatch, **({"tf32": True} if tf32 else {}))
+    given: list[str] = []
+    real = ort.InferenceSession
+
+    def session(model: object, options: object, providers: list[tuple[str, dict[str, str]]]) -> object:
+        given.append(providers[0][1]["use_tf32"])
+        return real(model, options, providers)
+
+    monkeypatch.setattr(ort, "InferenceSession", session)
+    backend.open(bundle, bundle.graph("first"))
+    assert given == ["1" if tf32 else "0"]
 
 
 def test_captured_work_of_two_bindings_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,6 +58,7 @@ KEY = {
         {"options": PlanOptions(scratch=1 << 20)},
         {"options": PlanOptions(hardware="ampere_plus")},
         {"options": PlanOptions(weight_streaming=True)},
+        {"options": PlanOptions(tf32=True)},
     ],
     ids=str,
 )

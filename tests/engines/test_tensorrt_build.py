@@ -5,6 +5,7 @@ from __future__ import annotations
 import _thread
 import json
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,9 +16,10 @@ import onnx
 import pytest
 from latentrt.engines.bundle import Bundle, GraphInfo, TensorInfo
 from latentrt.engines.cache import EngineCache
-from latentrt.engines.errors import BackendUnavailableError, EngineError, RequestError
+from latentrt.engines.errors import BackendUnavailableError, BundleError, EngineError, RequestError
 from latentrt.engines.tensorrt import builder as tensorrt_builder
 from latentrt.engines.tensorrt import library as tensorrt_library
+from latentrt.engines.tensorrt.backend import plan_options
 from latentrt.engines.tensorrt.builder import build_plan
 from latentrt.engines.tensorrt.library import load_library
 from latentrt.engines.tensorrt.plan import PlanOptions, Profile
@@ -138,11 +140,31 @@ def test_options_reach_the_library(tmp_path: Path) -> None:
     config = trt.Builder(library.logger).create_builder_config()
     tensorrt_builder._configure(library, config, PlanOptions(), None)
     assert config.get_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
+    for tf32 in (False, True, False):
+        tensorrt_builder._configure(library, config, PlanOptions(tf32=tf32), None)
+        assert config.get_flag(trt.BuilderFlag.TF32) == tf32
     levels = {"NONE": 0, "AMPERE_PLUS": 1}
     old = SimpleNamespace(trt=SimpleNamespace(HardwareCompatibilityLevel=SimpleNamespace(__members__=levels)))
     old.backend, old.version = "tensorrt", "10.12"
     with pytest.raises(RequestError, match=r"same_compute_capability': tensorrt 10\.12 has ampere_plus"):
         tensorrt_builder._configure(old, config, PlanOptions(hardware="same_compute_capability"), None)  # type: ignore[arg-type]
+
+
+def test_tf32_and_the_gpu_reach_the_builder_and_the_key(tmp_path: Path) -> None:
+    bundle = write_bundle(tmp_path / "bundle", vision_graph("float32"))
+    threads: list[str] = []
+    plans = []
+    for tf32 in (False, True):
+        builder = Planner(
+            RTX,
+            target_of_compute_capability(RTX, "8.6"),
+            cache=EngineCache(tmp_path / "cache"),
+            options=plan_options(tf32=tf32),
+            activate=lambda: threads.append(threading.current_thread().name),
+        )
+        plans.append(builder.build(bundle, bundle.graph("vision"), Profile.of(shapes(2, 16))))
+    assert plans[0].folder != plans[1].folder
+    assert threads == ["MainThread", "build vision.onnx"] * 2  # in every thread that calls the library
 
 
 def test_what_cannot_be_built_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
@@ -164,7 +186,7 @@ def test_what_cannot_be_built_is_one_line_and_leaves_nothing(tmp_path: Path) -> 
         builder.build(bundle, fixed, Profile.of({"x": (2, 16, 16, 16)}))
     (bundle.path / "vision.onnx").write_bytes(b"not a graph")
     bundle.manifest = write_manifest_again(bundle)
-    with pytest.raises(EngineError, match=r"tensorrt-rtx cannot read vision\.onnx"):
+    with pytest.raises(BundleError, match=r"vision\.onnx cannot be read as ONNX"):
         builder.build(bundle, fixed, Profile.of(shapes(2, 16)))
     assert builder.cache.entries() == []
 
