@@ -18,7 +18,7 @@ from rich.table import Table
 
 from ..engines.errors import LatentRTError
 from ..engines.files import write_atomically
-from ..engines.machine import usable_cores
+from ..engines.machine import physical_cores
 from ..engines.progress import Progress
 from ..runtime.pictures.png import encode_png, grid
 from ..runtime.pipeline import Pipeline
@@ -45,7 +45,7 @@ def main() -> int:
     """Run the demo and return its exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("demo"), help="folder for grid.png")
-    parser.add_argument("--threads", type=int, default=usable_cores())
+    parser.add_argument("--threads", type=int, default=physical_cores())
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.ERROR)
     console = Console(soft_wrap=True)

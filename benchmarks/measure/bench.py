@@ -18,7 +18,7 @@ import numpy as np
 from ...engines.bundle import Bundle
 from ...engines.cache import home
 from ...engines.errors import EngineError, RequestError
-from ...engines.machine import usable_cores
+from ...engines.machine import physical_cores
 from .. import contenders
 from ..contenders.process import Worker, run_process
 from ..quality.fidelity import fidelity
@@ -39,7 +39,7 @@ class Options:
     """What a run of the benchmark may be told."""
 
     device: str = "cpu"
-    threads: int = field(default_factory=usable_cores)
+    threads: int = field(default_factory=physical_cores)
     contenders: Sequence[str] | None = None
     warmup: int = 2
     rounds: int | None = None

@@ -68,7 +68,7 @@ def photos(target: Path) -> None:
 
 def web_app(target: Path) -> None:
     photos(target)
-    (target / "manifest.json").write_text(json.dumps({"name": "app", "files": {"mine": {}}}))
+    (target / "manifest.json").write_text(json.dumps({"format_version": 1, "name": "app", "files": {"mine": {}}}))
 
 
 def broken(target: Path) -> None:

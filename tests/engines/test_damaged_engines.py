@@ -18,9 +18,13 @@ import pytest
 from latentrt.engines.cache import CHECKED, SIDECAR, EngineCache
 from latentrt.engines.errors import EngineError, StorageError
 from latentrt.engines.onnxruntime.cpu import OnnxRuntimeCpu
+from latentrt.engines.tensorrt.plan import profile_for
 from latentrt.export.embedded import BUNDLE
 from latentrt.runtime import Pipeline
 from latentrt.runtime.cli import run
+
+from .simulated_backends import tensorrt_backend
+from .small_bundles import linear_bundle
 
 REQUEST: dict[str, Any] = {"prompt": "a red circle", "seed": 1, "num_inference_steps": 1, "height": 64, "width": 64}
 
@@ -129,6 +133,31 @@ def test_an_engine_that_does_not_load_is_built_once_more(root: Path, monkeypatch
     always = True
     with pytest.raises(EngineError, match="it does not load"):
         draw(root)
+
+
+def test_a_build_that_fails_is_not_tried_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[str] = []
+
+    def failing(self: Any, bundle: Any, graph: Any, out: Path) -> Any:
+        built.append(graph.name)
+        raise EngineError("it cannot be built")
+
+    monkeypatch.setattr(OnnxRuntimeCpu, "_build", failing)
+    with pytest.raises(EngineError, match="it cannot be built"):
+        draw(tmp_path / "engines")
+    assert len(built) == 1
+
+
+def test_a_damaged_plan_for_many_shapes_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = linear_bundle(tmp_path / "bundle")
+    graph, shapes = bundle.graph("first"), {"x": (3, 8)}
+    planner = tensorrt_backend(monkeypatch, EngineCache(tmp_path / "engines")).planner
+    dynamic = planner.build(bundle, graph, profile_for(graph, {"x": (2, 8)}, {"x": (4, 8)}))
+    assert planner.plan(bundle, graph, shapes, build=False).folder == dynamic.folder
+    dynamic.path.write_bytes(bytes(dynamic.path.stat().st_size))
+    with pytest.raises(EngineError, match="Build it with"):
+        planner.plan(bundle, graph, shapes, build=False)
+    assert planner.plan(bundle, graph, shapes).folder != dynamic.folder
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid"), reason="owners are POSIX's")
