@@ -41,7 +41,7 @@ def test_what_stays_is_seen() -> None:
     assert left < 1000 and most >= 5000
 
 
-def test_a_replay_on_a_gpu_is_one_call_of_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_replay_on_a_gpu_makes_its_context_current_and_launches_once(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
     call = Driver._call
 
@@ -57,7 +57,7 @@ def test_a_replay_on_a_gpu_is_one_call_of_the_driver(monkeypatch: pytest.MonkeyP
         loop.run(4, stream)
     calls.clear()
     loop.run(6, stream)
-    assert calls == ["cuGraphLaunch"] * 6
+    assert calls == ["cuCtxSetCurrent", "cuGraphLaunch"] * 6
     loop.close()
     engine.close()
 
