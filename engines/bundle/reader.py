@@ -38,8 +38,11 @@ class Bundle:
 
         Raises `BundleError` when the folder is no bundle, is of another format version, or names files outside itself.
         """
+        given, path = path, Path(path)
         try:
-            path = Path(path).absolute()  # where the process goes later must not matter
+            if not path.exists():
+                raise BundleError(f"bundle {given} does not exist: give the folder that `latentrt export` wrote")
+            path = path.absolute()  # where the process goes later must not matter
             data = _read(path)
         except OSError as error:
             raise BundleError(f"bundle {path} cannot be read ({error.strerror or error})") from error
@@ -115,8 +118,6 @@ class Bundle:
 def _read(path: Path) -> Any:
     """Return the JSON value of a bundle's manifest; raises `BundleError`."""
     file = path / MANIFEST
-    if not path.exists():
-        raise BundleError(f"bundle {path} does not exist: give the folder that `latentrt export` wrote")
     if not file.is_file():
         raise BundleError(f"{path} is not a bundle: it has no {MANIFEST}; run `latentrt export CHECKPOINT -o BUNDLE`")
     with file.open("rb") as stream:

@@ -54,11 +54,12 @@ def test_failed_parity_leaves_nothing(
 def test_failed_export_keeps_the_old_bundle(tmp_path: Path) -> None:
     bundle = tmp_path / "bundle"
     bundle.mkdir()
-    (bundle / MANIFEST).write_text("old")
+    old = json.dumps({"format_version": 1, "graphs": [], "files": {}})
+    (bundle / MANIFEST).write_text(old)
     with pytest.raises(CheckpointError, match="does not exist"):
         export_checkpoint(tmp_path / "nothing", bundle, replace=True)
     assert [file.name for file in tmp_path.rglob("*")] == ["bundle", MANIFEST]
-    assert (bundle / MANIFEST).read_text() == "old"
+    assert (bundle / MANIFEST).read_text() == old
 
 
 def test_existing_output_is_not_replaced_unasked(tiny_sd15_checkpoint: Path, tmp_path: Path) -> None:
@@ -70,7 +71,7 @@ def test_progress_and_the_defaults_of_the_index(
     tiny_sd15_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(exporter, "write_graph", lambda build, folder, precision: step(folder))
-    step = lambda folder: exporter.write_step_graph(folder, "fp32", 4).model_copy(update={"name": str(len(seen))})  # noqa: E731
+    step = lambda folder: exporter.write_step_graph(folder, "fp32", 4).model_copy(update={"name": f"graph{len(seen)}"})  # noqa: E731
     seen: list[tuple[str, int, int]] = []
     source = Path(shutil.copytree(tiny_sd15_checkpoint, tmp_path / "source"))
     index = json.loads((source / "model_index.json").read_text())
