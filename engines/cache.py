@@ -134,7 +134,10 @@ class EngineCache:
         if not hasattr(os, "geteuid"):
             return
         for place in (self.root, folder):
-            info = place.stat()
+            try:
+                info = place.stat()
+            except FileNotFoundError:  # removed by another process meanwhile: there is nothing to trust
+                continue
             if info.st_uid not in (os.geteuid(), 0):
                 raise StorageError(
                     f"engine cache {place} belongs to user {info.st_uid}, and this is {os.geteuid()}: "
@@ -154,9 +157,11 @@ class EngineCache:
         leaving = self.root / ".building" / folder.name  # swept if this process is killed on the way
         with self._writing(), self._lock(folder.name, wait=False) as held:
             if held:
+                shutil.rmtree(leaving, ignore_errors=True)  # what a build that was killed left there
                 leaving.parent.mkdir(exist_ok=True)
-                folder.rename(leaving)
-                shutil.rmtree(leaving)
+                with suppress(FileNotFoundError):  # another process was quicker
+                    folder.rename(leaving)
+                    shutil.rmtree(leaving)
             return held
 
     def sweep(self) -> None:

@@ -97,6 +97,11 @@ def verify(
     family.check(checkpoint)
     engines = open_backend(backend, **options)
     report = Report(str(opened.path), engines.name, manifest.precision)
+    if len(checkpoint.tokenizers) != len(manifest.tokenizers):
+        raise BundleError(
+            f"bundle {opened.path} has {len(manifest.tokenizers)} tokenizers and {checkpoint.name!r} has "
+            f"{len(checkpoint.tokenizers)}: give the checkpoint that it came from"
+        )
     lengths = dict(zip(checkpoint.tokenizers, (info.max_length for info in manifest.tokenizers), strict=True))
     builders = family.graphs(checkpoint, manifest.precision, lengths)
     for number, (name, build) in enumerate(builders.items()):
@@ -111,7 +116,8 @@ def verify(
 def check_source(bundle: Bundle, checkpoint: Checkpoint) -> None:
     """Raise `BundleError` when a bundle was exported from other weight files than a checkpoint's."""
     source = bundle.manifest.source
-    hashes = source.get("files") or {}
+    hashes = source.get("files")
+    hashes = hashes if isinstance(hashes, dict) else {}
     for name, file in checkpoint.files.items():
         if name not in hashes or sha256_of(file) != hashes[name]:
             raise BundleError(

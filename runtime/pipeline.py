@@ -169,7 +169,11 @@ class Pipeline:
         finished: GenerationResult[Any] = GenerationResult(
             [], [seed for _, _, seed in request.images], Timings(), request=request
         )
-        if picture is not None and height is None and width is None and picture.size != (request.width, request.height):
+        asked = (width, height)
+        if picture is not None and any(
+            given is None and own != drawn
+            for given, own, drawn in zip(asked, picture.size, (request.width, request.height), strict=True)
+        ):
             finished.warn(
                 f"the initial picture is {picture.width}x{picture.height}: it is resized to "
                 f"{request.width}x{request.height}, multiples of {self.bundle.manifest.latent.size_multiple}"
@@ -206,7 +210,8 @@ class Pipeline:
         latents = workspace.loop.latents(steps).read(self.session.stream) if decode else output
         if not np.isfinite(latents).all():
             raise EngineError(NOT_FINITE.format(stage="denoiser", what="latents"))
-        if decode and not (output.any() and np.isfinite(output).all()):
+        suspicious = not np.isfinite(output).all() if output.dtype.kind == "f" else not output.any()
+        if decode and suspicious:
             pixels = workspace.pictures["pixels"].read(self.session.stream)
             if not np.isfinite(pixels).all():
                 raise EngineError(NOT_FINITE.format(stage="decoder", what="pixels"))

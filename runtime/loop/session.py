@@ -94,11 +94,12 @@ class Session:
         Every call binds its engine anew, which on a GPU may take longer than running it.
         """
         graph = self.bundle.graph(name)
-        engine = self.engine(graph, {name: array.shape for name, array in inputs.items()})
-        outputs = run_once(self.backend.device, engine, graph, inputs, self.stream)
-        if self.low_memory:
-            self.release(graph.stage)
-        return outputs
+        try:
+            engine = self.engine(graph, {name: array.shape for name, array in inputs.items()})
+            return run_once(self.backend.device, engine, graph, inputs, self.stream)
+        finally:
+            if self.low_memory:
+                self.release(graph.stage)
 
     def workspace(self, inputs: Mapping[str, Array], arrays: Mapping[str, Array]) -> Workspace:
         """Return the workspace of a request's shapes: the one that is kept, or a new one."""

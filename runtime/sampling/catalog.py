@@ -32,6 +32,8 @@ class Sampler:
     defaults: Mapping[str, Any]
     choices: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)
+    takes_eta: bool = False
+    """Whether a request's eta means anything to it."""
 
 
 TRAINING: dict[str, Any] = {
@@ -87,6 +89,7 @@ SAMPLERS: dict[str, Sampler] = {
         discrete_schedule,
         DISCRETE | CLIPPING | ZERO_SNR | {"set_alpha_to_one": True},
         {"prediction_type": ANY_BUT_FLOW},
+        takes_eta=True,
     ),
     "DDPMScheduler": Sampler(
         discrete.ddpm,

@@ -13,7 +13,7 @@ from ...engines.errors import LatentRTError, RequestError, SchedulerError, reaso
 from .catalog import SAMPLERS, SHORT_NAMES, SUFFIXES, TRANSLATIONS, Sampler
 from .step_table import StepTable
 
-__all__ = ["SamplerDescription", "describe", "names", "step_table"]
+__all__ = ["SamplerDescription", "describe", "names", "step_table", "takes_eta"]
 
 MAX_TRAIN_TIMESTEPS = 100_000
 
@@ -109,7 +109,7 @@ def _table(
 
 def takes_eta(sampler: str, scheduler_config: Mapping[str, Any]) -> bool:
     """Tell whether a sampler, by any of its names, has the option eta."""
-    return resolved(scheduler_config, sampler)[0] == "DDIMScheduler"
+    return SAMPLERS[resolved(scheduler_config, sampler)[0]].takes_eta
 
 
 def resolved(config: Mapping[str, Any], sampler: str | None) -> tuple[str, dict[str, Any]]:

@@ -116,6 +116,18 @@ def test_damage_that_keeps_size_and_time_is_found_on_request(
     assert draw(root).tobytes() == filled[1].tobytes()
 
 
+def test_the_remains_of_a_killed_build_do_not_keep_a_damaged_engine(root: Path, filled: tuple[Path, Any]) -> None:
+    folder = denoiser(root)
+    flip(folder / "model.onnx.data")
+    left = root / ".building" / folder.name
+    left.mkdir(parents=True)
+    (left / "model.onnx").write_bytes(b"half")
+    assert list(EngineCache(root).verify()) == [folder]
+    assert not folder.exists() and not left.exists()
+    assert EngineCache(root).remove({"folder": folder})  # gone already: nothing to do, and no error
+    assert draw(root).tobytes() == filled[1].tobytes()
+
+
 def test_an_engine_that_does_not_load_is_built_once_more(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ordinary, failures = OnnxRuntimeCpu._session, [True]
 

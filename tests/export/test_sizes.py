@@ -67,6 +67,13 @@ def test_an_initial_picture_keeps_its_size(checkpoint: Path, pipe: Pipeline, siz
     assert len(result.warnings) == changed
 
 
+def test_a_side_that_was_asked_for_is_no_change(pipe: Pipeline) -> None:
+    pixels = np.zeros((64, 100, 3), np.uint8)
+    request: dict[str, Any] = {"image": pixels, "strength": 1.0, "num_inference_steps": 1}
+    assert pipe(PROMPT, width=96, **request).warnings == []
+    assert "100x64: it is resized to 96x72" in pipe(PROMPT, height=72, **request).warnings[0]
+
+
 def test_other_sizes_are_refused_with_the_nearest(pipe: Pipeline) -> None:
     with pytest.raises(RequestError, match="width is 100: this bundle needs a multiple of 8; try 96 or 104"):
         pipe(PROMPT, width=100)
