@@ -1,4 +1,4 @@
-"""Plans from ONNX graphs: one builder over `tensorrt` (10.12 and later, 11) and `tensorrt_rtx`.
+"""Plans from ONNX graphs: one builder over `tensorrt` (10.3 and later, 11) and `tensorrt_rtx`.
 
 Precision lives in the graph's own types: networks are strongly typed. TensorRT itself needs a GPU to build;
 TensorRT-RTX needs none and builds for a compute capability.
@@ -15,8 +15,9 @@ from ..attention import rewrite
 from ..errors import RequestError
 from ..files import write_atomically
 from ..onnx_graph import load_graph
+from ..opset import lower_opset
 from ..progress import Progress
-from .library import EXTRAS, Library
+from .library import EXTRAS, OLD_OPSET, Library
 from .plan import PlanOptions, Profile
 
 Activate = Callable[[], object]
@@ -77,6 +78,7 @@ def _parse(library: Library, builder: Any, graph: Path) -> Any:
     else:
         model = load_graph(graph, EXTRAS[library.backend])
         rewrite(model, expand=True)
+        lower_opset(model, OLD_OPSET)
         parsed = parser.parse(model.SerializeToString(), str(graph))
     if not parsed:
         errors = [parser.get_error(i) for i in range(parser.num_errors)]

@@ -15,7 +15,10 @@ from ..errors import BackendUnavailableError, EngineError, reason
 
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 EXTRAS = {"tensorrt": "tensorrt", "tensorrt-rtx": "rtx"}
-OLDEST = {"tensorrt": (10, 12), "tensorrt-rtx": (1, 0)}
+OLDEST = {"tensorrt": (10, 3), "tensorrt-rtx": (1, 0)}
+
+OLD_OPSET = 20
+"""The newest opset that the parser of the oldest release reads."""
 
 log = logging.getLogger(__name__)
 

@@ -90,8 +90,8 @@ def install(patch: pytest.MonkeyPatch, version: object) -> None:
     ("version", "said"),
     [
         (
-            "10.3.0",
-            r"tensorrt 10\.3\.0 is installed, 10\.12 or later is needed: run `pip install 'latentrt\[tensorrt\]'`",
+            "10.2.0",
+            r"tensorrt 10\.2\.0 is installed, 10\.3 or later is needed: run `pip install 'latentrt\[tensorrt\]'`",
         ),
         ("8.6.1.post1", r"tensorrt 8\.6\.1\.post1 is installed"),
         (None, r"tensorrt None is installed"),
@@ -114,7 +114,7 @@ def test_auto_goes_on_where_tensorrt_is_installed_and_does_not_work_and_says_why
     library.load_library.cache_clear()
 
 
-@pytest.mark.parametrize("version", ["10.12.0", "10.14.1.48", "11.0a1"])
+@pytest.mark.parametrize("version", ["10.3.0", "10.14.1.48", "11.0a1"])
 def test_auto_takes_a_tensorrt_that_is_new_enough_in_silence(
     gpu_machine: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, version: str
 ) -> None:
