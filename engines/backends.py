@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Protocol
 
@@ -43,6 +43,12 @@ class Backend(Protocol):
     @property
     def can_capture(self) -> bool:
         """Whether its engines' work can be captured into graphs."""
+
+    def prepare(self, bundle: Bundle, shapes: Mapping[str, Shapes]) -> None:
+        """Build the engines that a request lacks, given the input shapes of its graphs, without opening any.
+
+        Raises `MissingPlanError` where that is not allowed. A dynamic backend does nothing.
+        """
 
     def open(self, bundle: Bundle, graph: GraphInfo, shapes: Shapes | None = None) -> Engine:
         """Open one graph of a bundle, building its engine first when the cache has none.

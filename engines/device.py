@@ -108,6 +108,9 @@ class Device(Protocol):
     def tensor_bytes(self) -> int:
         """Return the bytes that tensors of this device hold now."""
 
+    def memory_free(self) -> tuple[int, int] | None:
+        """Return the free and the total bytes of memory that is the device's own; None where it is the host's."""
+
     def bytes_taken(self) -> int:
         """Return the bytes of the device's memory that went to this process: tensors, weights, contexts, arenas.
 

@@ -173,6 +173,9 @@ class HostDevice:
         """Return the bytes that open tensors hold."""
         return self._bytes
 
+    def memory_free(self) -> None:
+        """Return None: the host's memory is shared with every other program, and may be swapped."""
+
     def bytes_taken(self) -> int:
         """Return the resident bytes of this process; where the system does not tell, the bytes of open tensors."""
         if self._statm is None:

@@ -9,12 +9,10 @@ import numpy as np
 
 from ..engines.bundle import Precision
 from ..engines.device import Array
+from ..engines.selfcheck import relative_error
 
 EXPORT_BOUND: Mapping[Precision, float] = {"fp32": 1e-4, "fp16": 2e-2}
 """Largest relative error of an exported graph, run without optimizations on the CPU."""
-
-BACKEND_BOUND: Mapping[Precision, float] = {"fp32": 1e-3, "fp16": 3e-2}
-"""Largest relative error of a graph on a backend, which may sum in another order and fuse."""
 
 PSNR_BOUND: Mapping[Precision, float] = {"fp32": 45.0, "fp16": 35.0}
 """Smallest peak signal-to-noise ratio of a picture, in decibels."""
@@ -49,20 +47,15 @@ def compare(name: str, values: Array, reference: Array, bound: float) -> TensorR
     cosine = float(a @ b / norm) if norm else float(np.array_equal(a, b))
     difference = np.abs(a - b)
     if reference.dtype == np.uint8:
-        difference, b = np.maximum(difference - 1, 0) / 255, b / 255
+        difference = np.maximum(difference - 1, 0) / 255
     return TensorReport(
         tensor=name,
         max_abs_error=float(difference.max()),
-        relative_error=float(_rms(difference) / max(_rms(b), 1e-12)),
+        relative_error=relative_error(values, reference),
         cosine=cosine,
         nan_count=int((~np.isfinite(a)).sum()),
         bound=bound,
     )
-
-
-def relative_error(values: Array, reference: Array) -> float:
-    """Return the root-mean-square of the difference over the root-mean-square of the reference."""
-    return float(_rms(values.astype(np.float64) - reference) / max(_rms(reference.astype(np.float64)), 1e-12))
 
 
 def psnr(values: Array, reference: Array) -> float | None:
@@ -92,7 +85,3 @@ def _blur(x: Array) -> Array:
     height, width = x.shape[0] - 10, x.shape[1] - 10
     rows = sum(weight * x[i : i + height] for i, weight in enumerate(window))
     return np.asarray(sum(weight * rows[:, i : i + width] for i, weight in enumerate(window)))
-
-
-def _rms(x: Array) -> float:
-    return float(np.sqrt(np.mean(np.square(x))))

@@ -24,8 +24,10 @@ from ..engines.bundle import (
     describe_files,
     write_manifest,
 )
+from ..engines.bundle.references import write_reference
 from ..engines.files import sha256_of
 from ..engines.progress import Progress
+from ..runtime.sampling import check_scheduler
 from .activations import HALF_LIMIT, largest_activation
 from .checkpoints.checkpoint import Checkpoint
 from .checkpoints.sources import open_checkpoint
@@ -33,8 +35,9 @@ from .checkpoints.tokenizer import write_tokenizer
 from .families import Family, family_named
 from .graph import Graph
 from .onnx_writer import OPSET, onnx_model, save_model
-from .parity import check_parity, reference_cases
+from .parity import check_parity, native_case, record, reference_cases
 from .step_graph import step_graph
+from .step_rows import LIMITS, step_rows
 
 TOOLS = ("torch", "onnx", "onnxscript", "diffusers", "transformers")
 
@@ -53,21 +56,28 @@ def export(
     replace: bool,
     tokenizer: str | Path | None,
     prediction_type: str | None,
+    vae: str | Path | None,
+    variant: str | None,
     progress: Progress,
 ) -> Path:
     """Export a checkpoint; see `latentrt.export.export_checkpoint`."""
     with atomic_folder(out, replace=replace) as folder:
         progress("opening the checkpoint", 0, 1)
-        checkpoint = open_checkpoint(source, revision, tokenizer=tokenizer, prediction_type=prediction_type)
+        checkpoint = open_checkpoint(
+            source, revision, tokenizer=tokenizer, prediction_type=prediction_type, vae=vae, variant=variant
+        )
         family = family_named(checkpoint.family)
         family.check(checkpoint)
         tokens = write_tokenizers(family, checkpoint, folder)
         builders = family.graphs(checkpoint, precision, {name: info.max_length for name, info in tokens.items()})
+        latent = family.latent(checkpoint)
+        scheduler, schedule = family.scheduler(checkpoint), family.schedule(checkpoint)
+        check_scheduler(scheduler, schedule, (latent.default_width, latent.default_height))
+        cells = (latent.default_height // latent.downscale, latent.default_width // latent.downscale)
         graphs, stages = [], len(builders) + 2
         for number, (name, build) in enumerate(builders.items(), start=1):
             progress(name.replace("_", " "), number, stages)
-            graphs.append(write_graph(build, folder, precision))
-        latent = family.latent(checkpoint)
+            graphs.append(write_graph(build, folder, precision, cells))
         graphs.append(write_step_graph(folder, precision, latent.channels))
         progress("hashing", stages - 1, stages)
         write_manifest(
@@ -80,7 +90,8 @@ def export(
                 tokenizers=tuple(tokens.values()),
                 inputs=family.inputs(checkpoint),
                 latent=latent,
-                scheduler=family.scheduler(checkpoint),
+                scheduler=scheduler,
+                schedule=schedule,
                 **checkpoint.defaults,
                 files=describe_files(folder),
                 source=_provenance(checkpoint),
@@ -107,8 +118,10 @@ def write_tokenizers(family: Family, checkpoint: Checkpoint, folder: Path) -> di
     return written
 
 
-def write_graph(build: Callable[[], Graph], folder: Path, precision: Precision) -> GraphInfo:
+def write_graph(build: Callable[[], Graph], folder: Path, precision: Precision, cells: tuple[int, int]) -> GraphInfo:
     """Export one graph into `folder`, check it against its module, and describe it.
+
+    Reference rows are recorded at a small size and at `cells`, the latent height and width of the default picture.
 
     One copy of the weights is alive at a time: the module is gone before the check maps the exported file.
     """
@@ -116,11 +129,14 @@ def write_graph(build: Callable[[], Graph], folder: Path, precision: Precision) 
     log.info("exporting %s", graph.name)
     with largest_activation(graph.module) as peak:
         cases = reference_cases(graph)
+        native = native_case(graph, cells)
     if precision == "fp16" and graph.name in FLOAT_AT_THE_BORDER and peak() > HALF_LIMIT:
         log.warning("%s reaches activations of %.3g, too large for fp16: it stays in fp32", graph.name, peak())
         precision = "fp32"
     if precision == "fp16":
         graph.module.half()
+    kinds = {"small": cases[-1]} if native is None else {"small": cases[-1], "native": native}
+    references = record(graph, folder, kinds)
     files = save_model(onnx_model(graph), folder / f"{graph.name}.onnx")
     graph = replace_fields(graph, module=torch.nn.Identity())
     gc.collect()
@@ -135,6 +151,8 @@ def write_graph(build: Callable[[], Graph], folder: Path, precision: Precision) 
         opset=OPSET,
         precision=precision,
         parity=parity,
+        references=references,
+        limits=dict(graph.limits),
     )
 
 
@@ -142,13 +160,17 @@ def write_step_graph(folder: Path, precision: Precision, channels: int) -> Graph
     """Write the graph that applies the step table; it comes from no module."""
     model = step_graph(precision, channels)
     onnx.save(model, folder / "step.onnx")
+    inputs, outputs = tuple(map(_tensor_info, model.graph.input)), tuple(map(_tensor_info, model.graph.output))
+    rows = step_rows(precision, channels)
     return GraphInfo(
         name="step",
         stage="step",
         files=("step.onnx",),
-        inputs=tuple(map(_tensor_info, model.graph.input)),
-        outputs=tuple(map(_tensor_info, model.graph.output)),
+        inputs=inputs,
+        outputs=outputs,
         opset=next(entry.version for entry in model.opset_import if not entry.domain),
+        references=(write_reference(folder, "step", inputs + outputs, rows),),
+        limits=dict(LIMITS),
     )
 
 
@@ -160,4 +182,9 @@ def _tensor_info(value: onnx.ValueInfoProto) -> TensorInfo:
 
 def _provenance(checkpoint: Checkpoint) -> dict[str, Any]:
     files = {name: sha256_of(file) for name, file in sorted(checkpoint.files.items())}
-    return {"name": checkpoint.name, "revision": checkpoint.revision, "files": files}
+    source: dict[str, Any] = {"name": checkpoint.name, "revision": checkpoint.revision, "files": files}
+    if checkpoint.variant is not None:
+        source["variant"] = checkpoint.variant
+    if replaced := {name: {"name": o.name, "revision": o.revision} for name, o in checkpoint.replaced.items()}:
+        source["replaced"] = replaced
+    return source

@@ -1,8 +1,12 @@
-"""The check that every exported graph passes before it is committed: the same numbers as its PyTorch module."""
+"""The check that every exported graph passes before it is committed: the same numbers as its PyTorch module.
+
+What the module gives for a few rows goes into the bundle, so that every engine can be checked in the same way.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,27 +14,58 @@ import numpy as np
 import onnxruntime as ort
 import torch
 
-from ..engines.bundle import Parity, Precision
+from ..engines.bundle import Parity, Precision, ReferenceInfo
+from ..engines.bundle.references import write_reference
 from ..engines.errors import ExportError
 from .compare import EXPORT_BOUND, TensorReport, compare
-from .graph import Graph
+from .graph import Graph, split_size
 
 CHECK_SIZES = ((1, 16, 8), (4, 9, 13))
 """Batch, latent height and latent width of the two checks: even and odd, none as in the trace, quick to compute."""
 
+ROWS = 2
+"""Rows of a graph that a bundle records: two, so that rows that are mixed up are found."""
+LARGE_ROW = 1 << 20
+"""Bytes of a row, all its inputs and outputs, above which one is recorded: a picture with its pixels in float32."""
+
 Case = tuple[dict[str, torch.Tensor], list[np.ndarray]]
 
 
-@torch.no_grad()
 def reference_cases(graph: Graph) -> list[Case]:
     """Return random inputs and the float32 module's outputs for them."""
-    cases = []
-    for seed, sizes in enumerate(CHECK_SIZES, start=1):
-        inputs = graph.random_inputs(sizes[: len(graph.symbols)], seed)
-        outputs = graph.module(**{k: v.float() if v.is_floating_point() else v for k, v in inputs.items()})
-        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        cases.append((inputs, [output.numpy() for output in outputs]))
-    return cases
+    return [_case(graph, sizes[: len(graph.symbols)], seed) for seed, sizes in enumerate(CHECK_SIZES, start=1)]
+
+
+def native_case(graph: Graph, cells: tuple[int, int]) -> Case | None:
+    """Return a case at the latent height and width that most engines are for; None for a graph of no such sizes."""
+    if not {"h", "w"} <= set(graph.symbols):
+        return None
+    value = {"h": cells[0], "w": cells[1]}
+    sizes = [value.get(letter, 1) for letter in graph.symbols]
+    row = sum(
+        math.prod(factor * value.get(letter, 1) for factor, letter in map(split_size, spec.shape))
+        * np.dtype(spec.dtype).itemsize
+        for spec in graph.inputs + graph.outputs
+    )
+    return _case(graph, [1 if row > LARGE_ROW else ROWS, *sizes[1:]], seed=len(CHECK_SIZES) + 1)
+
+
+def record(graph: Graph, folder: Path, cases: Mapping[str, Case]) -> tuple[ReferenceInfo, ...]:
+    """Write the first rows of cases beside a graph, by the end of a file's name, in its inputs' and outputs' types."""
+    written, specs = [], graph.inputs + graph.outputs
+    for kind, (inputs, outputs) in cases.items():
+        values = [*(value.numpy() for value in inputs.values()), *outputs]
+        arrays = {spec.name: value[:ROWS] for spec, value in zip(specs, values, strict=True)}
+        written.append(write_reference(folder, f"{graph.name}-{kind}", specs, arrays))
+    return tuple(written)
+
+
+@torch.no_grad()
+def _case(graph: Graph, sizes: Iterable[int], seed: int) -> Case:
+    inputs = graph.random_inputs(sizes, seed)
+    outputs = graph.module(**{k: v.float() if v.is_floating_point() else v for k, v in inputs.items()})
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    return inputs, [output.numpy() for output in outputs]
 
 
 def check_parity(name: str, file: Path, cases: Sequence[Case], precision: Precision) -> Parity:

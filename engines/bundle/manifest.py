@@ -51,6 +51,21 @@ class Parity(_Strict):
     """Root-mean-square of the difference over root-mean-square of the reference."""
 
 
+Letter = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,31}$")]
+
+
+class ReferenceInfo(_Strict):
+    """Inputs of a graph and the right outputs for them, which an engine must give before it is used.
+
+    The file holds nothing but numbers: every input, then every output, in the order of the manifest, in C order and
+    little-endian, with one byte for a bool.
+    """
+
+    file: str
+    sizes: dict[Letter, Annotated[int, Field(ge=1, le=2**31)]] = Field(max_length=32)
+    """The value of every symbol in the shapes of the graph."""
+
+
 class GraphInfo(_Strict):
     """One ONNX graph of a bundle; `files` lists the graph file first, then its external data."""
 
@@ -63,6 +78,33 @@ class GraphInfo(_Strict):
     precision: Precision | None = None
     """Number format inside the graph; an fp16 bundle keeps a VAE that would overflow in fp32."""
     parity: Parity | None = None
+    """None for a graph that comes from no module."""
+    references: tuple[ReferenceInfo, ...] = Field(default=(), max_length=16)
+    """Rows by which every engine of the graph is checked once; none in bundles of early exports."""
+    limits: dict[TensorName, Letter | Annotated[float, Field(ge=1, allow_inf_nan=False)]] = Field(
+        default={}, max_length=1000
+    )
+    """Inputs whose values lie in [0, limit); a symbol is its size. The others take any number."""
+
+    @property
+    def letters(self) -> list[str]:
+        """The symbols that the shapes are made of, in the order of their first use."""
+        return _letters(self.inputs + self.outputs)
+
+    def model_post_init(self, _: Any, /) -> None:
+        """Check that references and limits speak of this graph's sizes and inputs."""
+        letters, names, known = set(self.letters), {spec.name for spec in self.inputs}, _letters(self.inputs)
+        for reference in self.references:
+            if set(reference.sizes) != letters:
+                raise ValueError(f"the sizes of {reference.file!r} are not those of graph {self.name!r}")
+        for name, limit in self.limits.items():
+            if name not in names or (isinstance(limit, str) and limit not in known):
+                raise ValueError(f"the limit of {name!r} is of no input and no size of graph {self.name!r}")
+
+
+def _letters(specs: tuple[TensorInfo, ...]) -> list[str]:
+    sizes = [size for spec in specs for size in spec.shape if isinstance(size, str)]
+    return list(dict.fromkeys(size.rpartition("*")[2].partition("+")[0] for size in sizes))
 
 
 class TokenizerInfo(_Strict):
@@ -111,6 +153,39 @@ class LatentInfo(_Strict):
     """Pixels, when a request names no size."""
 
 
+class ShiftLine(_Strict):
+    """A line that gives the shift of a schedule for the size of a picture: mu = slope * tokens**power + offset."""
+
+    slope: float = Field(allow_inf_nan=False)
+    """Shift for a token, or for a token to the rule's power."""
+    offset: float = Field(allow_inf_nan=False)
+    """Shift without tokens."""
+    steps: int = Field(default=1, gt=0, le=100_000)
+    """The number of steps that the line is for, where a rule has two."""
+
+
+class ScheduleRule(_Strict):
+    """What the checkpoint's pipeline hands to its scheduler for a number of steps and a size."""
+
+    sigmas: Literal["scheduler", "even", "whole"] = "scheduler"
+    """The scheduler's own; even, from 1 to 1/steps; or whole timesteps, even from the last training timestep to 1."""
+    lines: tuple[ShiftLine, ...] = Field(default=(), max_length=2)
+    """None: no shift. Of two, the shift is linear in the number of steps between them."""
+    power: float = Field(default=1.0, gt=0, le=4)
+    """Of the number of tokens."""
+    pixels_per_token: int = Field(default=16, gt=0, le=4096)
+    """Side of the square of pixels that is one token."""
+    tokens: int | None = Field(default=None, gt=0, le=2**31)
+    """The number of tokens for any size, where the pipeline does not count them."""
+    last_line_above: int | None = Field(default=None, ge=0, le=2**31)
+    """The last line holds alone for more tokens than this."""
+
+    def model_post_init(self, _: Any, /) -> None:
+        """Check that two lines are for different numbers of steps."""
+        if len({line.steps for line in self.lines}) < len(self.lines):
+            raise ValueError("two lines of a schedule are for one number of steps")
+
+
 class FileInfo(_Strict):
     """Size in bytes and SHA-256 of one file."""
 
@@ -137,6 +212,8 @@ class Manifest(_Strict):
     """Geometry of the latents."""
     scheduler: dict[str, Any]
     """The checkpoint's own diffusers scheduler config, `_class_name` included."""
+    schedule: ScheduleRule | None = None
+    """What the checkpoint's pipeline hands to its scheduler; null: nothing but the number of steps."""
     default_guidance_scale: float = Field(default=7.5, ge=0, le=1000, allow_inf_nan=False)
     """What a request gets that asks for none."""
     default_num_inference_steps: int = Field(default=50, gt=0, le=100_000)
@@ -171,7 +248,8 @@ class Manifest(_Strict):
 
     def model_post_init(self, _: Any, /) -> None:
         """Check that every file that is named is listed with its hash, and that names agree."""
-        named = [f for g in self.graphs for f in g.files] + [t.file for t in self.tokenizers]
+        named = [f for g in self.graphs for f in (*g.files, *(reference.file for reference in g.references))]
+        named += [t.file for t in self.tokenizers]
         if missing := [f for f in named if f not in self.files]:
             raise ValueError(f"file {missing[0]!r} is used but has no hash in `files`")
         read = {spec.name for graph in self.graphs for spec in graph.inputs}

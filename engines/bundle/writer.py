@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 from ..errors import StorageError
-from ..files import flush_folder, sha256_of, storage_error, write_atomically
+from ..files import OLD, flush_folder, sha256_of, storage_error, sweep, temporary_beside, write_atomically
 from .manifest import MANIFEST, FileInfo, Manifest
 from .reader import MAX_MANIFEST_BYTES
 
@@ -34,33 +33,30 @@ def atomic_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
     An existing `target` is kept until the new folder is complete and on the disk. Without `replace` it is an error,
     raised before any work is done, and again when a `target` has appeared meanwhile. With `replace` it must be a bundle
     and nothing else: what a bundle's manifest does not list is never deleted. Raises `StorageError` for those, and when
-    the disk is full or the place cannot be written.
+    the disk is full or the place cannot be written. What a process that was killed has left of `target` is removed.
     """
     target = Path(target).absolute()
+    sweep(target)
     _check_target(target, replace)
-    temporary: Path | None = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-        yield temporary
-        temporary.chmod(0o755)
-        for folder in (temporary, *(path for path in temporary.rglob("*") if path.is_dir())):
-            flush_folder(folder)
-        _check_target(target, replace)  # others may have come and written while this one worked
-        _put(temporary, target)
-        flush_folder(target.parent, files=False)
+        with temporary_beside(target, folder=True) as temporary:
+            yield temporary
+            temporary.chmod(0o755)
+            for folder in (temporary, *(path for path in temporary.rglob("*") if path.is_dir())):
+                flush_folder(folder)
+            _check_target(target, replace)  # others may have come and written while this one worked
+            _put(temporary, target)
+            flush_folder(target.parent, files=False)
     except OSError as error:
         if isinstance(error, StorageError):
             raise
         raise storage_error(target, error) from error
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _put(folder: Path, target: Path) -> None:
     """Rename a folder to `target`; what was there is deleted afterwards, or put back when that fails."""
-    old = folder.with_name(folder.name + ".old")
+    old = folder.with_name(folder.name + OLD)
     if replacing := target.exists():
         target.rename(old)
     try:

@@ -18,10 +18,11 @@ from ..bundle import Bundle, GraphInfo
 from ..cache import EngineCache
 from ..device import Stream, Tensor
 from ..engine import Shapes
-from ..errors import BackendUnavailableError, EngineError, RequestError, reason
+from ..errors import BackendUnavailableError, EngineError, RequestError, is_out_of_memory, reason
 from ..host import HostDevice, HostStream
 from ..machine import physical_cores, processor_identity
 from ..onnx_graph import follow_links, graph_files, load_graph
+from ..selfcheck import Place, accept, out_of_memory
 from .session import OnnxRuntimeEngine
 
 BUILDER = 1
@@ -64,16 +65,31 @@ class OnnxRuntimeCpu:
         self.threads = threads or physical_cores()
         self._cache = cache or EngineCache()
 
+    def prepare(self, bundle: Bundle, shapes: Mapping[str, Shapes]) -> None:
+        """Do nothing: one engine serves every shape."""
+
     def open(self, bundle: Bundle, graph: GraphInfo, shapes: Shapes | None = None) -> OnnxRuntimeEngine:
-        """Open one graph of a bundle, building its engine first when the cache has none."""
+        """Open one graph of a bundle, building its engine first when the cache has none, and check a new engine."""
+        folder, session = self._loaded(bundle, graph)
+        engine = OnnxRuntimeEngine(graph, session, OnnxRuntimeBinding)
+        with self.lock:
+            accept(engine, bundle, graph, Place(self.name, self.device, {}, folder))
+        return engine
+
+    def _loaded(self, bundle: Bundle, graph: GraphInfo, *, again: bool = False) -> tuple[Path, Any]:
+        """Return an engine's folder and session; one that is whole by its hashes and does not load is built again."""
         folder = self._built(bundle, graph)
         try:
-            session = self._session(folder, graph)
-        except EngineError as error:  # it was whole by its hashes, and yet does not load: once more from the graph
+            return folder, self._session(folder, graph)
+        except EngineError as error:
+            if is_out_of_memory(error):
+                raise out_of_memory(self.name, f"engine {graph.name} was loaded") from error
+            if again:
+                advice = "install another version of onnxruntime, and report it"
+                raise EngineError(f"{error}, although it was built just now: {advice}") from error
             log.warning("%s: it is built again", error)
-            self._cache.remove({"folder": folder})
-            session = self._session(self._built(bundle, graph), graph)
-        return OnnxRuntimeEngine(graph, session, OnnxRuntimeBinding)
+        self._cache.remove({"folder": folder})
+        return self._loaded(bundle, graph, again=True)
 
     def _built(self, bundle: Bundle, graph: GraphInfo) -> Path:
         return self._cache.get(graph.name, self.key(bundle, graph), lambda out: self._build(bundle, graph, out))
@@ -115,7 +131,7 @@ class OnnxRuntimeCpu:
         import onnxruntime as ort
 
         options = ort.SessionOptions()
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # every failure is raised, with its text
         options.intra_op_num_threads = self.threads
         options.inter_op_num_threads = 1
         # Every session has its own threads. Those of the last graph would spin on while the next graph runs: on two
@@ -135,7 +151,7 @@ class OnnxRuntimeCpu:
         try:
             return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:
-            raise EngineError(f"engine {path} cannot be opened ({reason(error)}): delete its folder") from error
+            raise EngineError(f"engine {path} cannot be loaded ({reason(error)})") from error
 
 
 class OnnxRuntimeBinding:

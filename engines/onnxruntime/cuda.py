@@ -11,20 +11,22 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from ..attention import rewrite
 from ..bundle import Bundle, GraphInfo
+from ..cache import EngineCache
 from ..cuda.device import CudaDevice
 from ..cuda.driver import unavailable_reason as no_driver
 from ..cuda.stream import cuda_stream
 from ..device import Stream, Tensor
 from ..engine import Shapes
-from ..errors import BackendUnavailableError, EngineError, RequestError, reason
+from ..errors import BackendUnavailableError, EngineError, RequestError, StorageError, is_out_of_memory, reason
 from ..onnx_graph import follow_links, graph_files, load_graph
 from ..options import Tf32
+from ..selfcheck import Place, accept, out_of_memory
 from .session import OnnxRuntimeEngine
 
 PROVIDER = "CUDAExecutionProvider"
@@ -59,6 +61,7 @@ class OnnxRuntimeCuda:
     def __init__(
         self,
         *,
+        cache: EngineCache | None = None,
         gpu: Annotated[int, "which GPU, counted from 0"] = 0,
         graphs: Annotated[
             Graphs, "whether ONNX Runtime captures each engine's work and replays it (onnxruntime), or launches it"
@@ -83,14 +86,41 @@ class OnnxRuntimeCuda:
         self.graphs: Graphs = graphs
         self.tf32 = tf32
         self._graph_ids = itertools.count(1)
+        self._cache = cache or EngineCache()
+
+    def prepare(self, bundle: Bundle, shapes: Mapping[str, Shapes]) -> None:
+        """Do nothing: one engine serves every shape."""
 
     def open(self, bundle: Bundle, graph: GraphInfo, shapes: Shapes | None = None) -> OnnxRuntimeEngine:
-        """Open one graph of a bundle; its session serves every shape."""
+        """Open one graph of a bundle, whose session serves every shape, and check it the first time on this GPU."""
+        engine = OnnxRuntimeEngine(graph, self._session(bundle, graph), self._bind)
+        with self.lock:
+            facts = {"gpu": self.device.name, "driver": self.device.driver_version}
+            place = Place(self.name, self.device, facts, self._folder(bundle, graph), tf32=self.tf32)
+            accept(engine, bundle, graph, place)
+        return engine
+
+    def _folder(self, bundle: Bundle, graph: GraphInfo) -> Path | None:
+        """Return where the cache notes that engines of a graph have passed their check: it keeps nothing of them."""
+        import onnxruntime
+
+        key = {
+            "backend": self.name,
+            "graph": bundle.digest(graph),
+            "onnxruntime": onnxruntime.__version__,
+            "target": {"gpu": self.device.name, "driver": self.device.driver_version},
+            "options": {"graphs": self.graphs, "tf32": self.tf32},
+        }
+        with suppress(StorageError):  # a cache that cannot be written
+            return self._cache.get(graph.name, key, lambda folder: {})
+        return None
+
+    def _session(self, bundle: Bundle, graph: GraphInfo) -> Any:
         import onnxruntime as ort
 
         model, weights = _graph_for_cuda(graph_files(bundle, graph, "gpu"))
         options = ort.SessionOptions()
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # every failure is raised, with its text
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights))
         options.enable_mem_pattern = False  # a pattern moves the arena at the second run, and captures keep addresses
@@ -99,13 +129,15 @@ class OnnxRuntimeCuda:
         try:
             session = ort.InferenceSession(model, options, providers=[(PROVIDER, provider)])
         except Exception as error:  # onnxruntime's own exceptions share no base class
+            if is_out_of_memory(error):
+                raise out_of_memory(self.name, f"graph {graph.name} was opened") from error
             raise EngineError(f"graph {graph.name} cannot be opened on {self.name}: {reason(error)}") from error
         if PROVIDER not in session.get_providers():
             raise EngineError(
                 f"onnxruntime opened graph {graph.name} without {PROVIDER}: "
                 "a CUDA or cuDNN library that it needs is missing"
             )
-        return OnnxRuntimeEngine(graph, session, self._bind)
+        return session
 
     def _bind(self, engine: OnnxRuntimeEngine, tensors: Mapping[str, Tensor]) -> OnnxRuntimeCudaBinding:
         return OnnxRuntimeCudaBinding(self, engine, tensors)

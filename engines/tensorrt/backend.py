@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import threading
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
@@ -13,20 +15,24 @@ from ..cuda.device import CudaDevice
 from ..cuda.driver import module_exists
 from ..cuda.driver import unavailable_reason as no_driver
 from ..engine import Shapes
-from ..errors import BackendUnavailableError, RequestError, reason
+from ..errors import BackendUnavailableError, EngineError, RequestError, is_out_of_memory, reason
 from ..options import Bytes, Tf32
 from ..progress import Progress
+from ..selfcheck import Place, accept, out_of_memory
 from .arena import Arena
-from .engine import LoadedPlan, TensorRtEngine
+from .engine import Deserialized, LoadedPlan, TensorRtEngine, deserialize
 from .library import EXTRAS, MODULES, load_library
-from .plan import OptimizationLevel, OtherHardware, PlanOptions, Scratch
-from .planner import Planner, target_of_device
+from .plan import OptimizationLevel, OtherHardware, Plan, PlanOptions, Scratch, build_command
+from .planner import Planner, sizes_of, target_of_device
+from .step import checked_shapes
 
 WeightsOnGpu = Annotated[
     Bytes | None,
     "weights of an engine that stay in GPU memory; the others come from the host at each run, which rules out captured "
     "graphs (default: all stay)",
 ]
+
+log = logging.getLogger(__name__)
 
 
 def unavailable_reason(name: str = "tensorrt") -> str | None:
@@ -103,11 +109,55 @@ class TensorRt:
         """Open one graph for the given input shapes, building its plan first when the cache has none that fits."""
         plan = self.planner.plan(bundle, graph, shapes or {}, build=self._build)
         loaded = self._loaded.get(plan.folder)
-        if loaded is None:
-            loaded = LoadedPlan(plan, self.device, self.planner.library, self._arena, self._weights_on_gpu)
+        if fresh := loaded is None:
+            plan, parts = self._deserialized(bundle, graph, plan)
+            loaded = LoadedPlan(plan, parts, self.device, self.planner.library, self._arena, self._weights_on_gpu)
             self._loaded[plan.folder] = loaded
         loaded.users += 1
-        return TensorRtEngine(graph, loaded, self._release)
+        engine = TensorRtEngine(graph, loaded, self._release)
+        if fresh:
+            self._accept(engine, bundle, graph, loaded)
+        return engine
+
+    def prepare(self, bundle: Bundle, shapes: Mapping[str, Shapes]) -> None:
+        """Build the plans that a request lacks; raises `MissingPlanError` where plans are not built."""
+        self.planner.prepare(bundle, shapes, build=self._build)
+
+    def _accept(self, engine: TensorRtEngine, bundle: Bundle, graph: GraphInfo, loaded: LoadedPlan) -> None:
+        """Check a plan that was just loaded, once on each GPU, with scratch memory that does not stay."""
+        device, plan = self.device, loaded.plan
+        facts = {"gpu": device.name, "compute_capability": device.compute_capability, "driver": device.driver_version}
+        ranges = loaded.profile.ranges
+        lowest, highest = ({name: triple[end] for name, triple in ranges.items()} for end in (0, 2))
+        shapes = (lowest, checked_shapes(graph, highest))
+        place = Place(self.name, device, facts, plan.folder, shapes, self.planner.options.tf32)
+        with self.lock:
+            loaded.arena = Arena(device)
+            try:
+                accept(engine, bundle, graph, place)
+            finally:
+                loaded.arena = self._arena
+
+    def _deserialized(
+        self, bundle: Bundle, graph: GraphInfo, plan: Plan, *, again: bool = False
+    ) -> tuple[Plan, Deserialized]:
+        """Load a plan; one that does not load is dropped and built once more, where plans are built."""
+        try:
+            return plan, deserialize(plan, self.device, self.planner.library)
+        except EngineError as error:
+            if is_out_of_memory(error):
+                raise out_of_memory(self.name, f"the plan of {graph.name} was loaded") from error
+            if again:
+                advice = "use another backend or another version of it, and report it"
+                raise EngineError(f"{error}; it was built just now: {advice}") from error
+            self.planner.cache.remove({"folder": plan.folder})
+            if not self._build:
+                options = plan.facts["key"]["options"]
+                shapes = {name: best for name, (_, best, _) in plan.profile.ranges.items()}
+                command = build_command(bundle, self.name, sizes_of(bundle, {graph.name: shapes}), options)
+                raise EngineError(f"{error}; it was removed: build it again with `{command}`") from error
+            log.warning("%s: it is built again", error)
+        return self._deserialized(bundle, graph, self.planner.build(bundle, graph, plan.profile), again=True)
 
     def _release(self, loaded: LoadedPlan) -> None:
         """Free a plan's engine when the last `TensorRtEngine` that stands on it is closed."""

@@ -17,20 +17,44 @@ from ..cuda.memory import CudaTensor
 from ..cuda.stream import cuda_stream
 from ..device import Stream, Tensor
 from ..engine import check_binding, shape_of
-from ..errors import EngineError, ShapeError, StorageError
-from ..files import write_atomically
+from ..errors import EngineError, ShapeError, StorageError, reason
+from ..files import mapped, write_atomically
 from .arena import Arena, ArenaBlock
 from .library import Library
 from .plan import Plan
+
+Deserialized = tuple[Any, Any]
+"""The library's runtime and its engine."""
+
+
+def deserialize(plan: Plan, device: CudaDevice, library: Library) -> Deserialized:
+    """Load a plan's engine onto a GPU; raises `EngineError` when the library refuses it."""
+    device.activate()
+    library.errors.clear()
+    engine, runtime = None, library.trt.Runtime(library.logger)
+    try:
+        with mapped(plan.path) as serialized:  # a copy of gigabytes would count twice where GPU and host share memory
+            engine = runtime.deserialize_cuda_engine(serialized)
+    except Exception as error:  # the bindings raise what they like, and files can go meanwhile
+        library.errors.append(reason(error))
+    if engine is None:
+        raise library.failure(f"plan {plan.folder} cannot be loaded")
+    return runtime, engine
 
 
 class LoadedPlan:
     """A deserialized plan; several `TensorRtEngine` may stand on one dynamic plan."""
 
     def __init__(
-        self, plan: Plan, device: CudaDevice, library: Library, arena: Arena, weights_on_gpu: int | None
+        self,
+        plan: Plan,
+        parts: Deserialized,
+        device: CudaDevice,
+        library: Library,
+        arena: Arena,
+        weights_on_gpu: int | None,
     ) -> None:
-        """Load a plan; `weights_on_gpu` is the number of bytes of its weights that stay there (None: all)."""
+        """Take over a loaded plan; `weights_on_gpu` is the bytes of its weights that stay there (None: all)."""
         device.activate()
         self.plan = plan
         self.profile = plan.profile
@@ -40,11 +64,7 @@ class LoadedPlan:
         self.streams_weights = weights_on_gpu is not None
         self.users = 0
         self.bindings: weakref.WeakSet[TensorRtBinding] = weakref.WeakSet()
-        library.errors.clear()
-        self._runtime = library.trt.Runtime(library.logger)
-        self._engine = self._runtime.deserialize_cuda_engine(plan.path.read_bytes())
-        if self._engine is None:
-            raise library.failure(f"plan {plan.folder} cannot be loaded (delete its folder to build it again)")
+        self._runtime, self._engine = parts
         if weights_on_gpu is not None:
             streamable = self._engine.streamable_weights_size
             self._engine.weight_streaming_budget_v2 = min(weights_on_gpu, streamable)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import shutil
+from functools import lru_cache
 from pathlib import Path
 from threading import Thread
 from types import SimpleNamespace
@@ -36,9 +37,7 @@ class Session:
 
     def __init__(self, model: str | bytes, stream: int | None, driver: SimulatedDriver) -> None:
         self.driver, self.stream = driver, stream
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = 1
-        self.real = InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        self.real = _loaded(model) if isinstance(model, bytes) else _opened(model)
         self.dtypes = {i.name: _dtype(i.type) for i in (*self.real.get_inputs(), *self.real.get_outputs())}
         self.inputs = [i.name for i in self.real.get_inputs()]
         self.outputs = [o.name for o in self.real.get_outputs()]
@@ -131,14 +130,14 @@ class Library:
         strategy = SimpleNamespace(USER_MANAGED="user managed")
 
         def deserialize(plan: bytes) -> Any:
-            session = Session(plan, None, driver)
+            session = Session(bytes(plan), None, driver)
             return SimpleNamespace(create_execution_context=lambda how: Context(session))
 
         runtime = SimpleNamespace(deserialize_cuda_engine=deserialize)
         self.trt = SimpleNamespace(Runtime=lambda logger: runtime, ExecutionContextAllocationStrategy=strategy)
 
     def failure(self, what: str) -> EngineError:
-        return EngineError(what)
+        return EngineError("; ".join([what, *self.errors]))
 
 
 def tensorrt_backend(
@@ -153,8 +152,8 @@ def tensorrt_backend(
         thread.start()
         thread.join()
         shutil.copy(graph, output)
-        infos = [("input", i) for i in InferenceSession(str(graph)).get_inputs()]
-        infos += [("output", o) for o in InferenceSession(str(graph)).get_outputs()]
+        session = _loaded(graph.read_bytes())
+        infos = [("input", i) for i in session.get_inputs()] + [("output", o) for o in session.get_outputs()]
         tensors = [
             {"name": i.name, "mode": mode, "dtype": _dtype(i.type).name, "shape": list(i.shape)} for mode, i in infos
         ]
@@ -195,6 +194,18 @@ def backend_named(name: str, patch: pytest.MonkeyPatch, cache: EngineCache) -> B
 
 
 InferenceSession = ort.InferenceSession
+
+
+def _opened(model: str | bytes) -> Any:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    return InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+@lru_cache(maxsize=16)
+def _loaded(model: bytes) -> Any:
+    """Return the session of a plan; sessions hold no state, and opening one takes longer than most tests."""
+    return _opened(model)
 
 
 def _dtype(name: str) -> np.dtype[Any]:

@@ -11,10 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from latentrt.engines.bundle import MANIFEST, Bundle
+from latentrt.engines.bundle.references import read_reference
 from latentrt.engines.errors import CheckpointError, ExportError, StorageError
+from latentrt.engines.selfcheck import relative_error
 from latentrt.export import export_checkpoint
 
 torch = pytest.importorskip("torch")
+onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 pytest.importorskip("diffusers")
 
@@ -70,7 +73,7 @@ def test_existing_output_is_not_replaced_unasked(tiny_sd15_checkpoint: Path, tmp
 def test_progress_and_the_defaults_of_the_index(
     tiny_sd15_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(exporter, "write_graph", lambda build, folder, precision: step(folder))
+    monkeypatch.setattr(exporter, "write_graph", lambda build, folder, precision, cells: step(folder))
     step = lambda folder: exporter.write_step_graph(folder, "fp32", 4).model_copy(update={"name": f"graph{len(seen)}"})  # noqa: E731
     seen: list[tuple[str, int, int]] = []
     source = Path(shutil.copytree(tiny_sd15_checkpoint, tmp_path / "source"))
@@ -105,7 +108,7 @@ def test_large_weights_are_external(
     monkeypatch.setattr(onnx_writer, "EXTERNAL_BYTES", 1000)
     checkpoint = open_checkpoint(tiny_sd15_checkpoint)
     graph = exporter.write_graph(
-        lambda: text_encoder_graph(checkpoint.load("text_encoder"), 77, "fp32"), tmp_path, "fp32"
+        lambda: text_encoder_graph(checkpoint.load("text_encoder"), 77, "fp32"), tmp_path, "fp32", (8, 8)
     )
     assert graph.files == ("text_encoder.onnx", "text_encoder.onnx.data")
     assert (tmp_path / "text_encoder.onnx").stat().st_size < 60_000
@@ -138,3 +141,29 @@ def test_a_wrong_number_is_an_error(tiny_sd15_checkpoint: Path, tmp_path: Path) 
     infinite = [(inputs, [np.full_like(output, np.inf) for output in outputs]) for inputs, outputs in cases]
     with pytest.raises(ExportError, match=r"by (inf|nan)"):
         parity.check_parity("graph", file, infinite, "fp16")
+
+
+def test_rows_are_recorded_at_a_small_and_at_the_default_size(tiny_sd15_bundle: Path) -> None:
+    bundle = Bundle.open(tiny_sd15_bundle)
+    latent = bundle.manifest.latent
+    cells = latent.default_height // latent.downscale
+    for info in bundle.manifest.graphs:
+        sizes = [reference.sizes for reference in info.references]
+        if info.name in ("denoiser", "decoder", "image_encoder"):
+            assert [(s["h"], s["w"]) for s in sizes] == [(9, 13), (cells, cells)]
+        assert sizes and all(s.get("R", s.get("B")) in (2, 4) for s in sizes)
+        session = onnxruntime.InferenceSession(tiny_sd15_bundle / info.files[0])
+        for reference in info.references:
+            rows = read_reference(bundle, info, reference)
+            outputs = session.run(None, {spec.name: rows[spec.name] for spec in info.inputs})
+            for spec, output in zip(info.outputs, outputs, strict=True):
+                assert relative_error(output, rows[spec.name]) < 1e-4, (info.name, spec.name)
+
+
+def test_a_large_row_is_recorded_alone(tiny_sd15_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = decoder_graph(open_checkpoint(tiny_sd15_checkpoint).load("vae"))
+    for limit, rows in ((1 << 20, 2), (1 << 10, 1)):
+        monkeypatch.setattr(parity, "LARGE_ROW", limit)
+        case = parity.native_case(graph, (8, 16))
+        assert case is not None
+        assert case[0]["latents"].shape == (rows, 4, 8, 16)
