@@ -82,11 +82,12 @@ DEEP_UNET = TINY_UNET | {
     "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
 }
 DEEP_VAE = TINY_VAE | {
+    "sample_size": 64,
     "block_out_channels": [32, 32, 32, 32],
     "down_block_types": ["DownEncoderBlock2D"] * 4,
     "up_block_types": ["UpDecoderBlock2D"] * 4,
 }
-Family = Literal["sd15", "sd21", "shallow-sd15", "tiny-sd15", "tiny-sd21", "tiny-deep"]
+Family = Literal["sd15", "sd21", "shallow-sd15", "tiny-sd15", "tiny-sd21"]
 FAMILIES: dict[str, tuple[Config, Config, Config]] = {  # U-Net, text encoder, VAE
     "sd15": (SD15_UNET, SD15_TEXT, SD_VAE),
     "sd21": (SD21_UNET, SD21_TEXT, SD_VAE),
@@ -96,11 +97,10 @@ FAMILIES: dict[str, tuple[Config, Config, Config]] = {  # U-Net, text encoder, V
         SD_VAE | {"layers_per_block": 1},
     ),
     "tiny-sd15": (TINY_UNET | {"attention_head_dim": 8}, SD15_TEXT | TINY_TEXT, TINY_VAE),
-    "tiny-deep": (DEEP_UNET | {"attention_head_dim": 8}, SD15_TEXT | TINY_TEXT, DEEP_VAE),
     "tiny-sd21": (
-        TINY_UNET | {"attention_head_dim": [1, 1], "use_linear_projection": True},
+        DEEP_UNET | {"attention_head_dim": [1, 1, 1, 1], "use_linear_projection": True},
         SD21_TEXT | TINY_TEXT,
-        TINY_VAE,
+        DEEP_VAE,
     ),
 }
 SCHEDULER: Config = {
@@ -125,7 +125,7 @@ def write_random_checkpoint(
     """Write a diffusers folder of an architecture with random weights and return it.
 
     `sd21` predicts v and has OpenCLIP's text encoder; `shallow-sd15` has the full width and the fewest layers; `tiny-*`
-    have the same parts with 200,000 weights each, `tiny-deep` as many levels as the full models.
+    have the same parts with few weights, `tiny-sd21` as many levels as the full models.
     """
     out = Path(out)
     unet, text, vae = FAMILIES[family]

@@ -23,7 +23,10 @@ def test_a_run_leaves_a_record_of_each_contender(
     monkeypatch.setattr(bench, "_ceiling", lambda work, options: {"flops": 1e11, "bytes": 1e10})
     monkeypatch.setattr(bench, "_reference", lambda measured, conditions: None)
     options = bench.Options(threads=1, rounds=4, cold=0, command="latentrt bench embedded")
-    made = bench.run(workload("embedded").but(height=64, width=64), options, lambda line: None)
+    kept: list[records.Record] = []
+    made = bench.run(workload("embedded").but(height=64, width=64), options, lambda line: None, kept.append)
+    assert [r["contender"]["name"] for r in kept] == ["fake/quick", "fake/slow"]
+    assert [r["samples"] for r in kept] == [r["samples"] for r in made[:2]]
     assert [(r["kind"], r["contender"]["name"]) for r in made] == [
         ("latency", "fake/quick"),
         ("latency", "fake/slow"),
@@ -42,6 +45,27 @@ def test_a_run_leaves_a_record_of_each_contender(
     assert report.write_page(made, tmp_path / "r.html").stat().st_size > 10_000
 
 
+@pytest.mark.parametrize("extra", ["_scenarios", "_reference", "measure_cold"])
+def test_an_extra_that_fails_does_not_lose_what_was_measured(
+    tiny_sd15_bundle: Path, tmp_path: Path, order: Path, monkeypatch: pytest.MonkeyPatch, extra: str
+) -> None:
+    def fail(*_: object) -> None:
+        raise EngineError("no such luck")
+
+    model = Model(tmp_path, tiny_sd15_bundle, "random")
+    monkeypatch.setattr(contenders, "choose", lambda device, names: [contenders.Candidate("fake/quick", "quick")])
+    monkeypatch.setattr(bench, "ensure_model", lambda work, **options: model)
+    monkeypatch.setattr(bench, "_ceiling", lambda work, options: {"flops": 1e11, "bytes": 1e10})
+    monkeypatch.setattr(bench, "_reference", lambda measured, conditions: None)
+    monkeypatch.setattr(bench, "measure_cold", lambda *_: {})
+    monkeypatch.setattr(bench, extra, fail)
+    said: list[str] = []
+    options = bench.Options(threads=1, rounds=2, cold=1)
+    (made,) = bench.run(workload("embedded").but(height=64, width=64), options, said.append)
+    assert made["kind"] == "latency" and len(made["samples"]["total"]) == 2
+    assert any(line.endswith("left out: no such luck") for line in said)
+
+
 def test_a_graph_that_cannot_be_slowed_is_refused_before_measuring(
     tiny_sd15_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -56,6 +80,7 @@ def test_a_graph_that_cannot_be_slowed_is_refused_before_measuring(
         bench.run(workload("embedded"), bench.Options(slow={"decoder": 0.1}, device="cuda"), lambda line: None)
 
 
+@pytest.mark.slow
 def test_a_model_is_exported_in_a_process_of_its_own(
     tiny_sd15_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

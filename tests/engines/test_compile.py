@@ -14,6 +14,7 @@ from latentrt.engines.tensorrt.plan import Plan, profile_for
 from latentrt.engines.tensorrt.planner import Planner, target_of_compute_capability
 from latentrt.runtime.shapes import requested_shapes
 
+pytestmark = pytest.mark.slow
 pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
 pytest.importorskip("diffusers")
 

@@ -13,7 +13,7 @@ torch = pytest.importorskip("torch")
 ort = pytest.importorskip("onnxruntime")
 
 NAMES = ["text_encoder", "denoiser", "decoder", "image_encoder", "step"]
-CONTRACT = {  # tensor: (type, shape); F stands for the network's type
+CONTRACT = {  # tensor: (type, shape); F stands for the network's type, H and W for the sides of a picture
     "text_encoder": ({"token_ids": ("int64", ("R", 77))}, {"context": ("F", ("R", 77, 64))}),
     "denoiser": (
         {
@@ -25,10 +25,10 @@ CONTRACT = {  # tensor: (type, shape); F stands for the network's type
     ),
     "decoder": (
         {"latents": ("float32", ("B", 4, "h", "w"))},
-        {"image": ("uint8", ("B", "4*h", "4*w", 3)), "pixels": ("float32", ("B", "4*h", "4*w", 3))},
+        {"image": ("uint8", ("B", "H", "W", 3)), "pixels": ("float32", ("B", "H", "W", 3))},
     ),
     "image_encoder": (
-        {"image": ("uint8", ("B", "4*h", "4*w", 3))},
+        {"image": ("uint8", ("B", "H", "W", 3))},
         {"latents_mean": ("float32", ("B", 4, "h", "w")), "latents_std": ("float32", ("B", 4, "h", "w"))},
     ),
 }
@@ -42,16 +42,21 @@ def bundle(request: pytest.FixtureRequest) -> Bundle:
 def test_manifest_follows_the_contract(bundle: Bundle) -> None:
     manifest = bundle.manifest
     network = {"fp32": "float32", "fp16": "float16"}[manifest.precision]
+    factor = 8 if manifest.source["name"] == "tiny-sd21" else 4
+    pixels = {"H": f"{factor}*h", "W": f"{factor}*w"}
     assert [graph.name for graph in manifest.graphs] == NAMES
     assert [graph.stage for graph in manifest.graphs] == ["prompt", "step", "end", "image", "step"]
     for name, sides in CONTRACT.items():
         graph = bundle.graph(name)
         for tensors, wanted in zip((graph.inputs, graph.outputs), sides, strict=True):
             found = {t.name: (t.dtype, t.shape) for t in tensors}
-            assert found == {k: (network if dtype == "F" else dtype, shape) for k, (dtype, shape) in wanted.items()}
+            assert found == {
+                name: (network if dtype == "F" else dtype, tuple(pixels.get(size, size) for size in shape))
+                for name, (dtype, shape) in wanted.items()
+            }
     latent = manifest.latent
-    assert (latent.channels, latent.downscale, latent.size_multiple) == (4, 4, 4)
-    assert (latent.default_height, latent.default_width) == (32, 32)
+    assert (latent.channels, latent.downscale, latent.size_multiple) == (4, factor, factor)
+    assert (latent.default_height, latent.default_width) == (8 * factor, 8 * factor)
     assert manifest.default_guidance_scale == 7.5
     assert not bundle.problems()
 

@@ -19,26 +19,22 @@ PROMPT, STEPS, SEED = "a red circle", 2, 5
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def checkpoint(tiny_sd21_checkpoint: Path) -> Path:
     """Four levels in the U-Net and in the autoencoder, as Stable Diffusion has them."""
-    from latentrt.benchmarks.random_checkpoint import write_random_checkpoint
-
-    return write_random_checkpoint("tiny-deep", tmp_path_factory.mktemp("deep") / "checkpoint")
+    return tiny_sd21_checkpoint
 
 
 @pytest.fixture(scope="module")
-def pipe(checkpoint: Path) -> Iterator[Pipeline]:
-    from latentrt.export import export_checkpoint
-
-    with Pipeline.open(export_checkpoint(checkpoint, checkpoint.with_name("bundle")), "onnxruntime-cpu") as opened:
+def pipe(tiny_sd21_bundle: Path) -> Iterator[Pipeline]:
+    with Pipeline.open(tiny_sd21_bundle, "onnxruntime-cpu") as opened:
         yield opened
 
 
-def reference(checkpoint: Path, kind: str, **arguments: Any) -> Any:
+def reference(checkpoint: Path, kind: str, *, steps: int = STEPS, **arguments: Any) -> Any:
     pipeline = getattr(diffusers, kind).from_pretrained(checkpoint, safety_checker=None, requires_safety_checker=False)
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(SEED)
-    return np.asarray(pipeline(PROMPT, num_inference_steps=STEPS, generator=generator, **arguments).images[0])
+    return np.asarray(pipeline(PROMPT, num_inference_steps=steps, generator=generator, **arguments).images[0])
 
 
 def far(ours: Any, theirs: Any) -> int:
@@ -46,12 +42,25 @@ def far(ours: Any, theirs: Any) -> int:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(("width", "height"), [(64, 64), (72, 136), (200, 104), (904, 512), (64, 8), (24, 64)])
+@pytest.mark.parametrize(
+    ("width", "height"),
+    [(64, 64), (72, 136), (200, 104), (64, 8), (24, 64)],
+)
 def test_every_multiple_of_the_autoencoder_s_factor(checkpoint: Path, pipe: Pipeline, width: int, height: int) -> None:
     picture = pipe(PROMPT, width=width, height=height, num_inference_steps=STEPS, seed=SEED).images[0]
     assert picture.size == (width, height)
     theirs = reference(checkpoint, "StableDiffusionPipeline", width=width, height=height)
     assert far(picture, theirs) <= 2
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("width", "height"), [(904, 512), (800, 600), (1280, 720), (1920, 1080)])
+def test_sizes_of_screens(checkpoint: Path, pipe: Pipeline, width: int, height: int) -> None:
+    """One step without guidance: attention over 32,400 cells takes its time."""
+    request: dict[str, Any] = {"width": width, "height": height, "guidance_scale": 1.0}
+    picture = pipe(PROMPT, num_inference_steps=1, seed=SEED, **request).images[0]
+    assert far(picture, reference(checkpoint, "StableDiffusionPipeline", steps=1, **request)) <= 2
 
 
 @pytest.mark.filterwarnings("ignore")
