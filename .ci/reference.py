@@ -15,7 +15,7 @@ from typing import get_args
 
 from latentrt.engines import backends, errors
 from latentrt.engines.bundle import manifest
-from latentrt.runtime.sampling import catalog, step_table
+from latentrt.runtime.sampling import registry, step_table
 from pydantic import BaseModel
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -30,17 +30,14 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 def samplers() -> str:
-    """Return the short names of samplers, and what a run of 20 steps costs with each."""
+    """Return the short names of samplers, where they come from, and what a run of 20 steps costs with each."""
     rows = []
-    for short, (name, options, _) in catalog.SHORT_NAMES.items():
-        run = step_table(TRAINED, 20, sampler=short)
-        respaced = "use_karras_sigmas" in catalog.SAMPLERS[name].defaults
-        fixed = ", ".join(f"{key}={value}" for key, value in options.items())
-        drawn = "yes" if run.draws.any() else ""
-        rows.append(
-            [f"`{short}`", f"`{name}`", fixed, str(len(run)), str(run.history), drawn, "yes" if respaced else ""]
-        )
-    head = ["name", "diffusers class", "what the name sets", "calls", "history", "noise", "suffixes"]
+    for sampler in registry.describe():
+        run = step_table(TRAINED, 20, sampler=sampler.name)
+        drawn, suffixes = "yes" if run.draws.any() else "", "yes" if sampler.suffixes else ""
+        name, cost = [f"`{sampler.name}`", f"`{sampler.class_name}`"], [str(len(run)), str(run.history), drawn]
+        rows.append([*name, sampler.meaning, *cost, suffixes])
+    head = ["name", "diffusers class", "method and source", "calls", "history", "noise", "suffixes"]
     return table(head, rows)
 
 

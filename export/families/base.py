@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ...engines.bundle import LatentInfo, NumbersInput, Precision
-from ..checkpoints.checkpoint import Checkpoint, Part
+from ...engines.bundle import LatentInfo, NumbersInput, Precision, ScheduleRule
+from ..checkpoints.checkpoint import Checkpoint, Component, Origin, Part
 from ..checkpoints.weights import Weights
 from ..graph import Graph
 
@@ -35,9 +35,21 @@ class Family(ABC):
     """The folders of its tokenizers."""
 
     def open_file(
-        self, file: Path, weights: Weights, tokenizer: FindTokenizer, prediction_type: str | None
+        self,
+        file: Path,
+        weights: Weights,
+        tokenizer: FindTokenizer,
+        prediction_type: str | None,
+        replaced: Mapping[str, Origin],
     ) -> Checkpoint | None:
-        """Open a single file of the family's original layout; None for a file of any other layout."""
+        """Open a single file of the family's original layout; None for a file of any other layout.
+
+        `replaced` are components from somewhere else, which the file need not have.
+        """
+        return None
+
+    def open_vae_file(self, file: Path, weights: Weights) -> Component | None:
+        """Open a file with nothing but a VAE of the family, in any layout; None for any other file."""
         return None
 
     @abstractmethod
@@ -68,6 +80,10 @@ class Family(ABC):
     def scheduler(self, checkpoint: Checkpoint) -> dict[str, Any]:
         """Return the scheduler config as diffusers' pipeline of the checkpoint leaves it when it opens it."""
         return dict(checkpoint.scheduler)
+
+    def schedule(self, checkpoint: Checkpoint) -> ScheduleRule | None:
+        """Return what diffusers' pipeline hands to the scheduler beside the number of steps; None: nothing."""
+        return None
 
     def inputs(self, checkpoint: Checkpoint) -> tuple[NumbersInput, ...]:
         """Return what graphs read beside token ids and no graph writes, such as the size of the picture."""

@@ -14,7 +14,8 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def samplers(as_json: AsJson = False) -> None:
-    """List the samplers: name, diffusers class, order of convergence, suffixes it takes, and meaning."""
+    """List the samplers: name, diffusers class, method and source; a * marks names that take a suffix."""
+    from ..sampling.catalog import SAMPLERS
     from ..sampling.registry import describe
 
     found = describe()
@@ -22,11 +23,11 @@ def samplers(as_json: AsJson = False) -> None:
         typer.echo(json.dumps([asdict(sampler) for sampler in found], indent=2))
         return
     for sampler in found:
-        order = "no order" if sampler.order is None else f"order {sampler.order}"
-        suffixes = "".join(f" _{suffix}" for suffix in sampler.suffixes)
-        typer.echo(f"{sampler.name:<14}{sampler.class_name:<34}{order:<10}{suffixes}".rstrip())
-        typer.echo(f"    {sampler.meaning}")
-    typer.echo("A suffix spaces the sigmas in another way: dpmpp_2m_karras. Class names are taken as well.")
+        mark = "*" if sampler.suffixes else ""
+        typer.echo(f"{sampler.name + mark:<14}{sampler.class_name:<34}{sampler.meaning}")
+    unnamed = sorted({*SAMPLERS} - {sampler.class_name for sampler in found})
+    typer.echo("* also with _karras, _exponential or _beta behind it, which space the sigmas: dpmpp_2m_karras.")
+    typer.echo(f"Class names are taken as well. Without a short name: {', '.join(unnamed)}.")
 
 
 def backends(as_json: AsJson = False) -> None:

@@ -1,4 +1,4 @@
-"""The samplers there are: what each runs on, its options, and the names it goes by.
+"""The samplers there are: what each runs on, its options and what a request may give it.
 
 Keys are the class names found in `scheduler_config.json`; options and defaults are those of the diffusers class.
 """
@@ -10,14 +10,41 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from . import discrete, dpm_solver, k_diffusion
+from ..schedules import Options, Schedule
+from ..schedules.continuous import cosine_schedule, edm_schedule, sine_schedule
+from ..schedules.diffusion import (
+    discrete_schedule,
+    inverse_schedule,
+    k_schedule,
+    solver_schedule,
+    whole_range_schedule,
+)
+from ..schedules.flow import flow_schedule, trigonometric_schedule
+from ..schedules.options import (
+    CLIPPING,
+    DISCRETE,
+    DISTILLED,
+    DPM,
+    EDM,
+    FLOW,
+    OLD_BETAS,
+    SIGMAS,
+    SOLVER,
+    SPACED,
+    THRESHOLDING,
+    TRAINING,
+    VIDEO,
+    ZERO_SNR,
+)
+from . import discrete, dpm_solver, flow, k_diffusion
 from .deis import deis
-from .pndm import pndm
-from .schedules import Options, Schedule, discrete_schedule, flow_schedule, k_schedule, solver_schedule
+from .names import SHORT_NAMES, ShortName
+from .pndm import ipndm, pndm
+from .sa_solver import sa_solver
 from .step_table import StepTable
 from .unipc import unipc
 
-__all__ = ["SAMPLERS", "SHORT_NAMES", "SUFFIXES", "TRANSLATIONS", "Sampler"]
+__all__ = ["SAMPLERS", "SHORT_NAMES", "TRANSLATIONS", "Sampler", "ShortName"]
 
 
 @dataclass(frozen=True)
@@ -34,206 +61,197 @@ class Sampler:
     fixed: Mapping[str, Any] = field(default_factory=dict)
     takes_eta: bool = False
     """Whether a request's eta means anything to it."""
+    takes_churn: bool = False
+    """Whether noise can be added at its steps."""
+    timesteps: int | None = None
+    """How many more timesteps than steps a request may give: 0, or 1 where the last one ends the run; None: none."""
+    sigmas: int | None = None
+    """The same for sigmas."""
 
 
-TRAINING: dict[str, Any] = {
-    "num_train_timesteps": 1000,
-    "beta_start": 0.0001,
-    "beta_end": 0.02,
-    "beta_schedule": "linear",
-    "trained_betas": None,
-    "prediction_type": "epsilon",
-    "steps_offset": 0,
-}
-DISCRETE = TRAINING | {"timestep_spacing": "leading"}
-CLIPPING = {"clip_sample": True, "clip_sample_range": 1.0, "thresholding": False}
-ZERO_SNR = {"rescale_betas_zero_snr": False}
-RESPACED = {
-    "use_karras_sigmas": False,
-    "use_exponential_sigmas": False,
-    "use_beta_sigmas": False,
-    "sigma_min": None,
-    "sigma_max": None,
-}
-SIGMAS = TRAINING | RESPACED | {"timestep_spacing": "linspace"}
-OLD_BETAS = {"beta_start": 0.00085, "beta_end": 0.012}
-SOLVER = SIGMAS | {
-    "solver_order": 2,
-    "lower_order_final": True,
-    "thresholding": False,
-    "use_flow_sigmas": False,
-    "flow_shift": 1.0,
-    "use_dynamic_shifting": False,
-}
-DPM = SOLVER | {
-    "algorithm_type": "dpmsolver++",
-    "solver_type": "midpoint",
-    "final_sigmas_type": "zero",
-    "lambda_min_clipped": -float("inf"),
-    "variance_type": None,
-}
-
-NOISE_OR_V = ("epsilon", "v_prediction")
-ANY_BUT_FLOW = ("epsilon", "v_prediction", "sample")
-ANY = ("epsilon", "v_prediction", "sample", "flow_prediction")
-ORDERS = {
-    "solver_order": (1, 2, 3),
-    "variance_type": (None,),
-    "solver_type": ("midpoint", "heun"),
-    "prediction_type": ANY,
-}
+NOISE_OR_V = {"prediction_type": ("epsilon", "v_prediction")}
+ANY_BUT_FLOW = {"prediction_type": ("epsilon", "v_prediction", "sample")}
+ANY = {"prediction_type": ("epsilon", "v_prediction", "sample", "flow_prediction")}
+SHIFTED = {"time_shift_type": ("exponential",)}
+ORDERS = {"solver_order": (1, 2, 3), "variance_type": (None,), "solver_type": ("midpoint", "heun")} | ANY | SHIFTED
+FIXED_VARIANCE = {"variance_type": ("fixed_small", "fixed_small_log", "fixed_large")}
+DATA = {"algorithm_type": ("dpmsolver++", "sde-dpmsolver++")}
+SPACING = {"timestep_spacing": "linspace"}
+TO_MINIMUM = {"final_sigmas_type": "sigma_min"}
+EDM_CHOICES = NOISE_OR_V | {"sigma_schedule": ("karras", "exponential")}
+SHIFTS = {"time_shift_type": ("exponential", "linear")}
 
 SAMPLERS: dict[str, Sampler] = {
     "DDIMScheduler": Sampler(
         discrete.ddim,
         discrete_schedule,
-        DISCRETE | CLIPPING | ZERO_SNR | {"set_alpha_to_one": True},
-        {"prediction_type": ANY_BUT_FLOW},
+        DISCRETE | CLIPPING | THRESHOLDING | ZERO_SNR | {"set_alpha_to_one": True},
+        ANY_BUT_FLOW,
         takes_eta=True,
     ),
+    "DDIMInverseScheduler": Sampler(
+        discrete.ddim_inverse,
+        inverse_schedule,
+        DISCRETE | CLIPPING | ZERO_SNR | {"set_alpha_to_one": True},
+        ANY_BUT_FLOW | {"timestep_spacing": ("leading", "trailing")},
+    ),
+    "CogVideoXDDIMScheduler": Sampler(discrete.ddim, discrete_schedule, VIDEO, ANY_BUT_FLOW),
+    "CogVideoXDPMScheduler": Sampler(discrete.sde_dpm_video, discrete_schedule, VIDEO, ANY_BUT_FLOW),
     "DDPMScheduler": Sampler(
         discrete.ddpm,
         discrete_schedule,
-        DISCRETE | CLIPPING | ZERO_SNR | {"variance_type": "fixed_small"},
-        {"prediction_type": ANY_BUT_FLOW, "variance_type": ("fixed_small", "fixed_small_log", "fixed_large")},
+        DISCRETE | CLIPPING | THRESHOLDING | ZERO_SNR | {"variance_type": "fixed_small"},
+        ANY_BUT_FLOW | FIXED_VARIANCE,
+        timesteps=0,
+    ),
+    "DDPMWuerstchenScheduler": Sampler(
+        discrete.wuerstchen,
+        cosine_schedule,
+        {"scaler": 1.0, "s": 0.008},
+        fixed={"num_train_timesteps": 1000},
+        timesteps=1,
+    ),
+    "UnCLIPScheduler": Sampler(
+        discrete.ddpm,
+        whole_range_schedule,
+        CLIPPING
+        | {
+            "num_train_timesteps": 1000,
+            "variance_type": "fixed_small_log",
+            "prediction_type": "epsilon",
+            "beta_schedule": "squaredcos_cap_v2",
+        },
+        {
+            "prediction_type": ("epsilon", "sample"),
+            "variance_type": ("fixed_small_log",),
+            "beta_schedule": ("squaredcos_cap_v2",),
+        },
+        OLD_BETAS | {"trained_betas": None, "trained_beta": True},
     ),
     "PNDMScheduler": Sampler(
-        pndm,
-        discrete_schedule,
-        DISCRETE | {"skip_prk_steps": False, "set_alpha_to_one": False},
-        {"prediction_type": NOISE_OR_V},
+        pndm, discrete_schedule, DISCRETE | {"skip_prk_steps": False, "set_alpha_to_one": False}, NOISE_OR_V
     ),
-    "LCMScheduler": Sampler(
-        discrete.lcm,
-        discrete_schedule,
-        DISCRETE
-        | CLIPPING
-        | ZERO_SNR
-        | OLD_BETAS
-        | {
-            "beta_schedule": "scaled_linear",
-            "clip_sample": False,
-            "original_inference_steps": 50,
-            "timestep_scaling": 10.0,
-        },
-        {"prediction_type": ANY_BUT_FLOW},
+    "IPNDMScheduler": Sampler(
+        ipndm, sine_schedule, {"num_train_timesteps": 1000, "trained_betas": None}, {"trained_betas": (None,)}
     ),
+    "LCMScheduler": Sampler(discrete.lcm, discrete_schedule, DISTILLED, ANY_BUT_FLOW, timesteps=0),
+    "TCDScheduler": Sampler(discrete.tcd, discrete_schedule, DISTILLED, ANY_BUT_FLOW, takes_eta=True, timesteps=0),
     "EulerDiscreteScheduler": Sampler(
         k_diffusion.euler,
         k_schedule,
         SIGMAS | ZERO_SNR | {"interpolation_type": "linear", "timestep_type": "discrete", "final_sigmas_type": "zero"},
-        {"prediction_type": ANY_BUT_FLOW, "interpolation_type": ("linear", "log_linear")},
+        ANY_BUT_FLOW | {"interpolation_type": ("linear", "log_linear")},
+        takes_churn=True,
+        timesteps=0,
+        sigmas=1,
     ),
     "EulerAncestralDiscreteScheduler": Sampler(
-        k_diffusion.euler_ancestral,
-        k_schedule,
-        TRAINING | ZERO_SNR | {"timestep_spacing": "linspace"},
-        {"prediction_type": NOISE_OR_V},
+        k_diffusion.euler_ancestral, k_schedule, TRAINING | ZERO_SNR | SPACING, NOISE_OR_V
     ),
     "HeunDiscreteScheduler": Sampler(
-        k_diffusion.heun,
-        k_schedule,
-        SIGMAS | OLD_BETAS | {"clip_sample": False, "clip_sample_range": 1.0},
-        {"prediction_type": ANY_BUT_FLOW},
+        k_diffusion.heun, k_schedule, SIGMAS | OLD_BETAS | CLIPPING | {"clip_sample": False}, ANY_BUT_FLOW, timesteps=0
     ),
-    "LMSDiscreteScheduler": Sampler(k_diffusion.lms, k_schedule, SIGMAS, {"prediction_type": ANY_BUT_FLOW}),
+    "LMSDiscreteScheduler": Sampler(k_diffusion.lms, k_schedule, SIGMAS, ANY_BUT_FLOW),
     "KDPM2DiscreteScheduler": Sampler(
-        k_diffusion.kdpm2, partial(k_schedule, round_karras=True), SIGMAS | OLD_BETAS, {"prediction_type": NOISE_OR_V}
+        k_diffusion.kdpm2, partial(k_schedule, round_karras=True), SIGMAS | OLD_BETAS, NOISE_OR_V
     ),
     "KDPM2AncestralDiscreteScheduler": Sampler(
-        k_diffusion.kdpm2_ancestral,
-        partial(k_schedule, round_karras=True),
-        SIGMAS | OLD_BETAS,
-        {"prediction_type": NOISE_OR_V},
+        k_diffusion.kdpm2_ancestral, partial(k_schedule, round_karras=True), SIGMAS | OLD_BETAS, NOISE_OR_V
+    ),
+    "EDMEulerScheduler": Sampler(
+        k_diffusion.euler, partial(edm_schedule, single=False), EDM, EDM_CHOICES, takes_churn=True
+    ),
+    "EDMDPMSolverMultistepScheduler": Sampler(
+        dpm_solver.dpm_multistep,
+        partial(edm_schedule, single=True),
+        EDM
+        | THRESHOLDING
+        | {"solver_order": 2, "lower_order_final": True, "euler_at_final": False}
+        | {"algorithm_type": "dpmsolver++", "solver_type": "midpoint"},
+        EDM_CHOICES | DATA | {"solver_order": (1, 2, 3), "solver_type": ("midpoint", "heun")},
     ),
     "DPMSolverMultistepScheduler": Sampler(
         dpm_solver.dpm_multistep,
         partial(solver_schedule, round_karras=False, repeat_last=False),
         DPM | ZERO_SNR | {"euler_at_final": False, "use_lu_lambdas": False},
-        ORDERS
-        | {
-            "algorithm_type": ("dpmsolver", "dpmsolver++", "sde-dpmsolver", "sde-dpmsolver++"),
-            "use_lu_lambdas": (False,),
-        },
+        ORDERS | {"algorithm_type": ("dpmsolver", "dpmsolver++", "sde-dpmsolver", "sde-dpmsolver++")},
+        timesteps=0,
     ),
     "DPMSolverSinglestepScheduler": Sampler(
         dpm_solver.dpm_singlestep,
         partial(solver_schedule, repeat_last=False),
         DPM | {"lower_order_final": False},
         ORDERS | {"algorithm_type": ("dpmsolver", "dpmsolver++", "sde-dpmsolver++")},
-        {"timestep_spacing": "linspace"},
+        SPACING,
+        timesteps=0,
     ),
     "UniPCMultistepScheduler": Sampler(
         unipc,
         partial(solver_schedule, flow_from_one=True),
         SOLVER
         | ZERO_SNR
-        | {
-            "predict_x0": True,
-            "solver_type": "bh2",
-            "disable_corrector": [],
-            "solver_p": None,
-            "final_sigmas_type": "zero",
-            "shift_terminal": None,
-        },
-        {"solver_order": (1, 2, 3), "solver_type": ("bh1", "bh2"), "solver_p": (None,), "prediction_type": ANY},
+        | {"predict_x0": True, "solver_type": "bh2", "disable_corrector": [], "solver_p": None}
+        | {"final_sigmas_type": "zero", "shift_terminal": None},
+        ANY | SHIFTS | {"solver_order": (1, 2, 3), "solver_type": ("bh1", "bh2"), "solver_p": (None,)},
+        sigmas=0,
     ),
     "DEISMultistepScheduler": Sampler(
-        deis,
+        deis, solver_schedule, SOLVER, ANY | SHIFTED | {"solver_order": (1, 2, 3)}, TO_MINIMUM
+    ),
+    "SASolverScheduler": Sampler(
+        sa_solver,
         solver_schedule,
-        SOLVER,
-        {"solver_order": (1, 2, 3), "prediction_type": ANY},
-        {"final_sigmas_type": "sigma_min"},
+        TRAINING
+        | SPACED
+        | SPACING
+        | THRESHOLDING
+        | {"predictor_order": 2, "corrector_order": 2, "tau_func": None, "algorithm_type": "data_prediction"}
+        | {"lower_order_final": True, "use_flow_sigmas": False, "flow_shift": 1.0}
+        | {"lambda_min_clipped": -float("inf"), "variance_type": None},
+        ANY
+        | {"predictor_order": (1, 2, 3, 4), "corrector_order": (1, 2, 3, 4), "tau_func": (None,)}
+        | {"algorithm_type": ("data_prediction", "noise_prediction"), "variance_type": (None,)},
+        TO_MINIMUM | {"use_dynamic_shifting": False},
     ),
     "FlowMatchEulerDiscreteScheduler": Sampler(
-        k_diffusion.flow_euler,
+        flow.flow_euler, flow_schedule, FLOW | {"stochastic_sampling": False}, SHIFTS, timesteps=0, sigmas=0
+    ),
+    "FlowMatchHeunDiscreteScheduler": Sampler(
+        flow.flow_heun, flow_schedule, {"num_train_timesteps": 1000, "shift": 1.0}, takes_churn=True
+    ),
+    "FlowMatchLCMScheduler": Sampler(
+        flow.flow_lcm,
         flow_schedule,
-        RESPACED
-        | {
-            "num_train_timesteps": 1000,
-            "shift": 1.0,
-            "use_dynamic_shifting": False,
-            "invert_sigmas": False,
-            "shift_terminal": None,
-        }
-        | {"time_shift_type": "exponential", "stochastic_sampling": False},
-        {"invert_sigmas": (False,), "time_shift_type": ("exponential", "linear")},
+        FLOW | {"scale_factors": None},
+        SHIFTS | {"scale_factors": (None, [])},
+        timesteps=0,
+        sigmas=0,
+    ),
+    "SCMScheduler": Sampler(
+        flow.scm,
+        trigonometric_schedule,
+        {"num_train_timesteps": 1000, "prediction_type": "trigflow", "sigma_data": 0.5},
+        {"prediction_type": ("trigflow",)},
+        timesteps=1,
     ),
 }
+# the same numbers; they differ in what they do to batches in diffusers
+SAMPLERS["DDIMParallelScheduler"] = SAMPLERS["DDIMScheduler"]
+SAMPLERS["DDPMParallelScheduler"] = SAMPLERS["DDPMScheduler"]
 
-DPMPP = {"algorithm_type": "dpmsolver++"}
-SDE = {"algorithm_type": "sde-dpmsolver++"}
-# class, options that the name sets, options that it sets where the config is silent
-SHORT_NAMES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
-    "ddim": ("DDIMScheduler", {}, {"clip_sample": False}),
-    "ddpm": ("DDPMScheduler", {}, {"clip_sample": False}),
-    "pndm": ("PNDMScheduler", {}, {}),
-    "plms": ("PNDMScheduler", {"skip_prk_steps": True}, {}),
-    "lcm": ("LCMScheduler", {}, {}),
-    "euler": ("EulerDiscreteScheduler", {}, {}),
-    "euler_a": ("EulerAncestralDiscreteScheduler", {}, {}),
-    "heun": ("HeunDiscreteScheduler", {}, {"clip_sample": False}),
-    "lms": ("LMSDiscreteScheduler", {}, {}),
-    "dpm_2": ("KDPM2DiscreteScheduler", {}, {}),
-    "dpm_2_a": ("KDPM2AncestralDiscreteScheduler", {}, {}),
-    "dpmpp_2m": ("DPMSolverMultistepScheduler", DPMPP | {"solver_order": 2}, {}),
-    "dpmpp_3m": ("DPMSolverMultistepScheduler", DPMPP | {"solver_order": 3}, {}),
-    "dpmpp_2m_sde": ("DPMSolverMultistepScheduler", SDE | {"solver_order": 2}, {}),
-    "dpmpp_3m_sde": ("DPMSolverMultistepScheduler", SDE | {"solver_order": 3}, {}),
-    "dpmpp_2s": ("DPMSolverSinglestepScheduler", DPMPP | {"solver_order": 2}, {}),
-    "dpmpp_3s": ("DPMSolverSinglestepScheduler", DPMPP | {"solver_order": 3}, {}),
-    "unipc": ("UniPCMultistepScheduler", {}, {}),
-    "deis": ("DEISMultistepScheduler", {}, {}),
-    "flow_euler": ("FlowMatchEulerDiscreteScheduler", {}, {}),
-}
-SUFFIXES = ("karras", "exponential", "beta")
 # values that another class's config may carry, and what they become
+Translation = dict[str, Mapping[Any, str | None]]
 TO_MIDPOINT = dict.fromkeys(("logrho", "bh1", "bh2"), "midpoint")
-FROM_DEIS = {"algorithm_type": {"deis": "dpmsolver++"}, "solver_type": TO_MIDPOINT}
-TRANSLATIONS: Mapping[str, Mapping[str, Mapping[Any, str]]] = {
+# a fixed variance belongs to DDPM: the solvers have none, and read the option only to cut learned ones off
+NO_VARIANCE: Translation = {"variance_type": dict.fromkeys(FIXED_VARIANCE["variance_type"])}
+FROM_DEIS: Translation = {"algorithm_type": {"deis": "dpmsolver++"}, "solver_type": TO_MIDPOINT}
+TRANSLATIONS: Mapping[str, Translation] = {
     # DPM-Solver configs write the unset type down; DDPM then leaves its variance as it is, which is `fixed_small`.
     "DDPMScheduler": {"variance_type": {None: "fixed_small"}},
-    "DPMSolverMultistepScheduler": FROM_DEIS,
-    "DPMSolverSinglestepScheduler": FROM_DEIS,
+    "DDPMParallelScheduler": {"variance_type": {None: "fixed_small"}},
+    "DPMSolverMultistepScheduler": FROM_DEIS | NO_VARIANCE,
+    "DPMSolverSinglestepScheduler": FROM_DEIS | NO_VARIANCE,
+    "EDMDPMSolverMultistepScheduler": FROM_DEIS,
+    "SASolverScheduler": NO_VARIANCE,
     "UniPCMultistepScheduler": {"solver_type": dict.fromkeys(("midpoint", "heun", "logrho"), "bh2")},
 }

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from ..schedules import Options, Schedule
+from .algebra import clean_and_noise, quadrature_factors
 from .dpm_solver import levels
-from .predictions import clean_and_noise
-from .quadrature import quadrature_factors
-from .schedules import Options, Schedule
 from .step_table import StepTable, TableBuilder
 
 __all__ = ["deis"]

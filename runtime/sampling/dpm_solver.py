@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .predictions import Form, clean_and_noise
-from .schedules import Options, Schedule
+from ..schedules import Options, Schedule
+from .algebra import Form, clean_and_noise, preconditioned
 from .step_table import StepTable, TableBuilder
 
 __all__ = ["Level", "dpm_multistep", "dpm_singlestep", "levels"]
@@ -23,11 +23,15 @@ class Level:
 
 
 def levels(schedule: Schedule, options: Options) -> list[Level]:
-    """Return the n + 1 levels of a schedule: variance preserving, or a straight flow."""
+    """Return the n + 1 levels of a schedule: variance preserving, a straight flow, or unscaled (preconditioned)."""
     result = []
     for sigma in schedule.sigmas:
-        signal = 1 - sigma if options["use_flow_sigmas"] else (sigma**2 + 1) ** -0.5
-        noise = sigma if options["use_flow_sigmas"] else sigma * signal
+        signal, noise = np.float64(1), sigma
+        if options.get("use_flow_sigmas"):
+            signal = 1 - sigma
+        elif "sigma_data" not in options:
+            signal = (sigma**2 + 1) ** -0.5
+            noise = sigma * signal
         with np.errstate(divide="ignore"):
             result.append(Level(signal, noise, np.log(signal) - np.log(noise)))
     return result
@@ -53,8 +57,10 @@ def dpm_multistep(schedule: Schedule, options: Options) -> StepTable:
             table, table.latents, level[i], level[i + 1], differences, options, midpoint=midpoint
         )
         original = (float(level[i].signal), float(level[i].noise))
-        table.row(schedule.timesteps[i], latents, now[: order - 1], original=original, draw=is_sde(options))
-    return table.table()
+        scale = (level[i].noise ** 2 + options["sigma_data"] ** 2) ** -0.5 if "sigma_data" in options else 1.0
+        history, draw = now[: order - 1], is_sde(options)
+        table.row(schedule.timesteps[i], latents, history, original=original, input_scale=scale, draw=draw)
+    return table.table((options["sigma_max"] ** 2 + 1) ** 0.5 if "sigma_data" in options else 1.0)
 
 
 def dpm_singlestep(schedule: Schedule, options: Options) -> StepTable:
@@ -134,6 +140,9 @@ def is_sde(options: Options) -> bool:
 
 def converted(table: TableBuilder, level: Level, options: Options, *, data: bool) -> Form:
     """Return what the solver extrapolates: x0 when it works on data (the ++ variants), else epsilon."""
+    if "sigma_data" in options:
+        sigma_data = options["sigma_data"]
+        return preconditioned(options["prediction_type"], table.latents, table.prediction, level.noise, sigma_data)
     x0, epsilon = clean_and_noise(
         options["prediction_type"], table.latents, table.prediction, level.signal, level.noise
     )

@@ -6,20 +6,24 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .predictions import Form, clean_and_noise
-from .quadrature import quadrature_factors
-from .schedules import Options, Schedule, timestep_at
+from ..schedules import Options, Schedule
+from ..schedules.diffusion import timestep_at
+from .algebra import Form, clean_and_noise, preconditioned, quadrature_factors
 from .step_table import StepTable, TableBuilder
 
-__all__ = ["euler", "euler_ancestral", "flow_euler", "heun", "kdpm2", "kdpm2_ancestral", "lms"]
+__all__ = ["churned", "close_row", "euler", "euler_ancestral", "first_sigma", "heun", "kdpm2", "kdpm2_ancestral", "lms"]
 
 
 def euler(schedule: Schedule, options: Options) -> StepTable:
-    """Euler's method (Karras et al. 2022, algorithm 1 without churn)."""
+    """Euler's method (Karras et al. 2022, algorithm 1), on preconditioned networks as well.
+
+    Churn adds its noise after the network was asked, as diffusers does.
+    """
     table, s = TableBuilder(), schedule.sigmas
     for i in range(schedule.start, len(schedule)):
-        slope = slope_at(table, s[i], options)
-        close_row(table, schedule.timesteps[i], s[i], table.latents + (s[i + 1] - s[i]) * slope)
+        hat, start = churned(table, s[i], len(schedule), options)
+        latents = start + (s[i + 1] - hat) * slope_at(table, s[i], options, start, hat)
+        close_row(table, schedule.timesteps[i], s[i], latents, draw=bool(hat > s[i]), unit=unit_of(options))
     return table.table(first_sigma(schedule, options))
 
 
@@ -90,27 +94,39 @@ def midpoint(schedule: Schedule, options: Options, ancestral_noise: bool) -> Ste
     return table.table(first_sigma(schedule, options))
 
 
-def flow_euler(schedule: Schedule, options: Options) -> StepTable:
-    """Euler's method on a rectified flow (Liu et al. 2022); stochastic_sampling noises the clean estimate anew."""
-    table, s = TableBuilder(), schedule.sigmas
-    stochastic = bool(options["stochastic_sampling"])
-    for i in range(schedule.start, len(schedule)):
-        if stochastic:
-            x0 = table.latents - s[i] * table.prediction
-            latents = (1 - s[i + 1]) * x0 + s[i + 1] * table.noise
-        else:
-            latents = table.latents + (s[i + 1] - s[i]) * table.prediction
-        table.row(schedule.timesteps[i], latents, original=(1 - s[i], s[i]), draw=stochastic)
-    return table.table()
+def slope_at(
+    table: TableBuilder, sigma: float, options: Options, latents: Form | None = None, hat: float | None = None
+) -> Form:
+    """Return dx/dsigma = (x - x0) / sigma from the prediction for latents at `sigma`.
 
-
-def slope_at(table: TableBuilder, sigma: float, options: Options) -> Form:
-    """Return dx/dsigma = (x - x0) / sigma from the prediction for latents at `sigma`."""
-    scale = (sigma**2 + 1) ** -0.5
-    x0, _ = clean_and_noise(options["prediction_type"], scale * table.latents, table.prediction, scale, sigma * scale)
+    With churn `latents` were noised up to `hat` since the network saw them; only epsilon belongs to the new level.
+    """
+    latents, hat = table.latents if latents is None else latents, sigma if hat is None else hat
+    kind = options["prediction_type"]
+    if "sigma_data" in options:
+        x0 = preconditioned(kind, latents, table.prediction, hat, options["sigma_data"])
+    else:
+        level = hat if kind == "epsilon" else sigma
+        scale = (level**2 + 1) ** -0.5
+        x0, _ = clean_and_noise(kind, scale * latents, table.prediction, scale, level * scale)
     if options.get("clip_sample"):
         x0 = table.clip(x0, options["clip_sample_range"])
-    return (table.latents - x0) / sigma
+    return (latents - x0) / hat
+
+
+def churned(table: TableBuilder, sigma: float, steps: int, options: Options) -> tuple[float, Form]:
+    """Return a raised sigma and the latents with the noise that it takes (Karras et al. 2022, algorithm 2)."""
+    churn = options["churn"]
+    gamma = min(churn.s_churn / steps, 2**0.5 - 1) if churn.s_tmin <= sigma <= churn.s_tmax else 0.0
+    if gamma == 0:
+        return sigma, table.latents
+    hat = sigma * (gamma + 1)
+    return hat, table.latents + churn.s_noise * (hat**2 - sigma**2) ** 0.5 * table.noise
+
+
+def unit_of(options: Options) -> float:
+    """Return the deviation of the data that the network was preconditioned for."""
+    return float(options.get("sigma_data", 1.0))
 
 
 def close_row(
@@ -122,10 +138,14 @@ def close_row(
     *,
     draw: bool = False,
     original_sigma: float | None = None,
+    unit: float = 1.0,
 ) -> None:
-    """Close a row at `sigma`; the network sees unit variance. `original_sigma`: the noise level of `original`."""
+    """Close a row at `sigma`; the network sees unit variance, `unit` being the deviation of clean latents.
+
+    `original_sigma`: the noise level of `original`.
+    """
     original = (1.0, sigma if original_sigma is None else original_sigma)
-    table.row(timestep, latents, history, original=original, input_scale=(sigma**2 + 1) ** -0.5, draw=draw)
+    table.row(timestep, latents, history, original=original, input_scale=(sigma**2 + unit**2) ** -0.5, draw=draw)
 
 
 def ancestral(sigma: float, sigma_next: float) -> tuple[float, float]:
@@ -136,5 +156,7 @@ def ancestral(sigma: float, sigma_next: float) -> tuple[float, float]:
 
 def first_sigma(schedule: Schedule, options: Options) -> float:
     """Return the scale of the first noise: the largest sigma, or with "leading" spacing the deviation at it."""
+    if "sigma_data" in options:
+        return float((options["sigma_max"] ** 2 + 1) ** 0.5)
     largest = schedule.sigmas.max()
     return float(largest if options["timestep_spacing"] in ("linspace", "trailing") else (largest**2 + 1) ** 0.5)

@@ -2,28 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from ...engines.errors import LatentRTError, RequestError, SchedulerError, reason
-from .catalog import SAMPLERS, SHORT_NAMES, SUFFIXES, TRANSLATIONS, Sampler
+from ...engines.bundle import ScheduleRule
+from ...engines.errors import LatentRTError, RequestError, SchedulerError, UnsupportedModelError, reason
+from ..schedules.custom import checked_values
+from ..schedules.flow import flow_schedule
+from ..schedules.rule import applied
+from .catalog import SAMPLERS, Sampler
+from .names import SHORT_NAMES
+from .resolve import resolved, suffixes_of
 from .step_table import StepTable
 
-__all__ = ["SamplerDescription", "describe", "names", "step_table", "takes_eta"]
+__all__ = ["Churn", "SamplerDescription", "check_scheduler", "describe", "names", "step_table", "takes_eta"]
 
 MAX_TRAIN_TIMESTEPS = 100_000
 
-TYPES: dict[type, tuple[type, ...]] = {bool: (bool, type(None)), int: (int,), float: (int, float), str: (str,)}
+
+class Churn(NamedTuple):
+    """Noise added at every step between two sigmas (Karras et al. 2022, algorithm 2; diffusers' names)."""
+
+    s_churn: float = 0.0
+    """How much noise, over the whole run."""
+    s_tmin: float = 0.0
+    """The least sigma at which noise is added."""
+    s_tmax: float = float("inf")
+    """The largest sigma at which noise is added."""
+    s_noise: float = 1.0
+    """The deviation of the noise."""
 
 
-FIRST_ORDER = ("ddim", "ddpm", "euler", "euler_a", "dpmpp_3m_sde", "flow_euler")
-THIRD_ORDER = ("dpmpp_3s", "unipc")
-NO_ORDER = ("lcm",)
-"""It draws noise anew at every step, and converges to nothing."""
+NO_CHURN = Churn()
+TYPICAL_STEPS = 4
+"""A number of steps that every schedule takes, those of distilled models as well."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +54,7 @@ class SamplerDescription:
     order: int | None
     """How fast its error falls, at least: n times the steps, n**order times less."""
     meaning: str
+    """The method and its source."""
 
 
 def names() -> list[str]:
@@ -47,43 +63,55 @@ def names() -> list[str]:
 
 
 def describe() -> list[SamplerDescription]:
-    """Return every sampler that has a short name, with what its own documentation says."""
-    return [_described(name) for name in SHORT_NAMES]
-
-
-def _described(name: str) -> SamplerDescription:
-    class_name, forced, _ = SHORT_NAMES[name]
-    sampler = SAMPLERS[class_name]
-    build = sampler.build.func if isinstance(sampler.build, partial) else sampler.build
-    order = 1 if name in FIRST_ORDER else 3 if name in THIRD_ORDER else None if name in NO_ORDER else 2
-    meaning = (build.__doc__ or "").strip().splitlines()[0].partition("; slot")[0].rstrip(".")
-    settings = ", ".join(f"{key}={value}" for key, value in forced.items())
-    suffixes = tuple(SUFFIXES) if "use_karras_sigmas" in sampler.defaults else ()
-    return SamplerDescription(name, class_name, suffixes, order, meaning + (f"; {settings}" if settings else ""))
+    """Return every sampler that has a short name, with what it is and where it comes from."""
+    return [
+        SamplerDescription(name, short.class_name, suffixes_of(short.class_name), short.order, short.meaning)
+        for name, short in SHORT_NAMES.items()
+    ]
 
 
 def step_table(
     scheduler_config: Mapping[str, Any],
-    num_inference_steps: int,
+    num_inference_steps: int | None,
     *,
     sampler: str | None = None,
     strength: float = 1.0,
     eta: float = 0.0,
     mu: float | None = None,
+    timesteps: Sequence[float] | None = None,
+    sigmas: Sequence[float] | None = None,
+    churn: Churn = NO_CHURN,
+    rule: ScheduleRule | None = None,
+    size: tuple[int, int] | None = None,
 ) -> StepTable:
     """Build the table of a run from a diffusers `scheduler_config.json` and a number of steps.
 
     `sampler` replaces the config's own: a diffusers class name behaves as `Class.from_config(scheduler_config)`; a
     short name (`names()`) does the same, sets the options in its name, and leaves latents unclipped where the config
     is silent on clip_sample (diffusers' DDIM and DDPM would clip). `strength` < 1 (image-to-image) leaves out the first
-    steps, as diffusers does: int(steps * strength) remain, and multistep samplers warm up again. `eta` (DDIM) adds
-    noise; `mu` shifts a flow schedule that asks for use_dynamic_shifting.
+    steps, as diffusers does: int(steps * strength) remain, and multistep samplers warm up again. `eta` (DDIM, TCD) adds
+    noise, `churn` (Euler, EDM Euler, flow Heun) as well; `mu` shifts a schedule that asks for use_dynamic_shifting.
+
+    `timesteps` or `sigmas`, decreasing, replace the schedule's own and set the number of steps, where the sampler's
+    diffusers class takes them: with Euler's sigmas and the timesteps of Wuerstchen and SCM the last one ends the run.
+    `rule` says what the checkpoint's pipeline hands to its scheduler, from the number of steps and `size`, (width,
+    height) in pixels; what the caller gives goes before it.
 
     Raises RequestError for numbers out of range, SchedulerError for a scheduler or option that no table expresses.
     """
     try:
         with np.errstate(all="ignore"):  # TableBuilder.table refuses what is not finite
-            return _table(scheduler_config, num_inference_steps, sampler, strength, eta, mu)
+            name, options = resolved(scheduler_config, sampler)
+            chosen = SAMPLERS[name]
+            steps = checked_steps(num_inference_steps, options) if num_inference_steps is not None else None
+            options |= checked_eta(eta, chosen) | {"mu": mu, "churn": checked_churn(churn, name, chosen)}
+            options["timesteps"] = checked_values("timesteps", timesteps, chosen.timesteps, name)
+            options["sigmas"] = checked_values("sigmas", sigmas, chosen.sigmas, name)
+            if rule is not None:
+                options |= applied(rule, options, steps, size, on_flow=chosen.schedule is flow_schedule)
+            steps = custom_steps(options, chosen, steps)
+            start = first_step(steps, strength, flow=name.startswith("FlowMatch"))
+            return chosen.build(replace(chosen.schedule(options, steps), start=start), options)
     except LatentRTError:
         raise
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
@@ -94,17 +122,18 @@ def step_table(
         ) from error
 
 
-def _table(
-    config: Mapping[str, Any], steps: int, sampler: str | None, strength: float, eta: float, mu: float | None
-) -> StepTable:
-    name, options = resolved(config, sampler)
-    steps = checked_steps(steps, options)
-    if not 0 <= eta <= 1:
-        raise RequestError(f"eta {eta} is out of range: give 0 (deterministic) to 1")
-    options |= {"eta": eta, "mu": mu}
-    schedule = SAMPLERS[name].schedule(options, steps)
-    start = first_step(steps, strength, flow=name.startswith("FlowMatch"))
-    return SAMPLERS[name].build(replace(schedule, start=start), options)
+def check_scheduler(scheduler_config: Mapping[str, Any], rule: ScheduleRule | None, size: tuple[int, int]) -> None:
+    """Raise UnsupportedModelError, with the way out, for a checkpoint whose own scheduler no step table expresses.
+
+    `size` is the (width, height) in pixels that the checkpoint was trained for.
+    """
+    try:
+        step_table(scheduler_config, TYPICAL_STEPS, rule=rule, size=size)
+    except SchedulerError as error:
+        raise UnsupportedModelError(
+            f"the checkpoint's scheduler has no step table: {error}; "
+            "change scheduler/scheduler_config.json, or the class in model_index.json, and export again"
+        ) from error
 
 
 def takes_eta(sampler: str, scheduler_config: Mapping[str, Any]) -> bool:
@@ -112,62 +141,37 @@ def takes_eta(sampler: str, scheduler_config: Mapping[str, Any]) -> bool:
     return SAMPLERS[resolved(scheduler_config, sampler)[0]].takes_eta
 
 
-def resolved(config: Mapping[str, Any], sampler: str | None) -> tuple[str, dict[str, Any]]:
-    """Return the class name and the complete options of a sampler for a scheduler config, checked."""
-    own = str(config.get("_class_name", ""))
-    forced: dict[str, Any] = {}
-    silent: dict[str, Any] = {}
-    name = sampler or own
-    if name not in SAMPLERS:
-        name, forced, silent = from_short_name(name)
-    chosen = SAMPLERS[name]
-    unset = config.get("_use_default_values", ()) if name != own else ()
-    given = {key: value for key, value in config.items() if key in chosen.defaults and key not in unset}
-    options = {**chosen.defaults, **silent, **given, **forced, **chosen.fixed}
-    for key, table in TRANSLATIONS.get(name, {}).items():
-        options[key] = table.get(options[key], options[key])
-    check(name, options, chosen)
-    return name, options
+def checked_eta(eta: float, chosen: Sampler) -> dict[str, float]:
+    """Return the option eta, 0 for samplers that have none; raises RequestError unless it is in [0, 1]."""
+    if not 0 <= eta <= 1:
+        raise RequestError(f"eta {eta} is out of range: give 0 (deterministic) to 1")
+    return {"eta": eta if chosen.takes_eta else 0.0}
 
 
-def from_short_name(name: str) -> tuple[str, dict[str, Any], dict[str, Any]]:
-    """Return class name, forced options and fallback options of a short name; raises SchedulerError if unknown."""
-    if name in SHORT_NAMES:
-        return SHORT_NAMES[name]
-    base, _, suffix = name.rpartition("_")
-    if suffix in SUFFIXES and base in SHORT_NAMES:
-        class_name, forced, silent = SHORT_NAMES[base]
-        if "use_karras_sigmas" in SAMPLERS[class_name].defaults:
-            return class_name, forced | {f"use_{each}_sigmas": each == suffix for each in SUFFIXES}, silent
-    raise SchedulerError(
-        f"sampler {name!r} is not known: use one of {', '.join(SHORT_NAMES)} (with _karras, _exponential or _beta "
-        f"where it has sigmas to space), or a class name of {', '.join(SAMPLERS)}"
-    )
+def checked_churn(churn: Churn, name: str, chosen: Sampler) -> Churn:
+    """Return the churn; raises RequestError for negative numbers, or for a sampler that adds no noise this way."""
+    if not all(number >= 0 for number in churn):
+        raise RequestError(
+            f"churn {tuple(churn)} is out of range: give s_churn, s_tmin, s_tmax and s_noise of 0 or more"
+        )
+    if churn.s_churn > 0 and not chosen.takes_churn:
+        able = ", ".join(each for each, sampler in SAMPLERS.items() if sampler.takes_churn)
+        raise RequestError(f"{name} takes no s_churn: choose {able}")
+    return churn
 
 
-def check(name: str, options: Mapping[str, Any], chosen: Sampler) -> None:
-    """Raise SchedulerError for option values that this sampler's table does not express."""
-
-    def refuse(key: str, advice: str) -> SchedulerError:
-        given = f"{name} with {key}={options[key]!r}"
-        return SchedulerError(f"{given} is not supported: {advice}, or choose another sampler")
-
-    for key, default in chosen.defaults.items():
-        if default is not None and not isinstance(options[key], TYPES.get(type(default), object)):
-            raise refuse(key, f"give a value like {default!r}")
-    for key, allowed in chosen.choices.items():
-        if options[key] not in allowed:
-            raise refuse(key, f"use {', '.join(repr(value) for value in allowed)}")
-    if options.get("thresholding"):
-        raise refuse("thresholding", "set it to false")
-    if options.get("use_dynamic_shifting") and name != "FlowMatchEulerDiscreteScheduler":
-        raise refuse("use_dynamic_shifting", "set flow_shift")
-    if options.get("prediction_type") == "flow_prediction" and not options["use_flow_sigmas"]:
-        raise refuse("prediction_type", "set use_flow_sigmas")
-    if options.get("final_sigmas_type", "zero") not in ("zero", "sigma_min"):
-        raise refuse("final_sigmas_type", "use 'zero' or 'sigma_min'")
-    if options.get("algorithm_type") in ("dpmsolver", "sde-dpmsolver") and options["final_sigmas_type"] == "zero":
-        raise refuse("algorithm_type", "set final_sigmas_type='sigma_min'")
+def custom_steps(options: Mapping[str, Any], chosen: Sampler, steps: int | None) -> int:
+    """Return the number of steps of the schedule that was given, or else the number that was asked for."""
+    told, given = options["timesteps"], options["sigmas"]
+    if told is not None and given is not None and (chosen.schedule is not flow_schedule or len(told) != len(given)):
+        raise RequestError("timesteps and sigmas are given: give one of them")
+    if told is not None:
+        return checked_steps(len(told) - (chosen.timesteps or 0), options)
+    if given is not None:
+        return checked_steps(len(given) - (chosen.sigmas or 0), options)
+    if steps is None:
+        raise RequestError("num_inference_steps is not given: give it, or timesteps or sigmas")
+    return steps
 
 
 def checked_steps(steps: int, options: Mapping[str, Any]) -> int:

@@ -36,8 +36,8 @@ class StepTable:
     weights [N, 1 + H, K]   basis -> next latents, next history
     clip_weights [N, K]     basis -> the clipped column, before the clip
     clip_limits [N]         its limit; 0 where nothing is clipped
-    draws [N]               whether a fresh noise tensor is drawn for this row (in row order)
-    original [N + 1, 2]        (signal, noise) factors of a given image at the state before row i; last the clean image
+    draws [N]               how many fresh noise tensors are drawn for this row (in row order); the last one is used
+    original [N + 1, 2]     (signal, noise) factors of a given image at the state before row i; last the clean image
     init_noise_sigma        the first latents are `init_noise_sigma * noise`
     """
 
@@ -46,7 +46,7 @@ class StepTable:
     weights: NDArray[np.float64]
     clip_weights: NDArray[np.float64]
     clip_limits: NDArray[np.float64]
-    draws: NDArray[np.bool_]
+    draws: NDArray[np.int64]
     original: NDArray[np.float64]
     init_noise_sigma: float
 
@@ -84,7 +84,7 @@ class TableBuilder:
         self._rows: list[tuple[NDArray[np.float64], Form, float]] = []
         self._timesteps: list[float] = []
         self._input_scales: list[float] = []
-        self._draws: list[bool] = []
+        self._draws: list[int] = []
         self._original: list[tuple[float, float]] = []
 
     def clip(self, form: Form, limit: float) -> Form:
@@ -100,14 +100,14 @@ class TableBuilder:
         *,
         original: tuple[float, float],
         input_scale: float = 1.0,
-        draw: bool = False,
+        draw: int = 0,
     ) -> None:
         """Close a row with the next latents and the next history (missing slots become zero)."""
         slots = [*history, *[self.zero] * (len(self.history) - len(history))]
         self._rows.append((np.stack([latents, *slots]), *self._clip))
         self._timesteps.append(float(timestep))
         self._input_scales.append(float(input_scale))
-        self._draws.append(draw)
+        self._draws.append(int(draw))
         self._original.append(original)
         self._clip = (self.zero, 0.0)
 
@@ -120,7 +120,7 @@ class TableBuilder:
             weights=weights,
             clip_weights=clip_weights,
             clip_limits=clip_limits,
-            draws=np.array(self._draws),
+            draws=np.array(self._draws, np.int64),
             original=np.array([*self._original, (1.0, 0.0)], np.float64),
             init_noise_sigma=float(init_noise_sigma),
         )

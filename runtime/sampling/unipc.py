@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from ..schedules import Options, Schedule
+from .algebra import Form, quadrature_factors
 from .dpm_solver import Level, converted, levels
-from .predictions import Form
-from .quadrature import quadrature_factors
-from .schedules import Options, Schedule
 from .step_table import StepTable, TableBuilder
 
 __all__ = ["unipc"]

@@ -18,8 +18,8 @@ BETA = 0.6  # Lee et al. 2024
 def respaced_sigmas(choice: str, options: Mapping[str, Any], sigmas: NDArray[Any], steps: int) -> NDArray[np.float64]:
     """Space `steps` sigmas between the ends of `sigmas`, or between the options sigma_max and sigma_min where given.
 
-    karras: even in sigma^(1/7) (Karras et al. 2022, equation 5). exponential: even in log sigma. beta: quantiles of
-    Beta(0.6, 0.6) (Lee et al. 2024).
+    karras: even in sigma^(1/7) (Karras et al. 2022, equation 5). exponential: even in log sigma; lu: the same, which Lu
+    et al. 2022 call uniform in lambda. beta: quantiles of Beta(0.6, 0.6) (Lee et al. 2024).
     """
     largest = float(sigmas[0] if options.get("sigma_max") is None else options["sigma_max"])
     smallest = float(sigmas[-1] if options.get("sigma_min") is None else options["sigma_min"])
@@ -27,6 +27,9 @@ def respaced_sigmas(choice: str, options: Mapping[str, Any], sigmas: NDArray[Any
     if choice == "karras":
         first, last = largest ** (1 / RHO), smallest ** (1 / RHO)
         return (first + ramp * (last - first)) ** RHO
+    if choice == "lu":  # in float32, whose rounding may decide a timestep
+        first, last = (float(np.log(np.float32(end))) for end in (largest, smallest))
+        return np.exp(first + ramp * (last - first))
     if choice == "exponential":
         return np.exp(np.linspace(np.log(largest), np.log(smallest), steps))
     return smallest + beta_quantiles(1 - ramp) * (largest - smallest)
