@@ -22,8 +22,9 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from .errors import StorageError, reason
+from .errors import EngineError, StorageError, reason
 from .files import flush_folder, locked, sha256_of, write_atomically
+from .trust import check_trusted
 
 SIDECAR = "engine.json"
 CHECKED = "checked.json"
@@ -51,12 +52,15 @@ class EngineCache:
         self.root = root.absolute() if root is not None else home() / "engines"
 
     def find(self, name: str, key: Mapping[str, Any]) -> Path | None:
-        """Return the folder of a finished engine with exactly this key, or None."""
+        """Return the folder of a finished engine with exactly this key, or None.
+
+        Raises `StorageError` when others may have written it; see `engines.trust`.
+        """
         folder = self.root / _entry(name, key)
+        check_trusted(self.root, folder)
         sidecar = _sidecar(folder)
         if sidecar is None or sidecar.get("key") != _plain(key):
             return None
-        self._check_owner(folder)
         if problem := _damage(folder, sidecar):
             log.warning("engine %s is damaged (%s): it is built again", folder, problem)
             return None
@@ -74,21 +78,23 @@ class EngineCache:
         entry = _entry(name, key)
         with self._writing():
             self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._check_owner(self.root)
+            check_trusted(self.root)
             self.sweep()
             with self._lock(entry):
                 if found := self.find(name, key):  # built by another process while this one waited
                     return found
                 working = self.root / ".building" / entry
                 shutil.rmtree(working, ignore_errors=True)
-                working.mkdir(parents=True)
-                self._check_owner(working)
+                working.parent.mkdir(mode=0o755, exist_ok=True)
+                working.mkdir(mode=0o755)
+                check_trusted(self.root, working.parent, working)
                 try:
-                    facts = build(working)
+                    facts = _built(working, build)
                     files = {f.name: _describe(f) for f in sorted(working.iterdir()) if f.is_file()}
                     sidecar = {"graph": name, "key": _plain(key), "files": files, **facts}
                     (working / SIDECAR).write_text(json.dumps(sidecar, indent=2) + "\n", encoding="utf-8")
-                    (working / CHECKED).write_text(json.dumps(_stamp(working, files)), encoding="utf-8")
+                    _protect(working)
+                    write_atomically(working / CHECKED, json.dumps(_stamp(working, files)).encode(), mode=0o644)
                     flush_folder(working)
                     final = self.root / entry
                     shutil.rmtree(final, ignore_errors=True)  # a damaged entry
@@ -119,7 +125,7 @@ class EngineCache:
         """
         damaged = {}
         for folder in sorted(self.root.glob("*-" + 24 * "[0-9a-f]")):
-            self._check_owner(folder)
+            check_trusted(self.root, folder)
             sidecar = _sidecar(folder)
             if sidecar is None or _entry(str(sidecar.get("graph")), sidecar["key"]) != folder.name:
                 problem: str | None = "its description cannot be read"
@@ -128,25 +134,6 @@ class EngineCache:
             if problem and self.remove({"folder": folder}):
                 damaged[folder] = problem
         return damaged
-
-    def _check_owner(self, folder: Path) -> None:
-        """Raise `StorageError` for engines that others may have written: an engine is code."""
-        if not hasattr(os, "geteuid"):
-            return
-        for place in (self.root, folder):
-            try:
-                info = place.stat()
-            except FileNotFoundError:  # removed by another process meanwhile: there is nothing to trust
-                continue
-            if info.st_uid not in (os.geteuid(), 0):
-                raise StorageError(
-                    f"engine cache {place} belongs to user {info.st_uid}, and this is {os.geteuid()}: "
-                    "set LATENTRT_HOME to a folder of your own"
-                )
-            if info.st_mode & 0o002 and not info.st_mode & stat.S_ISVTX:
-                raise StorageError(
-                    f"engine cache {place} can be written by everybody: run chmod o-w on it, or set LATENTRT_HOME"
-                )
 
     def remove(self, entry: Mapping[str, Any]) -> bool:
         """Remove an engine that `entries` has listed; one whose lock another process holds stays, and gives False.
@@ -183,7 +170,8 @@ class EngineCache:
             if isinstance(error, StorageError):
                 raise
             what = error.strerror or error
-            raise StorageError(f"cannot write the engine cache {self.root} ({what}): set LATENTRT_HOME") from error
+            advice = "free space, or set LATENTRT_HOME to another folder"
+            raise StorageError(f"cannot write the engine cache {self.root} ({what}): {advice}") from error
 
 
 def _sidecar(folder: Path) -> dict[str, Any] | None:
@@ -194,6 +182,27 @@ def _sidecar(folder: Path) -> dict[str, Any] | None:
         return None
     fits = isinstance(sidecar, dict) and isinstance(sidecar.get("key"), dict) and isinstance(sidecar.get("files"), dict)
     return sidecar if fits else None
+
+
+def _built(folder: Path, build: Callable[[Path], Mapping[str, Any]]) -> Mapping[str, Any]:
+    """Build an engine in `folder` and return its facts.
+
+    Raises `OSError` when the disk is full, of which ONNX Runtime says only that a file could not be written.
+    """
+    try:
+        return build(folder)
+    except EngineError:
+        with (folder / "probe").open("wb") as file:
+            file.write(bytes(1 << 16))
+            file.flush()
+            os.fsync(file.fileno())
+        raise
+
+
+def _protect(folder: Path) -> None:
+    """Let nobody but its owner write to an engine's files, whatever the umask says."""
+    for file in folder.iterdir():
+        file.chmod(stat.S_IMODE(file.stat().st_mode) & ~0o022)
 
 
 def _describe(file: Path) -> dict[str, Any]:
@@ -228,7 +237,7 @@ def _damage(folder: Path, sidecar: Mapping[str, Any], *, always: bool = False) -
     except (OSError, KeyError, TypeError) as error:
         return reason(error)
     with suppress(StorageError):  # a cache that cannot be written is checked each time
-        write_atomically(folder / CHECKED, json.dumps(stamp).encode())
+        write_atomically(folder / CHECKED, json.dumps(stamp).encode(), mode=0o644)
     return None
 
 

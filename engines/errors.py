@@ -9,6 +9,7 @@
     ├── ExportError               an export that ran and failed, or failed its own parity check
     ├── EngineError               an engine that could not be built, opened or executed
     │   ├── BackendUnavailableError   a backend whose library, driver or device is missing
+    │   ├── MissingPlanError          an engine that is not in the cache, where building is not allowed
     │   └── ShapeError                tensors that do not fit an engine's profile or a graph's shapes
     ├── StorageError              a file that could not be written (disk full, permissions)
     └── MissingExtraError         an optional dependency that is not installed
@@ -18,6 +19,9 @@ A message says what was given, what is allowed, and what to do, in one line.
 
 from __future__ import annotations
 
+import errno
+import re
+
 __all__ = [
     "BackendUnavailableError",
     "BundleError",
@@ -26,17 +30,39 @@ __all__ = [
     "ExportError",
     "LatentRTError",
     "MissingExtraError",
+    "MissingPlanError",
     "RequestError",
     "SchedulerError",
     "ShapeError",
     "StorageError",
     "UnsupportedModelError",
+    "is_out_of_memory",
     "reason",
 ]
 
+NEEDS_LESS = "use a smaller size, fewer pictures at a time or --low-memory, or stop other programs"
+
+_NO_MEMORY = re.compile(
+    r"out.?of.?memory|bad.?alloc|failed to allocate|unable to allocate|cannot allocate memory|arena alloc failed"
+    r"|could not be allocated|available memory of \d+ is smaller|cudaErrorMemoryAllocation",
+    re.IGNORECASE,
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether memory ran out, on a device or on the host: libraries say so in exceptions of many kinds."""
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return True
+    return bool(_NO_MEMORY.search(str(error)))
+
 
 def reason(error: BaseException) -> str:
-    """Return the first line of what a third party's exception says, or else its name: fit for the end of a message."""
+    """Return the first line of what a third party's exception says, or else its name: fit for the end of a message.
+
+    Of memory that ran out it says what needs less: the libraries' own texts name lines of their source.
+    """
+    if is_out_of_memory(error) and not isinstance(error, LatentRTError):
+        return f"out of memory: {NEEDS_LESS}"
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
@@ -74,6 +100,10 @@ class EngineError(LatentRTError):
 
 class BackendUnavailableError(EngineError):
     """A backend whose library, driver or device is missing on this machine."""
+
+
+class MissingPlanError(EngineError):
+    """An engine that the cache does not have, while building one is not allowed."""
 
 
 class ShapeError(EngineError, ValueError):

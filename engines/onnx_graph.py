@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .bundle import Bundle, GraphInfo
-from .errors import BundleError, MissingExtraError, reason
+from .errors import BundleError, EngineError, MissingExtraError, is_out_of_memory, reason
 
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, NodeProto, TensorProto
@@ -35,7 +35,8 @@ def graph_files(bundle: Bundle, graph: GraphInfo, extra: str) -> list[Path]:
 def load_graph(path: Path, extra: str) -> ModelProto:
     """Read an ONNX file without its external data; `extra` brings the package that this takes.
 
-    Raises `MissingExtraError` when that package is not installed, `BundleError` for a file that is no ONNX.
+    Raises `MissingExtraError` when that package is not installed, `BundleError` for a file that is no ONNX, and
+    `EngineError` when memory runs out.
     """
     try:
         import onnx
@@ -44,6 +45,8 @@ def load_graph(path: Path, extra: str) -> ModelProto:
     try:
         return onnx.load(path, load_external_data=False)
     except Exception as error:  # protobuf's errors share no base class
+        if is_out_of_memory(error):
+            raise EngineError(f"{path} cannot be read: {reason(error)}") from error
         raise BundleError(f"{path} cannot be read as ONNX ({reason(error)}): export the checkpoint again") from error
 
 

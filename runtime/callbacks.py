@@ -10,7 +10,7 @@ import numpy as np
 from ..engines.device import Stream
 from ..engines.errors import RequestError
 from ..engines.progress import Progress, silent
-from .loop.workspace import Workspace
+from .loop.workspace import Workspace, padded
 from .request import GenerationRequest
 from .sampling.step_table import StepTable
 
@@ -30,11 +30,13 @@ def step_hook(
     stream: Stream,
     callback: Callable[[int, float, StepValues], StepValues | None] | None,
     progress: Progress,
+    images: int,
 ) -> Callable[[int], None] | None:
     """Return what the loop calls after each step, or None when nobody listens and steps need not be told apart.
 
-    The hook only waits for the device when there is a callback to show latents to. What the callback raises ends the
-    request; the pipeline can be used again.
+    The callback sees the first `images` of the workspace's batch: what follows is thrown away. The hook only waits for
+    the device when there is a callback to show latents to. What the callback raises ends the request; the pipeline can
+    be used again.
     """
     if callback is None and progress is silent:
         return None
@@ -44,6 +46,7 @@ def step_hook(
         if callback is None:
             return
         latents = workspace.loop.latents(index + 1).read(stream)
+        batch, latents = len(latents), latents[:images]
         replaced = callback(index, float(table.timesteps[index]), {"latents": latents})
         if replaced is not None and not isinstance(replaced, dict):
             raise RequestError(f"callback_on_step_end returned {type(replaced).__name__}: return a dict, or nothing")
@@ -55,6 +58,6 @@ def step_hook(
                     f"callback_on_step_end returned {what}: return finite latents of shape {list(latents.shape)}"
                 )
             scale = float(table.input_scales[min(index + 1, len(table) - 1)])
-            workspace.loop.replace_latents(index + 1, latents_after, scale, stream)
+            workspace.loop.replace_latents(index + 1, padded(latents_after, batch), scale, stream)
 
     return on_step

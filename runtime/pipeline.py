@@ -17,20 +17,20 @@ from typing_extensions import Unpack
 from ..engines.backends import Backend, open_backend
 from ..engines.bundle import Bundle
 from ..engines.device import Array
-from ..engines.errors import EngineError, RequestError, SchedulerError
+from ..engines.errors import RequestError, SchedulerError
 from ..engines.progress import Progress, silent
+from .batches import Batches
 from .callbacks import BatchCallback, StepCallback, step_hook
+from .finite import check_finite
 from .loop.denoise import Mode
-from .loop.inputs import InitialImage, load_pictures, loop_arrays
+from .loop.inputs import InitialImage, load_pictures
 from .loop.session import Session
-from .loop.workspace import Workspace
 from .pictures.load import image_pixels, latent_mask
-from .prompt.numbers import number_inputs
-from .prompt.tokenizer import Tokenizer, encode_prompts
 from .request import GenerationRequest, RequestArguments
 from .result import GenerationResult, Timings
 from .sampling import step_table, takes_eta
 from .sampling.step_table import StepTable
+from .warm_up import warm_up
 
 OutputType = Literal["pil", "np", "latent"]
 
@@ -49,6 +49,7 @@ class Pipeline:
         mode: Mode | None = None,
         max_batch: int = 4,
         low_memory: bool = False,
+        memory_budget: int | None = None,
         progress: Progress = silent,
     ) -> None:
         """Open all engines that every request needs; see `open`."""
@@ -58,14 +59,16 @@ class Pipeline:
             raise RequestError(f"mode is {mode!r}: backend {backend.name} as opened cannot be captured; use eager")
         if isinstance(max_batch, bool) or not isinstance(max_batch, int) or max_batch < 1:
             raise RequestError(f"max_batch is {max_batch!r}: give the most pictures of a batch, 1 or more")
+        if memory_budget is not None and (not isinstance(memory_budget, int) or memory_budget < 1):
+            raise RequestError(f"memory_budget is {memory_budget!r}: give bytes, 1 or more, or leave it out")
         self.bundle = bundle
         self.backend = backend
         self.mode: Mode = mode or ("step" if backend.can_capture else "eager")
         self.max_batch = max_batch
-        self._tokenizers = [Tokenizer(bundle.file(info.file), info) for info in bundle.manifest.tokenizers]
-        self._network_dtype = next(t.dtype for t in bundle.graph("denoiser").inputs if t.name == "model_input")
-        self._table = lru_cache(MAX_TABLES)(partial(step_table, bundle.manifest.scheduler))
-        self.session = Session(bundle, backend, low_memory=low_memory, progress=progress)
+        self._batches = Batches(bundle)
+        manifest = bundle.manifest
+        self._table = lru_cache(MAX_TABLES)(partial(step_table, manifest.scheduler, rule=manifest.schedule))
+        self.session = Session(bundle, backend, low_memory=low_memory, memory_budget=memory_budget, progress=progress)
 
     @classmethod
     def open(
@@ -76,14 +79,19 @@ class Pipeline:
         mode: Mode | None = None,
         max_batch: int = 4,
         low_memory: bool = False,
+        memory_budget: int | None = None,
         progress: Progress = silent,
         **options: Any,
     ) -> Pipeline:
         """Open a bundle on a backend, building the engines that the cache does not have.
 
         `mode` says what is captured and replayed (default: steps, where the backend can). `max_batch` images are
-        denoised together. `low_memory` opens a stage's engines when it begins and closes them when it ends. `options`
-        go to the backend (`threads=`, `cache=`). Raises `BundleError`, `BackendUnavailableError` or `EngineError`.
+        denoised together. `low_memory` opens a stage's engines when it begins and closes them when it ends.
+
+        Buffers, engines and captures of the last 4 shapes of requests are kept, fewer while more than `memory_budget`
+        bytes of the device's memory are in use: on a GPU, what is taken since it was opened (default: 3/4 of what is
+        free then); on the CPU, what is resident (default: no bound). `options` go to the backend (`threads=`,
+        `cache=`). Raises `BundleError`, `BackendUnavailableError` or `EngineError`.
         """
         opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         return cls(
@@ -92,6 +100,7 @@ class Pipeline:
             mode=mode,
             max_batch=max_batch,
             low_memory=low_memory,
+            memory_budget=memory_budget,
             progress=progress,
         )
 
@@ -181,90 +190,81 @@ class Pipeline:
         if request.eta and not takes_eta(request.sampler or "", self.bundle.manifest.scheduler):
             finished.warn(f"eta is {request.eta:g}: sampler {request.sampler} has no such option, it is not used")
         step = None if callback_on_step_end is None else partial(callback_on_step_end, self)
+        if picture and not self.bundle.has_graph("image_encoder"):
+            raise RequestError(f"bundle {self.bundle.path} has no image_encoder: it cannot start from a picture")
         with self.session.request():
-            initial = self._initial(request, picture, mask) if picture else None
-            for first in range(0, len(request.images), self.max_batch):
-                images = request.images[first : first + self.max_batch]
-                inputs, arrays = self._prepare(request, images, table, initial, finished)
+            initial = None
+            for batch in self._batches.split(request, table, self.session, self.max_batch, picture=bool(picture)):
+                count = len(batch.images)
+                if picture and initial is None:
+                    initial = self._initial(request, picture, mask)
+                inputs, arrays = self._batches.arrays(request, batch, table, initial, finished)
                 workspace = self.session.workspace(inputs, arrays)
                 workspace.load(inputs, arrays, self.session.stream)
-                on_step = step_hook(workspace, table, self.session.stream, step, progress)
+                on_step = step_hook(workspace, table, self.session.stream, step, progress, count)
                 decode = output_type != "latent"
                 trace = workspace.run(len(table), self.session.stream, mode=self.mode, decode=decode, on_step=on_step)
                 last = workspace.pictures[PICTURES[output_type]] if decode else workspace.loop.latents(len(table))
-                output = last.read(self.session.stream)
-                self._check_finite(workspace, len(table), output, decode)
+                output = last.read(self.session.stream)[:count]
+                check_finite(workspace, len(table), output, decode, self.session.stream)
                 finished.add(trace, len(table))
                 pictures = list(map(Image.fromarray, output) if output_type == "pil" else output)
                 if keep_images:
                     finished.images.extend(pictures)
                 if on_batch is not None:
-                    on_batch(request, first, pictures)
+                    on_batch(request, batch.first, pictures)
         if output_type != "pil" and keep_images:
             finished.images = np.stack(finished.images)
         finished.timings.total = time.perf_counter() - start
         return finished
 
-    def _check_finite(self, workspace: Workspace, steps: int, output: Array, decode: bool) -> None:
-        """Raise `EngineError` with the stage whose numbers are not finite; a decoder makes black pictures of those."""
-        latents = workspace.loop.latents(steps).read(self.session.stream) if decode else output
-        if not np.isfinite(latents).all():
-            raise EngineError(NOT_FINITE.format(stage="denoiser", what="latents"))
-        suspicious = not np.isfinite(output).all() if output.dtype.kind == "f" else not output.any()
-        if decode and suspicious:
-            pixels = workspace.pictures["pixels"].read(self.session.stream)
-            if not np.isfinite(pixels).all():
-                raise EngineError(NOT_FINITE.format(stage="decoder", what="pixels"))
-
     def decode(self, latents: Array) -> list[Image.Image]:
         """Return the pictures of latents [B, C, h, w] as they are: a preview, inside a step's callback or outside."""
         latents = np.asarray(latents, np.float32)
         with self.session.turn():
-            return [Image.fromarray(picture) for picture in self.session.run("decoder", {"latents": latents})["image"]]
+            return [Image.fromarray(picture) for picture in self.session.decode(latents)]
 
-    def _prepare(
+    def warm_up(
         self,
-        request: GenerationRequest,
-        images: Sequence[tuple[str, str, int]],
-        table: StepTable,
-        initial: InitialImage | None,
-        finished: GenerationResult[Any],
-    ) -> tuple[dict[str, Array], dict[str, Array]]:
-        """Return what one batch gives to the graphs before the loop, and to the loop, as arrays on the host."""
-        began = time.perf_counter()
-        inputs: dict[str, Array] = {**encode_prompts(self._tokenizers, images, request.branches, finished.warn)}
-        inputs |= number_inputs(self.bundle, request, len(images) * request.branches)
-        tokenized = time.perf_counter()
+        sizes: Sequence[tuple[int, int]] | None = None,
+        batches: Sequence[int] = (1,),
+        *,
+        pictures: bool = True,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        sampler: str | None = None,
+        eta: float = 0.0,
+        strength: float | None = None,
+    ) -> None:
+        """Do what a first request would wait for, for every size (width, height) and batch: build, open, bind, capture.
+
+        With `pictures`, also requests that start from a picture or show previews. Every shape that fits the memory
+        budget is kept from then on. Other samplers, numbers of steps or guidance scales may have other shapes: call it
+        for each that is served. Raises as a request does.
+        """
         latent = self.bundle.manifest.latent
-        arrays = loop_arrays(
-            table,
-            [seed for _, _, seed in images],
-            (latent.channels, (request.height or 0) // latent.downscale, (request.width or 0) // latent.downscale),
-            guidance_scale=request.guidance_scale or 0.0,
-            branches=request.branches,
-            network_dtype=self._network_dtype,
-            initial=initial,
-            repaint_all=initial is not None and initial.mask is not None and request.strength == 1,
-        )
-        finished.timings.tokenize += tokenized - began
-        finished.timings.prepare += time.perf_counter() - tokenized
-        return inputs, arrays
+        arguments = {
+            "num_inference_steps": num_inference_steps,
+            "guidance_scale": guidance_scale,
+            "sampler": sampler,
+            "eta": eta,
+            "strength": strength,
+        }
+        warm_up(self, sizes or [(latent.default_width, latent.default_height)], batches, pictures, arguments)
 
     def _initial(self, request: GenerationRequest, picture: Image.Image, mask: Image.Image | None) -> InitialImage:
         """Encode the initial picture to latent moments, and bring the mask to latent size."""
         height, width = request.height or 0, request.width or 0
-        if not self.bundle.has_graph("image_encoder"):
-            raise RequestError(f"bundle {self.bundle.path} has no image_encoder: it cannot start from a picture")
-        moments = self.session.run("image_encoder", {"image": image_pixels(picture, height, width)[None]})
+        moments = self.session.encode_picture(image_pixels(picture, height, width)[None])
         cells = None if mask is None else latent_mask(mask, height, width, self.bundle.manifest.latent.downscale)
         return InitialImage(moments["latents_mean"], moments["latents_std"], cells)
 
     def _table_for(self, request: GenerationRequest, chosen: bool) -> StepTable:
         """Return the step table; a scheduler that cannot be one is the request's fault when the request chose it."""
+        size = (request.width or 0, request.height or 0) if self.bundle.manifest.schedule else None
         try:
-            return self._table(
-                request.num_inference_steps or 1, sampler=request.sampler, strength=request.strength, eta=request.eta
-            )
+            chosen_by = {"sampler": request.sampler, "strength": request.strength, "eta": request.eta}
+            return self._table(request.num_inference_steps or 1, size=size, **chosen_by)
         except SchedulerError as error:
             raise (RequestError(str(error)) if chosen else error) from error
 
@@ -282,9 +282,5 @@ class Pipeline:
         return f"Pipeline({str(self.bundle.path)!r}, backend={self.backend.name!r}, mode={self.mode!r})"
 
 
-NOT_FINITE = (
-    "the {stage} gave {what} that are not finite: the bundle's weights or its precision cannot hold them; "
-    "check it with latentrt verify, or export it in fp32"
-)
 PICTURES = {"pil": "image", "np": "pixels"}
 """The decoder's output for each type of picture."""

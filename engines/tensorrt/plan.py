@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,9 +11,10 @@ from typing import Annotated, Any, Literal, get_args
 
 from ..bundle import Bundle, GraphInfo
 from ..cache import SIDECAR, EngineCache
-from ..engine import Shapes, solve_sizes
-from ..errors import EngineError, RequestError, ShapeError
+from ..engine import Shapes, Sizes, solve_sizes
+from ..errors import MissingPlanError, RequestError, ShapeError
 from ..options import Bytes, Tf32
+from .step import step_shapes
 
 PLAN = "engine.plan"
 BUILDER = 1
@@ -62,14 +64,15 @@ class Profile:
 def profile_for(graph: GraphInfo, *shapes: Shapes) -> Profile:
     """Return the profile of a plan for input shapes; several sets of shapes give a dynamic one.
 
-    Raises `ShapeError` when an input has no shape or shapes contradict the graph.
+    That of the step graph is always dynamic, and the same for every sampler, number of steps and guidance. Raises
+    `ShapeError` when an input has no shape or shapes contradict the graph, `RequestError` for what no step plan takes.
     """
     inputs = {spec.name: spec for spec in graph.inputs}
     for each in shapes:
         if missing := [name for name in inputs if name not in each]:
             raise ShapeError(f"graph {graph.name} needs the shape of its input {missing[0]!r} to be built")
         solve_sizes(inputs, each)
-    return Profile.of(*({name: each[name] for name in inputs} for each in shapes))
+    return Profile.of(*step_shapes(graph, [{name: each[name] for name in inputs} for each in shapes]))
 
 
 @dataclass(frozen=True)
@@ -160,35 +163,48 @@ def _plans(cache: EngineCache, graph: GraphInfo) -> list[dict[str, Any]]:
     return [e for e in cache.entries() if e.get("graph") == graph.name and "profile" in e.get("key", {})]
 
 
-def missing_plan(cache: EngineCache, bundle: Bundle, graph: GraphInfo, key: Mapping[str, Any]) -> EngineError:
-    """Return the error that says which plans of a graph exist, why none fits, and how to build one that does."""
+def missing_plan(
+    cache: EngineCache, bundle: Bundle, graph: GraphInfo, key: Mapping[str, Any], sizes: Sizes
+) -> MissingPlanError:
+    """Return the error that says which plans of a graph exist, why none fits, and how to build one that does.
+
+    `sizes` are those of the request that needs it, as far as they are known: the command serves all its graphs.
+    """
     backend = key["backend"]
     others = [entry["key"] for entry in _plans(cache, graph) if entry["key"]["backend"] == backend]
     reasons = dict.fromkeys(_difference(other, key) for other in others)
     have = f"those in the cache are for {'; '.join(reasons)}" if reasons else "the cache has none"
-    profile = profile_from_json(key["profile"])
-    return EngineError(
-        f"no {backend} plan of {graph.name} fits {profile}: {have}. Build it with "
-        f"`{build_command(bundle, graph, backend, profile, key['options'])}`"
+    return MissingPlanError(
+        f"no {backend} plan of {graph.name} fits {_brief(profile_from_json(key['profile']))}: {have}. Build it with "
+        f"`{build_command(bundle, backend, sizes, key['options'])}`"
     )
 
 
-def build_command(bundle: Bundle, graph: GraphInfo, backend: str, profile: Profile, options: Mapping[str, Any]) -> str:
-    """Return the command that builds a bundle's plans for the size and batch of one graph's shapes."""
-    latent, branches = bundle.manifest.latent, 2 if bundle.manifest.default_guidance_scale > 1 else 1
-    shapes = {name: best for name, (_, best, _) in profile.ranges.items()}
-    sizes = solve_sizes({t.name: t for t in graph.inputs}, shapes)
-    command = f"latentrt build {bundle.path} --backend {backend}"
+def build_command(bundle: Bundle, backend: str, sizes: Sizes, options: Mapping[str, Any]) -> str:
+    """Return the command that builds a bundle's plans for a request of these sizes (B, R, h, w: those that are known).
+
+    `latentrt build` covers requests without guidance, and for a bundle that is guided by default also those with it.
+    """
+    latent, guided = bundle.manifest.latent, bundle.manifest.default_guidance_scale > 1
+    command = f"latentrt build {shlex.quote(str(bundle.path))} --backend {backend}"
     if "h" in sizes and "w" in sizes:
         command += f" --size {sizes['w'] * latent.downscale}x{sizes['h'] * latent.downscale}"
-    batch = sizes.get("B", max(1, sizes.get("R", branches) // branches))
+    rows = sizes.get("R", 1)
+    batch = sizes.get("B", rows // 2 if guided and rows % 2 == 0 else rows)
     command += f" --batch {batch}"
+    if rows > batch and not guided:
+        command += " --guidance 1 --guidance 2"
     for name, value in options.items():
         if name == "weight_streaming" and value:
             command += " --option weights_on_gpu=0"
         elif value is not None and value is not False:
             command += f" --option {name}={value}"
     return command
+
+
+def _brief(profile: Profile) -> Profile:
+    """Return a profile without the tables of the step graph, whose range is the same in every plan."""
+    return Profile({"latents": profile.ranges["latents"]}) if "weights" in profile.ranges else profile
 
 
 def _difference(other: Mapping[str, Any], key: Mapping[str, Any]) -> str:
@@ -201,7 +217,7 @@ def _difference(other: Mapping[str, Any], key: Mapping[str, Any]) -> str:
         return f"{_target(other['target'])} (wanted: {_target(key['target'])})"
     if other["options"] != key["options"] or other["builder"] != key["builder"]:
         return "other build options"
-    return str(profile_from_json(other["profile"]))
+    return str(_brief(profile_from_json(other["profile"])))
 
 
 def _target(target: Mapping[str, str]) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 from ..bundle import Bundle, GraphInfo
 from ..cache import EngineCache
 from ..cuda.device import CudaDevice
-from ..engine import Shapes
+from ..engine import Shapes, Sizes, solve_sizes
 from ..errors import EngineError, RequestError
 from ..onnx_graph import graph_files
 from ..progress import Progress
@@ -69,10 +69,13 @@ class Planner:
         self._progress = progress
         self._activate = activate
 
-    def plan(self, bundle: Bundle, graph: GraphInfo, shapes: Shapes, *, build: bool = True) -> Plan:
+    def plan(
+        self, bundle: Bundle, graph: GraphInfo, shapes: Shapes, *, build: bool = True, request: Sizes | None = None
+    ) -> Plan:
         """Return a plan that serves the shapes: one made for them, else a dynamic one that covers them, else a new one.
 
-        Raises `EngineError` when the build fails, or when there is none and `build` is false.
+        Raises `EngineError` when the build fails, and `MissingPlanError` when there is none and `build` is false: it
+        names a command that builds for the sizes of a whole `request`, as far as they are known.
         """
         profile = profile_for(graph, shapes)
         key = self._key(bundle, graph, profile)
@@ -81,8 +84,14 @@ class Planner:
         if found := find_dynamic(self.cache, graph, key, shapes):
             return found
         if not build:
-            raise missing_plan(self.cache, bundle, graph, key)
+            raise missing_plan(self.cache, bundle, graph, key, request or sizes_of(bundle, {graph.name: shapes}))
         return self.build(bundle, graph, profile)
+
+    def prepare(self, bundle: Bundle, shapes: Mapping[str, Shapes], *, build: bool = True) -> None:
+        """Build the plans that a request lacks, given the input shapes of its graphs; raises as `plan` does."""
+        request = sizes_of(bundle, shapes)
+        for name, each in shapes.items():
+            self.plan(bundle, bundle.graph(name), each, build=build, request=request)
 
     def build(self, bundle: Bundle, graph: GraphInfo, profile: Profile) -> Plan:
         """Return the plan of exactly this profile, building it when the cache has none."""
@@ -128,6 +137,14 @@ class Planner:
         report = self._progress
         assert report is not None
         return lambda phase, done, total: report(f"{graph}: {phase}", done, total)
+
+
+def sizes_of(bundle: Bundle, shapes: Mapping[str, Shapes]) -> Sizes:
+    """Return the sizes of a request from the shapes of its graphs; a picture is encoded alone, whatever the batch."""
+    sizes: Sizes = {}
+    for graph in sorted((bundle.graph(name) for name in shapes), key=lambda graph: graph.stage != "image"):
+        sizes |= solve_sizes({spec.name: spec for spec in graph.inputs}, shapes[graph.name])
+    return sizes
 
 
 def check_tensors(graph: GraphInfo, tensors: list[dict[str, Any]]) -> None:

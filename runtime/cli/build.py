@@ -48,17 +48,34 @@ def build(
             help="Build tensorrt-rtx engines for this GPU architecture; no GPU needed.",
         ),
     ] = None,
+    guidance: Annotated[
+        list[float] | None,
+        typer.Option(
+            "--guidance", "-g", min=0, help="Guidance scale to be used; may be repeated (default: the bundle's, and 1)."
+        ),
+    ] = None,
+    warm: Annotated[
+        bool,
+        typer.Option("--warm", help="Then draw once with each, so that engines are loaded here and known to work."),
+    ] = False,
     options: BackendOptions = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Build a bundle's engines into the cache, so that the first request need not wait for it."""
+    """Build a bundle's engines into the cache, so that the first request need not wait for it.
+
+    They serve every sampler and number of steps, at the sizes, batches and guidance given: what matters of a guidance
+    scale is whether it is above 1.
+    """
     check_backend(backend)
+    if warm and compute_capability:
+        raise RequestError("--warm draws on this machine, --compute-capability builds for others: give one of them")
     opened = opened_bundle(bundle)
     sizes, batches = [_size(opened, text) for text in size or [""]], batch or [1]
-    requests = [_Request(width, height, images) for width, height in sizes for images in batches]
-    if dynamic and len(requests) == 1:
+    scales = _scales(opened, guidance)
+    requests = [_Request(*size, images, scale) for size in sizes for images in batches for scale in scales]
+    if dynamic and len(sizes) * len(batches) == 1:
         raise RequestError("--dynamic needs a range: give --size or --batch at least twice, the most used one first")
-    shapes = [requested_shapes(opened, r.width, r.height, r.images) for r in requests]
+    shapes = [requested_shapes(opened, r.width, r.height, r.images, r.guidance) for r in requests]
     found: list[dict[str, Any]] = []
     built: Iterator[_Built]
     with progress_bar("building") as progress:
@@ -66,17 +83,17 @@ def build(
             planners = _planners_for(compute_capability, backend, options, progress)
             built = (each for planner in planners for each in _build(planner, opened, requests, shapes, dynamic))
         else:
-            device = _open(backend, options)
+            device = _open(backend, options, progress)
             if isinstance(device, TensorRt):
-                target, chosen = device.planner.target, device.planner.options
-                planner = Planner(device.name, target, options=chosen, progress=progress)
-                built = _build(planner, opened, requests, shapes, dynamic)
+                built = _build(device.planner, opened, requests, shapes, dynamic)
             else:
                 built = _open_each(device, opened, requests, shapes)
         for each in built:
             found.append(asdict(each))
             if not as_json:
                 typer.echo(each)
+        if warm:
+            _warm_up(opened, device, sizes, batches, scales)
     if as_json:
         typer.echo(json.dumps(found, indent=2))
 
@@ -108,9 +125,29 @@ class _Request:
     width: int
     height: int
     images: int
+    guidance: float
 
     def __str__(self) -> str:
-        return f"{self.width}x{self.height} batch {self.images}"
+        return f"{self.width}x{self.height} batch {self.images} guidance {self.guidance:g}"
+
+
+def _scales(bundle: Bundle, given: Sequence[float] | None) -> list[float]:
+    """Return a guidance scale for each number of branches to build for, the most used first."""
+    scales: dict[bool, float] = {}
+    for scale in given or (bundle.manifest.default_guidance_scale, 1.0):
+        scales.setdefault(scale > 1, scale)
+    return list(scales.values())
+
+
+def _warm_up(
+    bundle: Bundle, backend: Backend, sizes: Sequence[tuple[int, int]], batches: Sequence[int], scales: Sequence[float]
+) -> None:
+    from ..pipeline import Pipeline
+
+    with Pipeline(bundle, backend, max_batch=max(batches)) as pipe:
+        for size in sizes:
+            for scale in scales:
+                pipe.warm_up([size], batches, guidance_scale=scale)
 
 
 def _planners_for(
@@ -157,9 +194,9 @@ def _plans(
                 yield graph, profile, str(request)
 
 
-def _open(name: str, options: Sequence[str] | None) -> Backend:
+def _open(name: str, options: Sequence[str] | None, progress: Progress) -> Backend:
     try:
-        return open_backend(name, **backend_options(name, options))
+        return open_backend(name, progress=progress, **backend_options(name, options))
     except BackendUnavailableError as error:
         hint = "; with --compute-capability X.Y it builds for a GPU elsewhere" if name == "tensorrt-rtx" else ""
         raise BackendUnavailableError(f"{error}{hint}") from error

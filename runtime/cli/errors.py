@@ -9,7 +9,8 @@ from typing import Any
 
 import typer
 
-from ...engines.errors import LatentRTError, RequestError, reason
+from ...engines.errors import LatentRTError, RequestError, is_out_of_memory, reason
+from ...engines.files import DISK_FULL
 from . import interrupts
 from .interrupts import INTERRUPTED
 
@@ -23,6 +24,7 @@ OPTION_NAMES = {
     "negative_prompt": "--negative",
     "prediction_type": "--prediction-type",
     "mask_image": "--mask",
+    "memory_budget": "--memory-budget",
 }
 """What the Python API calls an argument, and the option that gives it: anywhere in a message."""
 
@@ -36,6 +38,7 @@ SUBJECTS = {
     "height": "the height of --size",
     "sampler": "--sampler",
     "tokenizer": "--tokenizer",
+    "variant": "--variant",
 }
 """The same for words that also mean something else: only where a message begins with them."""
 
@@ -55,10 +58,11 @@ def outcome(error: BaseException, words: Sequence[str]) -> tuple[str, int]:
         return in_options(str(error)), 2
     if isinstance(error, LatentRTError):
         return str(error), 1
-    if isinstance(error, MemoryError):
+    if is_out_of_memory(error):
         return "out of memory: use a smaller size, a smaller --count, or a machine with more memory", 1
     if isinstance(error, OSError):
-        return f"{error.strerror or error}: {error.filename or ''}".rstrip(": "), 1
+        advice = "free space or choose another place" if error.errno in DISK_FULL else ""
+        return ": ".join(filter(None, (error.strerror or str(error), str(error.filename or ""), advice))), 1
     return f"{type(error).__name__}: {reason(error)} (a bug: run with -vv for the traceback)", 1
 
 

@@ -92,6 +92,11 @@ def options_of(function: Callable[..., Any], owner: str, given: Sequence[str] | 
     return options
 
 
+def bytes_of(option: str, text: str | None) -> int | None:
+    """Return the number of bytes that an option gives, such as 500MB or 2GiB; raises `RequestError`."""
+    return None if text is None else int(_value(option, text, int))
+
+
 def _value(name: str, text: str, kind: Any) -> Any:
     from pydantic import TypeAdapter, ValidationError
 

@@ -55,6 +55,8 @@ class DenoiseLoop:
             self._sets = [allocate_like(device, state, memory), allocate_like(device, state, memory)]
             self._prediction = allocate(device, arrays["model_input"].shape, dtype, memory)
             self._memory = memory.pop_all()
+        self.steps_done = 0
+        """Steps of the running request, or of the last one, that have been enqueued one by one."""
         self._unchanged: dict[str, Array] = {}
         self._bound: list[tuple[BoundEngine, BoundEngine]] = []
         self._captured = CapturedWork()
@@ -82,6 +84,7 @@ class DenoiseLoop:
 
         Read-only arrays that are still there from the request before (its sampler's tables) are not copied again.
         """
+        self.steps_done = 0
         for name, array in arrays.items():
             if name in STATE:
                 self._sets[0][name].write(array, stream)
@@ -118,6 +121,7 @@ class DenoiseLoop:
                 enqueue(stream)
             else:
                 self._captured.run(key, enqueue, stream)
+            self.steps_done = index + 1
             if on_step is not None:
                 on_step(index)
         return self.latents(steps)

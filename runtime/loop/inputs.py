@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -45,27 +45,50 @@ def load_pictures(image: Any, mask: Any, strength: float | None) -> tuple[Image.
     return load_image(image), None if mask is None else load_image(mask, "mask_image")
 
 
-def loop_arrays(
+def blank_arrays(
     table: StepTable,
-    seeds: Sequence[int],
+    count: int,
     shape: tuple[int, int, int],
     *,
     guidance_scale: float,
     branches: int,
     network_dtype: npt.DTypeLike,
+) -> dict[str, Array]:
+    """Return the arrays of a batch before anything is drawn: complete in names, types and shapes, and quickly made.
+
+    All are read-only, and the tables are those of every batch like this one. `shape` is [C, h, w].
+    """
+    packed = _packed(table, count, guidance_scale, branches)
+    rows = packed["image_of_row"]
+    slots = max(1, -(-table.draw_count // DRAW_BUCKET) * DRAW_BUCKET)
+    return {
+        **packed,
+        "latents": _filled(0.0, (count, *shape)),
+        "history": _filled(0.0, (count, packed["weights"].shape[1] - 1, *shape)),
+        "model_input": np.broadcast_to(np.zeros((), network_dtype), (len(rows), *shape)),
+        "timestep": packed["timesteps"][packed["row"]][rows],
+        "noise": _filled(0.0, (count, slots, *shape)),
+        "original": _filled(0.0, (count, 2, *shape)),
+        "mask": _filled(True, (count, 1, *shape[1:])),
+    }
+
+
+def loop_arrays(
+    blank: Mapping[str, Array],
+    table: StepTable,
+    seeds: Sequence[int],
+    *,
     initial: InitialImage | None = None,
     repaint_all: bool = False,
 ) -> dict[str, Array]:
-    """Return the arrays of one batch by the names of the loop's tensors.
+    """Return the arrays of one batch by the names of the loop's tensors: the blank ones with what is drawn for it.
 
     Image i draws all its noise from its own generator, in the order in which diffusers draws it for a batch of one.
-    `shape` is [C, h, w]. `repaint_all` starts from pure noise although there is an initial image (inpainting at full
-    strength).
+    `repaint_all` starts from pure noise although there is an initial image (inpainting at full strength).
     """
-    count = len(seeds)
+    count, shape = len(seeds), blank["latents"].shape[1:]
     noise = np.empty((count, *shape), np.float32)
-    slots = -(-table.draw_count // DRAW_BUCKET) * DRAW_BUCKET
-    drawn = np.zeros((count, slots, *shape), np.float32) if slots else _filled(0.0, (count, 1, *shape))
+    drawn = np.zeros(blank["noise"].shape, np.float32) if table.draw_count else blank["noise"]
     start = np.zeros((count, *shape), np.float32)
     generator = _generator()
     for i, seed in enumerate(seeds):
@@ -82,23 +105,18 @@ def loop_arrays(
     else:
         signal, sigma = table.original[0].astype(np.float32)
         latents = signal * start + sigma * noise
-    packed = _packed(table, count, guidance_scale, branches)
-    first = packed["row"]
-    model_input = (packed["input_scales"][first] * latents).astype(network_dtype)
-    original, mask = _filled(0.0, (count, 2, *shape)), _filled(True, (count, 1, *shape[1:]))
-    if initial is not None and initial.mask is not None:
-        original = np.stack([start, noise], axis=1)
-        mask = np.repeat(initial.mask[None], count, axis=0)
-    return {
-        **packed,
+    model_input = (blank["input_scales"][blank["row"]] * latents).astype(blank["model_input"].dtype)
+    arrays = {
+        **blank,
         "latents": latents,
-        "history": np.zeros((count, packed["weights"].shape[1] - 1, *shape), np.float32),
-        "model_input": model_input[packed["image_of_row"]],
-        "timestep": packed["timesteps"][first][packed["image_of_row"]],
+        "history": np.zeros(blank["history"].shape, np.float32),
+        "model_input": model_input[blank["image_of_row"]],
         "noise": drawn,
-        "original": original,
-        "mask": mask,
     }
+    if initial is not None and initial.mask is not None:
+        arrays["original"] = np.stack([start, noise], axis=1)
+        arrays["mask"] = np.repeat(initial.mask[None], count, axis=0)
+    return arrays
 
 
 def _generator() -> Generator:

@@ -7,42 +7,59 @@ import os
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from contextlib import ExitStack, contextmanager
 
 from ...engines.backends import Backend
-from ...engines.bundle import Bundle, GraphInfo, Stage
+from ...engines.bundle import Bundle, Stage
 from ...engines.device import Array
-from ...engines.engine import Engine, Shapes
 from ...engines.errors import EngineError, RequestError
 from ...engines.progress import Progress, silent
+from .shared import Key, SharedEngines
+from .wiring import wired_shapes
 from .workspace import Workspace, run_once
 
 MAX_WORKSPACES = 4
-"""Request shapes whose buffers and captured graphs are kept; the least recently used goes first."""
+"""Request shapes whose buffers, engines and captured graphs are kept; the least recently used goes first."""
+
+PART_OF_FREE_MEMORY = 3 / 4
+"""How much of a GPU's free memory a session may fill by default; the rest is for the next shape to open in."""
 
 
 class Session:
     """A bundle open on a backend. One request runs at a time, on all sessions of a backend: others wait their turn."""
 
     def __init__(
-        self, bundle: Bundle, backend: Backend, *, low_memory: bool = False, progress: Progress = silent
+        self,
+        bundle: Bundle,
+        backend: Backend,
+        *,
+        low_memory: bool = False,
+        memory_budget: int | None = None,
+        progress: Progress = silent,
     ) -> None:
-        """Open the engines that every request needs; with `low_memory` each stage opens its own and closes them."""
+        """Open the engines that every request needs; with `low_memory` each stage opens its own and closes them.
+
+        `memory_budget` is the bytes of the device's memory in use above which kept shapes are let go of.
+        """
         self.bundle = bundle
         self.backend = backend
         self.low_memory = low_memory
+        self.kept = MAX_WORKSPACES
+        self.evictions = 0
+        """Workspaces that were let go of for others or for the memory budget."""
         self.stream = backend.device.stream()
-        self._workspaces: OrderedDict[Any, Workspace] = OrderedDict()
-        self._engines: dict[tuple[str, Any], Engine] = {}
+        self._workspaces: OrderedDict[Key, Workspace] = OrderedDict()
+        self._shared = SharedEngines(bundle, backend, self._used)
+        self._wanted: set[Key] = set()  # by the running request, before a workspace answers for it
         self._busy = self._closed = False
         self._process = os.getpid()
         _SESSIONS.add(self)
         graphs = [graph for graph in bundle.manifest.graphs if graph.stage != "image"]  # most start from noise
         try:
+            self._budget = _default_budget(backend) if memory_budget is None else memory_budget
             for number, graph in enumerate(graphs if backend.dynamic and not low_memory else []):
                 progress(f"opening {graph.name}", number, len(graphs))
-                self.engine(graph, {})
+                self._shared.engine(graph, {})
         except BaseException:
             self.close()
             raise
@@ -61,6 +78,8 @@ class Session:
                 yield
             finally:
                 self._busy = False
+                self._wanted = set()
+                self._shrink()
 
     @contextmanager
     def turn(self) -> Iterator[None]:
@@ -78,46 +97,101 @@ class Session:
     @property
     def open_graphs(self) -> set[str]:
         """The graphs whose engines are open."""
-        return {name for name, _ in self._engines}
+        return {name for name, _ in self._shared.engines}
 
-    def engine(self, graph: GraphInfo, shapes: Shapes) -> Engine:
-        """Return a graph's engine for input shapes, opened when it is not."""
-        fixed = () if self.backend.dynamic else tuple(sorted((name, tuple(shape)) for name, shape in shapes.items()))
-        key = (graph.name, fixed)
-        if key not in self._engines:
-            self._engines[key] = self.backend.open(self.bundle, graph, shapes)
-        return self._engines[key]
+    def decode(self, latents: Array) -> Array:
+        """Return the pictures [B, H, W, 3] of latents, on the decoder of a kept workspace where one takes them."""
+        fewer = not self.backend.dynamic  # a smaller batch costs a static backend a plan, and others less time
+        for workspace in () if self.low_memory else reversed(self._workspaces.values()):
+            batch, *rest = workspace.loop.latents(0).shape
+            if latents.shape[1:] == tuple(rest) and (len(latents) == batch or (fewer and 0 < len(latents) < batch)):
+                return workspace.preview(latents, self.stream)
+        return self._run("decoder", {"latents": latents})["image"]
 
-    def run(self, name: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """Run one graph on host arrays and return its outputs on the host.
+    def encode_picture(self, pixels: Array) -> dict[str, Array]:
+        """Return the latent moments of a picture [1, H, W, 3]; the encoder stays bound while a workspace uses it."""
+        inputs = {"image": pixels}
+        if self.low_memory:
+            return self._run("image_encoder", inputs)
+        bound, keys = self._shared.bound(self.bundle.graph("image_encoder"), inputs)
+        self._wanted |= keys
+        return bound.run(inputs, self.stream)
 
-        Every call binds its engine anew, which on a GPU may take longer than running it.
-        """
+    def _run(self, name: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Run one graph on host arrays, bound for this once, and return its outputs on the host."""
         graph = self.bundle.graph(name)
         try:
-            engine = self.engine(graph, {name: array.shape for name, array in inputs.items()})
+            engine = self._shared.engine(graph, {name: array.shape for name, array in inputs.items()})
             return run_once(self.backend.device, engine, graph, inputs, self.stream)
         finally:
             if self.low_memory:
                 self.release(graph.stage)
 
+    def keeps(self, inputs: Mapping[str, Array], arrays: Mapping[str, Array]) -> bool:
+        """Tell whether there is a workspace of a request's shapes."""
+        return _key(inputs, arrays) in self._workspaces
+
+    def prepare(
+        self, inputs: Mapping[str, Array], arrays: Mapping[str, Array], picture: tuple[int, ...] | None = None
+    ) -> None:
+        """Build the engines that a request of these shapes lacks, with an initial picture [1, H, W, 3] or without.
+
+        Raises `MissingPlanError` where the backend builds none.
+        """
+        shapes = {} if self.keeps(inputs, arrays) else wired_shapes(self.bundle, inputs, arrays)
+        if picture is not None:
+            shapes["image_encoder"] = {"image": picture}
+        if shapes:
+            self.backend.prepare(self.bundle, shapes)
+
     def workspace(self, inputs: Mapping[str, Array], arrays: Mapping[str, Array]) -> Workspace:
         """Return the workspace of a request's shapes: the one that is kept, or a new one."""
-        key = tuple((name, array.shape) for name, array in {**inputs, **arrays}.items())
-        workspace = self._workspaces.pop(key, None)
-        if workspace is None:
-            if len(self._workspaces) >= MAX_WORKSPACES:
-                self._workspaces.popitem(last=False)[1].close()
+        key, wanted = _key(inputs, arrays), self._wanted
+        if key in self._workspaces:
+            self._workspaces.move_to_end(key)
+        else:
+            own: set[Key] = set()
+            if not self.backend.dynamic:
+                self.prepare(inputs, arrays)  # before anything is let go of for it
+                shapes = wired_shapes(self.bundle, inputs, arrays)
+                own = {self._shared.key(self.bundle.graph(name), each) for name, each in shapes.items()}
+            self._wanted = wanted | own
+            self._shrink(self.kept - 1, 0)
             release = self.release if self.low_memory else None
-            workspace = Workspace(self.backend.device, self.bundle, self.engine, inputs, arrays, release)
-        self._workspaces[key] = workspace
-        return workspace
+            engine = self._shared.engine
+            workspace = Workspace(self.backend.device, self.bundle, engine, inputs, arrays, release)
+            workspace.uses |= own
+            self._workspaces[key] = workspace
+        self._workspaces[key].uses |= wanted
+        self._wanted = wanted
+        return self._workspaces[key]
+
+    def _shrink(self, most: int | None = None, least: int = 1) -> None:
+        """Let go of the least recently used workspaces while there are too many or memory is over its budget."""
+        device, most = self.backend.device, self.kept if most is None else most
+        while len(self._workspaces) > most or (
+            self._budget is not None and len(self._workspaces) > least and device.bytes_taken() > self._budget
+        ):
+            self._workspaces.popitem(last=False)[1].close()
+            self.evictions += 1
+            self._shared.let_go()
+        self._shared.let_go()
+
+    def _used(self) -> set[Key]:
+        return self._wanted.union(*(workspace.uses for workspace in self._workspaces.values()))
+
+    @contextmanager
+    def keep_all(self) -> Iterator[None]:
+        """Keep every shape that is opened inside the block, and as many from then on, unless memory is over budget."""
+        self.kept, before = 2**31, self.kept
+        try:
+            yield
+        finally:
+            self.kept = max(before, len(self._workspaces))
 
     def release(self, stage: Stage) -> None:
         """Close the engines of a stage."""
-        names = {graph.name for graph in self.bundle.manifest.graphs if graph.stage == stage}
-        for key in [key for key in self._engines if key[0] in names]:
-            self._engines.pop(key).close()
+        self._shared.release({graph.name for graph in self.bundle.manifest.graphs if graph.stage == stage})
 
     def close(self) -> None:
         """Free all engines and memory once a running request is done; calling it again does nothing.
@@ -129,14 +203,22 @@ class Session:
         with self.backend.lock:
             if self._busy:
                 raise RequestError("a callback closed its own pipeline: raise an exception to end the request")
-            for workspace in self._workspaces.values():
-                workspace.close()
-            for engine in self._engines.values():
-                engine.close()
-            self._workspaces.clear()
-            self._engines.clear()
-            self.stream.close()
             self._closed = True
+            with ExitStack() as closing:
+                closing.callback(self.stream.close)
+                closing.callback(self._shared.close)
+                while self._workspaces:
+                    closing.callback(self._workspaces.popitem()[1].close)
+
+
+def _key(inputs: Mapping[str, Array], arrays: Mapping[str, Array]) -> Key:
+    return "workspace", tuple((name, array.shape) for name, array in {**inputs, **arrays}.items())
+
+
+def _default_budget(backend: Backend) -> int | None:
+    """Return the bytes that may be in use on a GPU; the host's memory is left to the number of kept shapes."""
+    memory = backend.device.memory_free()
+    return None if memory is None else backend.device.bytes_taken() + int(memory[0] * PART_OF_FREE_MEMORY)
 
 
 _SESSIONS: weakref.WeakSet[Session] = weakref.WeakSet()
@@ -145,7 +227,7 @@ _SESSIONS: weakref.WeakSet[Session] = weakref.WeakSet()
 def _leak_in_child() -> None:
     """Keep the engines of a forked process for ever: their destructors wait for threads that a fork does not have."""
     for session in _SESSIONS:
-        for engine in session._engines.values():
+        for engine in session._shared.engines.values():
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(engine))
 
 

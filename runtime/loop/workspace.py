@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Any
+
+import numpy as np
 
 from ...engines.bundle import STAGES, Bundle, GraphInfo, Stage, TensorInfo
 from ...engines.device import Array, Device, Event, Stream, Tensor
@@ -25,18 +28,44 @@ def allocate_outputs(
     return {spec.name: allocate(device, shape_of(spec, sizes), spec.dtype, memory) for spec in graph.outputs}
 
 
+class BoundGraph:
+    """A graph bound once to tensors of its own, and run on host arrays of their shapes."""
+
+    def __init__(self, device: Device, engine: Engine, graph: GraphInfo, inputs: Mapping[str, Array]) -> None:
+        """Allocate tensors of the shapes of `inputs`, and of the outputs that follow from them."""
+        self._outputs = [spec.name for spec in graph.outputs]
+        with ExitStack() as memory:
+            self._tensors = allocate_like(device, inputs, memory)
+            self._tensors |= allocate_outputs(device, graph, self._tensors, memory)
+            self._bound: BoundEngine | None = engine.bind(self._tensors)
+            self._memory = memory.pop_all()
+
+    def run(self, inputs: Mapping[str, Array], stream: Stream) -> dict[str, Array]:
+        """Run the graph and return its outputs on the host."""
+        if self._bound is None:
+            raise EngineError("a closed graph was run: bind it again")
+        for name, array in inputs.items():
+            self._tensors[name].write(array, stream)
+        self._bound.enqueue(stream)
+        return {name: self._tensors[name].read(stream) for name in self._outputs}
+
+    def close(self) -> None:
+        """Free the binding and its memory; calling it again does nothing."""
+        self._bound = None
+        self._memory.close()
+
+
 def run_once(
     device: Device, engine: Engine, graph: GraphInfo, inputs: Mapping[str, Array], stream: Stream
 ) -> dict[str, Array]:
     """Run a graph once on host arrays and return its outputs on the host; nothing stays allocated."""
-    with ExitStack() as memory:
-        tensors = allocate_like(device, inputs, memory)
-        tensors |= allocate_outputs(device, graph, tensors, memory)
-        for name, array in inputs.items():
-            tensors[name].write(array, stream)
-        bound = engine.bind(tensors)  # lives until its work is done
-        bound.enqueue(stream)
-        return {spec.name: tensors[spec.name].read(stream) for spec in graph.outputs}
+    with closing(BoundGraph(device, engine, graph, inputs)) as bound:
+        return bound.run(inputs, stream)
+
+
+def padded(array: Array, count: int) -> Array:
+    """Return rows with the last one repeated until there are `count`."""
+    return array if len(array) == count else np.concatenate([array, np.repeat(array[-1:], count - len(array), axis=0)])
 
 
 @dataclass
@@ -74,6 +103,8 @@ class Workspace:
         self._prompt: list[BoundEngine] = []
         self._decoders: list[BoundEngine] = []
         self._requests = CapturedWork()
+        self.uses: set[Any] = set()
+        """Keys of what it shares with other workspaces."""
         denoiser, decoder = bundle.graph("denoiser"), bundle.graph("decoder")
         with ExitStack() as memory:
             self._tensors = allocate_like(device, inputs, memory)
@@ -135,6 +166,17 @@ class Workspace:
                     self._let_go(stage, stream)
             raise
         return trace
+
+    def preview(self, latents: Array, stream: Stream) -> Array:
+        """Return the pictures [n, H, W, 3] of other latents [n, C, h, w], n at most the batch, on its bound decoder.
+
+        Between two steps of a running request too: the set of buffers that the next step writes holds nothing by then.
+        """
+        free = self.loop.steps_done + 1
+        tensor = self.loop.latents(free)
+        tensor.write(padded(latents, tensor.shape[0]), stream)
+        self._decoders[free % 2].enqueue(stream)
+        return self.pictures["image"].read(stream)[: len(latents)]
 
     def _encode(self, stream: Stream) -> None:
         for bound in self._prompt:

@@ -1,0 +1,37 @@
+"""The input shapes of every graph of a request: a workspace wired on the host, with engines that only take notes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ...engines.bundle import Bundle, GraphInfo
+from ...engines.device import Array, Tensor
+from ...engines.engine import BoundEngine, Shapes
+from ...engines.host import HostDevice
+from .workspace import Workspace
+
+
+class _Notes:
+    """An engine that only takes note of the shapes that it is opened for."""
+
+    def __init__(self, graph: GraphInfo) -> None:
+        self.name = graph.name
+        self.inputs = {t.name: t for t in graph.inputs}
+        self.outputs = {t.name: t for t in graph.outputs}
+
+    def bind(self, tensors: Mapping[str, Tensor]) -> BoundEngine:
+        return self  # type: ignore[return-value]
+
+    def close(self) -> None: ...
+
+
+def wired_shapes(bundle: Bundle, inputs: Mapping[str, Array], arrays: Mapping[str, Array]) -> dict[str, Shapes]:
+    """Return the input shapes of every graph that a workspace of these arrays opens, by graph."""
+    shapes: dict[str, Shapes] = {}
+
+    def open_engine(graph: GraphInfo, wanted: Shapes) -> _Notes:
+        shapes[graph.name] = {name: tuple(shape) for name, shape in wanted.items()}
+        return _Notes(graph)
+
+    Workspace(HostDevice(), bundle, open_engine, inputs, arrays).close()
+    return shapes
