@@ -2,8 +2,9 @@
 
 A folder of engines and every file in it must belong to this user or to root, and nobody else may write there; the
 sticky bit, under which others still add files, does not help. A group may write if it is its owner's alone, as many
-systems make one for each user. No folder above may let everybody rename what is in it: the sticky bit forbids that.
-Systems that have no such owners and modes (Windows) are not asked.
+systems make one for each user. Folders above are not asked, so that a cache may lie in `/tmp` or on a volume that all may
+write: who puts another folder in this one's place owns it, and is found out. Systems that have no such owners and modes
+(Windows) are not asked either.
 """
 
 from __future__ import annotations
@@ -24,13 +25,6 @@ def check_trusted(root: Path, *folders: Path) -> None:
     """
     if not hasattr(os, "geteuid"):
         return
-    for above in dict.fromkeys((*root.parents, *Path(os.path.realpath(root)).parents)):
-        facts = _facts(above)
-        if facts and facts.st_mode & stat.S_IWOTH and not facts.st_mode & stat.S_ISVTX:
-            raise StorageError(
-                f"engine cache {root} can be replaced by everybody, who may write to {above}: "
-                "run chmod +t on that folder, or set LATENTRT_HOME to one elsewhere"
-            )
     for place in _places(root, folders):
         if facts := _facts(place):
             _check(place, facts)

@@ -7,7 +7,7 @@ is wrong, not an error that only fusion makes.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from ..engines.bundle import Bundle, GraphInfo, LatentInfo
 from ..engines.device import Array
 from ..engines.engine import shape_of
 from ..engines.errors import BackendUnavailableError, MissingExtraError
-from ..engines.onnx_graph import graph_files
+from ..engines.onnx_graph import follow_links, graph_files, load_graph
 from .compare import relative_error
 
 PROVIDERS = {"onnxruntime-cpu": "CPUExecutionProvider", "onnxruntime-cuda": "CUDAExecutionProvider"}
@@ -43,7 +43,7 @@ def layer_errors(bundle: Bundle, graph: str, backend: str, seed: int = 0) -> lis
     feed = random_feed(info, bundle.manifest.latent, seed)
     with tempfile.TemporaryDirectory() as folder:
         marked = Path(folder) / "marked.onnx"
-        order = _mark_all(files[0], marked)
+        order = _mark_all(files, marked)
         reference = _infer(_onnxruntime(marked, "CPUExecutionProvider", optimized=False), feed)
         values = _infer(_runner(marked, backend), feed)
     return [
@@ -74,17 +74,21 @@ def random_feed(info: GraphInfo, latent: LatentInfo, seed: int) -> dict[str, Arr
     return feed
 
 
-def _mark_all(source: Path, target: Path) -> list[str]:
+def _mark_all(files: Sequence[Path], target: Path) -> list[str]:
     """Write a graph with every tensor as an output and return the tensors in graph order."""
     try:
         from polygraphy import constants
-        from polygraphy.backend.onnx import ModifyOutputs, OnnxFromPath, SaveOnnx
+        from polygraphy.backend.onnx import ModifyOutputs, SaveOnnx
         from polygraphy.logger import G_LOGGER
     except ImportError as error:
         raise MissingExtraError("export", "comparing layer by layer") from error
+    from onnx.external_data_helper import load_external_data_for_model
+
     G_LOGGER.module_severity = G_LOGGER.ERROR
-    model = ModifyOutputs(OnnxFromPath(str(source)), outputs=constants.MARK_ALL)
-    saved = SaveOnnx(model, str(target), external_data_path="marked.data", size_threshold=1 << 20)()
+    model = load_graph(files[0], "export")
+    load_external_data_for_model(model, str(follow_links(model, files)))
+    marked = ModifyOutputs(model, outputs=constants.MARK_ALL)
+    saved = SaveOnnx(marked, str(target), external_data_path="marked.data", size_threshold=1 << 20)()
     return [name for node in saved.graph.node for name in node.output]
 
 

@@ -8,7 +8,8 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from .method import Conditions, Measured
 from .workloads import Model, Say, Workload, ensure_model
 
 ORACLE_PICTURES = 40
+Keep = Callable[[Record], None]
 LARGE = 2**31
 """Bytes of weights above which the CPU measures one mode of latentrt: its modes differ by microseconds there."""
 
@@ -54,10 +56,12 @@ class Options:
     command: str = ""
 
 
-def run(work: Workload, options: Options, say: Say) -> list[Record]:
+def run(work: Workload, options: Options, say: Say, keep: Keep = lambda record: None) -> list[Record]:
     """Measure a workload and return one record for each contender, missing and failed ones too.
 
-    Raises `RequestError`, before anything is measured, when no contender can run or `slow` names what cannot be slowed.
+    `keep` gets each contender's record as soon as its rounds are done; fidelity and cold processes come later and are
+    not in it yet. Raises `RequestError`, before anything is measured, when no contender can run or `slow` names what
+    cannot be slowed.
     """
     watch = machine.LoadWatch()
     began = time.monotonic()
@@ -90,16 +94,25 @@ def run(work: Workload, options: Options, say: Say) -> list[Record]:
         "turns": method.turns(names, conditions),
         "memory_limit_bytes": options.memory_limit,
     }
-    measured, extras = _measure(names, conditions, options)
-    common = {
-        "run": uuid.uuid4().hex[:12],
-        "seconds_of_run": time.monotonic() - began,
-        **machine.stamp(watch, options.command, options.device, options.threads, **how),
-        "workload": work.as_request(),
-        "model": _model_facts(model, bundle),
-        "ceiling": ceiling,
-    }
-    return [_record(c, measured.get(c.name), common, extras.get(c.name, {}), bundle, work) for c in found]
+    run_id, extras = uuid.uuid4().hex[:12], {name: dict[str, Any]() for name in names}
+
+    def common() -> dict[str, Any]:
+        return {
+            "run": run_id,
+            "seconds_of_run": time.monotonic() - began,
+            **machine.stamp(watch, options.command, options.device, options.threads, **how),
+            "workload": work.as_request(),
+            "model": _model_facts(model, bundle),
+            "ceiling": ceiling,
+        }
+
+    def finished(seen: Measured) -> None:
+        candidate = next(c for c in found if c.name == seen.name)
+        keep(_record(candidate, seen, common(), extras[seen.name], bundle, work))
+
+    measured = _measure(names, conditions, options, extras, finished)
+    shared = common()
+    return [_record(c, measured.get(c.name), shared, extras.get(c.name, {}), bundle, work) for c in found]
 
 
 def check_slow(options: Options, bundle: Bundle) -> None:
@@ -113,17 +126,31 @@ def check_slow(options: Options, bundle: Bundle) -> None:
 
 
 def _measure(
-    names: Sequence[str], conditions: Conditions, options: Options
-) -> tuple[dict[str, Measured], dict[str, dict[str, Any]]]:
-    """Return what was seen of each contender, and what its record says besides: scenarios, fidelity, cold processes."""
-    extras: dict[str, dict[str, Any]] = {name: {} for name in names}
+    names: Sequence[str],
+    conditions: Conditions,
+    options: Options,
+    extras: dict[str, dict[str, Any]],
+    finished: Callable[[Measured], None],
+) -> dict[str, Measured]:
+    """Return what was seen of each contender; `extras` gets what its record says besides: scenarios, fidelity, cold.
+
+    An extra that fails is left out, and says so: what was measured before it stands.
+    """
     lead = next((name for name in names if name.startswith("latentrt/")), "")
-    conditions.after = lambda worker, seen: _scenarios(worker, seen, conditions, options, lead, extras[seen.name])
+
+    def after(worker: Worker, seen: Measured) -> None:
+        with _left_out(f"scenarios of {seen.name}", conditions.say):
+            _scenarios(worker, seen, conditions, options, lead, extras[seen.name])
+        finished(seen)
+
+    conditions.after = after
     with tempfile.TemporaryDirectory() as folder:
         conditions.folder = Path(folder)
         build = _build(names, conditions)
         measured = method.measure(names, conditions)
-        reference = _reference(measured, conditions)
+        reference = None
+        with _left_out("the reference answer", conditions.say):
+            reference = _reference(measured, conditions)
         for name, entry in measured.items():
             if reference is not None and entry.answer is not None:
                 extras[name]["fidelity"] = fidelity(entry.answer, reference).as_record()
@@ -131,9 +158,18 @@ def _measure(
                 entry.facts["build"] = build
     if options.cold:
         conditions.say("cold processes, from shell to PNG")
-        for name, cold in measure_cold(names, conditions, options.cold).items():
-            extras[name]["cold"] = cold
-    return measured, extras
+        with _left_out("cold processes", conditions.say):
+            for name, cold in measure_cold(names, conditions, options.cold).items():
+                extras[name]["cold"] = cold
+    return measured
+
+
+@contextmanager
+def _left_out(what: str, say: Say) -> Iterator[None]:
+    try:
+        yield
+    except EngineError as error:
+        say(f"{what} left out: {error}")
 
 
 def _model_facts(model: Model, bundle: Bundle) -> dict[str, Any]:

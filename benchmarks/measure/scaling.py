@@ -11,7 +11,7 @@ from .. import contenders
 from ..contenders.process import Worker
 from ..report.records import Record
 from . import machine
-from .bench import Options
+from .bench import Keep, Options
 from .method import Conditions
 from .statistics import power_law
 from .workloads import Say, Workload, ensure_model
@@ -46,8 +46,10 @@ def points(work: Workload, axis: str) -> Iterator[tuple[float, dict[str, Any]]]:
 AXES = ("steps", "batch", "pixels", "prompts × seeds")
 
 
-def study(work: Workload, options: Options, say: Say) -> list[Record]:
+def study(work: Workload, options: Options, say: Say, keep: Keep = lambda record: None) -> list[Record]:
     """Measure each axis with each contender, in a fresh process for each; return one record for each.
+
+    `keep` gets each record as soon as it is made.
 
     Without a choice of contenders, latentrt's own mode and diffusers are measured.
     """
@@ -76,6 +78,7 @@ def study(work: Workload, options: Options, say: Say) -> list[Record]:
                     "fits": fits(measured, opened),
                 }
             )
+            keep(records[-1])
     return records
 
 

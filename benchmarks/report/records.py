@@ -6,8 +6,9 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from ...engines.errors import RequestError, StorageError
@@ -64,10 +65,39 @@ def check_writable(path: Path) -> None:
         raise StorageError(f"cannot write {path}: {error.strerror or error}; choose another --output") from error
 
 
-def append(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+class Journal:
+    """Records of a run that goes on, in a file of its own beside that of finished runs; a context manager.
+
+    It ends with the run: left behind, and named, only when the block ends with an error or the process is killed.
+    """
+
+    def __init__(self, path: Path, say: Callable[[str], object]) -> None:
+        """Keep records beside the file `path`; `say` is told where they are when the run does not end well."""
+        self.path = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
+        self._say = say
+
+    def keep(self, record: Mapping[str, Any]) -> None:
+        """Write a record at once; one that cannot be written is only said: the run may still end well."""
+        try:
+            append(self.path, [record])
+        except StorageError as error:
+            self._say(str(error))
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if error is None:
+            self.path.unlink(missing_ok=True)
+        elif self.path.exists():
+            self._say(f"what was measured until then is in {self.path}")
+
+
+def append(path: Path, records: Iterable[Mapping[str, Any]], show: Callable[[str], object] | None = None) -> None:
     """Add records to the end of a file, each as one line, and flush them to the disk: all of them or none.
 
-    Raises `StorageError` when that fails; it names the temporary file that holds the records instead.
+    Raises `StorageError` when that fails; it names the temporary file that holds the records instead, or says that
+    `show` was given their lines because there can be none.
     """
     data = "".join(json.dumps(_rounded({"format": FORMAT, **record})) + "\n" for record in records).encode()
     try:
@@ -82,7 +112,7 @@ def append(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
                 os.ftruncate(file.fileno(), end)
                 raise
     except OSError as error:
-        raise StorageError(f"cannot write {path}: {error.strerror or error}; {_kept(data)}") from error
+        raise StorageError(f"cannot write {path}: {error.strerror or error}; {_kept(data, show)}") from error
 
 
 def _write_whole(handle: int, data: bytes) -> None:
@@ -91,8 +121,9 @@ def _write_whole(handle: int, data: bytes) -> None:
     os.fsync(handle)
 
 
-def _kept(data: bytes) -> str:
+def _kept(data: bytes, show: Callable[[str], object] | None) -> str:
     """Put data where it is not lost, and say where in half a sentence."""
+    name = None
     try:
         handle, name = tempfile.mkstemp(prefix="latentrt-records-", suffix=".jsonl")
         try:
@@ -100,7 +131,13 @@ def _kept(data: bytes) -> str:
         finally:
             os.close(handle)
     except OSError as error:
-        return f"nor a temporary file ({error.strerror or error}): the records are lost"
+        if name is not None:
+            Path(name).unlink(missing_ok=True)
+        why = f"nor a temporary file ({error.strerror or error})"
+        if show is None:
+            return f"{why}: the records are lost"
+        show(data.decode().rstrip())
+        return f"{why}: the records are the lines on standard output, put them into a .jsonl file"
     return f"the records are in {name}"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
@@ -97,6 +98,9 @@ def latentrt(
 def execute(arguments: Sequence[str]) -> int:
     """Run one command line and return its exit code; only an interrupt is raised, as `KeyboardInterrupt`."""
     warnings.simplefilter("ignore")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a prompt or a path may hold what the console's encoding does not
+            stream.reconfigure(errors="backslashreplace")
     words = list(arguments)
     try:
         result = app(args=words, standalone_mode=False, prog_name="latentrt")

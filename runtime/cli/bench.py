@@ -17,7 +17,7 @@ from ...engines.errors import MissingExtraError, RequestError
 from ..sizes import parse_size
 
 if TYPE_CHECKING:
-    from ...benchmarks.report.records import Record
+    pass
 
 
 class _WorkloadGroup(TyperGroup):
@@ -117,10 +117,12 @@ def run(
     def say(line: str) -> None:
         typer.echo(f"{time.monotonic() - began:6.1f} s  {line}", err=True)
 
-    found: list[Record] = growth.study(work, options, say) if scaling else benchmark.run(work, options, say)
+    with records.Journal(path, say) as journal:
+        found = (growth.study if scaling else benchmark.run)(work, options, say, journal.keep)
+        records.append(path, found, show=typer.echo)
+    typer.echo(f"records: {path}")
+    typer.echo(f"page:    {report.write_page(records.read(path), path.with_suffix('.html'))}\n")
     typer.echo(report.text(found))
-    records.append(path, found)
-    typer.echo(f"\nrecords: {path}\npage:    {report.write_page(records.read(path), path.with_suffix('.html'))}")
 
 
 @app.command("report")

@@ -34,6 +34,10 @@ def export(
     prediction_type: Annotated[
         str | None, typer.Option(help="What a single file's U-Net predicts: epsilon or v_prediction.")
     ] = None,
+    vae: Annotated[
+        str | None, typer.Option(help="VAE in place of the checkpoint's: folder, .safetensors file or hub id.")
+    ] = None,
+    variant: Annotated[str | None, typer.Option(help="Variant of the weights, such as fp16 or non_ema.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")] = False,
 ) -> None:
     """Turn a checkpoint into a bundle of ONNX graphs (needs the export extra)."""
@@ -50,6 +54,8 @@ def export(
             replace=force,
             tokenizer=tokenizer,
             prediction_type=prediction_type,
+            vae=vae,
+            variant=variant,
             progress=progress,
         )
     typer.echo(f"{path}: {readable_size(sum(f.size for f in Bundle.open(path).manifest.files.values()))}")
@@ -79,6 +85,9 @@ def inspect(
 def _lines(bundle: Bundle) -> list[str]:
     manifest, latent = bundle.manifest, bundle.manifest.latent
     source = manifest.source.get("name", "unknown")
+    replaced = manifest.source.get("replaced")
+    for component, origin in replaced.items() if isinstance(replaced, dict) else ():
+        source += f", {component} of {origin.get('name') if isinstance(origin, dict) else origin}"
     lines = [
         f"{bundle.path}: {manifest.family}, {manifest.precision}, from {source}",
         f"  size {latent.default_width}x{latent.default_height}, multiples of {latent.size_multiple};"

@@ -109,6 +109,8 @@ def _purpose(key: Mapping[str, Any]) -> str:
 
         target = " ".join(map(str, key.get("target", {}).values()))
         return f"{target}, version {key.get('version')}, {profile_from_json(key['profile'])}"
+    if "target" in key:  # nothing but the note that engines of a graph have passed their check
+        return f"{' '.join(map(str, key['target'].values()))}, onnxruntime {key.get('onnxruntime')}, checked"
     return "unknown"
 
 

@@ -33,7 +33,10 @@ def env(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = F
     typer.echo(f"{report['system']}, Python {report['python']}, {report['cores']} cores: {report['processor']}")
     for gpu in report["gpus"]:
         typer.echo(f"GPU {gpu['number']}: {gpu.get('error') or _gpu_text(gpu)}")
-    typer.echo(f"cache {report['cache']}: {report['engines']} engines, {readable_size(report['engine_bytes'])}")
+    if report["cache"] is None:
+        typer.echo(f"no cache: {report['cache_error']}")
+    else:
+        typer.echo(f"cache {report['cache']}: {report['engines']} engines, {readable_size(report['engine_bytes'])}")
     typer.echo(f"LATENTRT_HOME {report['latentrt_home'] or 'is not set'}")
     for name, version in report["packages"].items():
         typer.echo(f"  {name} {version or 'not installed'}")
@@ -42,7 +45,6 @@ def env(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = F
 
 
 def _report() -> dict[str, Any]:
-    engines = EngineCache().entries()
     return {
         "system": platform.platform(),
         "libc": " ".join(filter(None, platform.libc_ver())) or None,
@@ -50,13 +52,21 @@ def _report() -> dict[str, Any]:
         "processor": processor_name(),
         "cores": usable_cores(),
         "gpus": gpus(),
-        "cache": str(home()),
+        **_cache(),
         "latentrt_home": os.environ.get("LATENTRT_HOME"),
-        "engines": len(engines),
-        "engine_bytes": sum(entry["bytes"] for entry in engines),
         "packages": {name: _version(name) for name in _PACKAGES},
         "backends": unavailable_reasons(),
     }
+
+
+def _cache() -> dict[str, Any]:
+    """Return where the cache is and what it holds, or why this user has none."""
+    try:
+        folder, engines = str(home()), EngineCache().entries()
+    except LatentRTError as error:
+        return {"cache": None, "cache_error": str(error), "engines": 0, "engine_bytes": 0}
+    size = sum(entry["bytes"] for entry in engines)
+    return {"cache": folder, "cache_error": None, "engines": len(engines), "engine_bytes": size}
 
 
 def gpus() -> list[dict[str, Any]]:

@@ -6,7 +6,6 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import BoundedSemaphore
@@ -15,8 +14,8 @@ from typing import Any
 
 from PIL import Image
 
-from ...engines.errors import RequestError
-from ...engines.files import storage_error, write_atomically
+from ...engines.errors import RequestError, StorageError
+from ...engines.files import storage_error, sweep, write_atomically, write_new
 from ..pictures.png import encode_png
 from ..request import GenerationRequest
 
@@ -60,8 +59,13 @@ class Target:
     def write(self, seed: int, png: bytes, before: Path | None = None) -> Path:
         """Write one picture, numbered behind the one `before` it, and return its path; raises `StorageError`."""
         if self.is_stdout:
-            sys.stdout.buffer.write(png)
-            sys.stdout.buffer.flush()
+            try:
+                sys.stdout.buffer.write(png)
+                sys.stdout.buffer.flush()
+            except BrokenPipeError:
+                raise
+            except OSError as error:
+                raise storage_error("standard output", error) from error
         elif self.is_file:
             write_atomically(self.path, png)
         else:
@@ -133,23 +137,21 @@ def _number(path: Path) -> int:
 def write_numbered(folder: Path, seed: int, data: bytes, after: int | None = None) -> Path:
     """Write a picture to a new file, numbered behind `after`, or behind all in `folder`, and return its path.
 
-    The name is taken before the picture is written, so no other process takes it; raises `StorageError`.
+    It appears whole under a name that no other process has taken; raises `StorageError`. Without `after`, unfinished
+    pictures of processes that were killed are removed.
     """
-    path = folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        number = max(map(_number, folder.glob("latentrt-*.png")), default=0) if after is None else after
-        while True:
-            number += 1
-            path = folder / f"latentrt-{number:04d}-seed{seed}.png"
-            with suppress(FileExistsError):
-                path.touch(exist_ok=False)
-                break
+        if after is None:
+            sweep(folder, NUMBERED.pattern + r"seed\d+\.png")
+            after = max(map(_number, folder.glob("latentrt-*.png")), default=0)
+        path = _next(folder, after, seed)
+        while path.exists() or not write_new(path, data):
+            path = _next(folder, _number(path), seed)
     except OSError as error:
-        raise storage_error(path, error) from error
-    try:
-        write_atomically(path, data)
-    except BaseException:
-        path.unlink(missing_ok=True)
-        raise
+        raise error if isinstance(error, StorageError) else storage_error(folder, error) from error
     return path
+
+
+def _next(folder: Path, number: int, seed: int) -> Path:
+    return folder / f"latentrt-{number + 1:04d}-seed{seed}.png"

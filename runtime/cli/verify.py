@@ -30,6 +30,8 @@ def verify(
     options: BackendOptions = None,
     tokenizer: Annotated[str | None, typer.Option(help="Tokenizer folder or hub id, for a single file.")] = None,
     prediction_type: Annotated[str | None, typer.Option(help="What a single file's U-Net predicts.")] = None,
+    vae: Annotated[str | None, typer.Option(help="The VAE that the bundle was exported with: as for export.")] = None,
+    variant: Annotated[str | None, typer.Option(help="Variant of the checkpoint's weights.")] = None,
     any_checkpoint: Annotated[
         bool, typer.Option("--any-checkpoint", help="Compare although the bundle came from another checkpoint.")
     ] = False,
@@ -55,6 +57,8 @@ def verify(
             seed=seed,
             tokenizer=tokenizer,
             prediction_type=prediction_type,
+            vae=vae,
+            variant=variant,
             any_checkpoint=any_checkpoint,
             progress=progress,
             **settings,

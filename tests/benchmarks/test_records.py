@@ -84,6 +84,35 @@ def test_a_write_that_fails_half_way_leaves_the_file_as_it_was_and_loses_nothing
     assert records.read(Path(str(caught.value).split()[-1])) == [{"format": 1, "kind": "b"}]
 
 
+def test_records_that_no_file_takes_are_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(handle: int, data: bytes) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(records.os, "write", full)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    shown: list[str] = []
+    with pytest.raises(StorageError, match="the records are the lines on standard output"):
+        records.append(tmp_path / "r.jsonl", [{"kind": "a"}, {"kind": "b"}], show=shown.append)
+    assert [json.loads(line)["kind"] for text in shown for line in text.splitlines()] == ["a", "b"]
+    assert list((tmp_path / "temporary").iterdir()) == []
+
+
+def test_what_was_measured_before_an_end_that_came_early_is_kept(tmp_path: Path) -> None:
+    path, said = tmp_path / "r.jsonl", list[str]()
+    with records.Journal(path, said.append) as journal:
+        journal.keep({"kind": "a"})
+        assert records.read(journal.path) == [{"format": 1, "kind": "a"}]
+        records.append(path, [{"kind": "a"}])
+    assert list(tmp_path.iterdir()) == [path] and said == []
+    with pytest.raises(KeyboardInterrupt), records.Journal(path, said.append) as journal:
+        journal.keep({"kind": "b"})
+        raise KeyboardInterrupt
+    assert records.read(journal.path) == [{"format": 1, "kind": "b"}] and len(records.read(path)) == 1
+    assert said == [f"what was measured until then is in {journal.path}"]
+    assert journal.path not in tmp_path.glob("*.jsonl")  # a report does not take it for a whole run
+
+
 def test_a_file_is_tried_before_it_is_needed(tmp_path: Path) -> None:
     records.check_writable(tmp_path / "new" / "r.jsonl")
     assert list((tmp_path / "new").iterdir()) == []

@@ -4,7 +4,6 @@ import errno
 import json
 import multiprocessing
 import os
-import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from latentrt.engines.cache import EngineCache, home
 from latentrt.engines.errors import StorageError
 from latentrt.engines.files import locked
 
+NEEDS_FORK = pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
 KEY = {"backend": "b", "graph": "g", "version": "1", "gpu": "x", "profile": [1, 64, 64], "flags": {"level": 3}}
 
 
@@ -98,6 +98,7 @@ def _build_slowly(root: str, started: Any) -> None:
     EngineCache(Path(root)).get("denoiser", KEY, slow)
 
 
+@NEEDS_FORK
 def test_a_killed_build_leaves_nothing_behind(tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
     started = context.Event()
@@ -107,7 +108,7 @@ def test_a_killed_build_leaves_nothing_behind(tmp_path: Path) -> None:
     leftover = tmp_path / ".building"
     EngineCache(tmp_path).sweep()
     assert list(leftover.iterdir()), "a build in progress must not be swept away"
-    os.kill(process.pid or 0, signal.SIGKILL)
+    process.kill()
     process.join()
     cache = EngineCache(tmp_path)
     assert cache.find("denoiser", KEY) is None
@@ -125,6 +126,7 @@ def _count_build(root: str, log: str) -> None:
     EngineCache(Path(root)).get("denoiser", KEY, counted)
 
 
+@NEEDS_FORK
 def test_two_processes_build_once(tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
     log = tmp_path / "log"

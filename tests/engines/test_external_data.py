@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from latentrt.engines.errors import BundleError
 from latentrt.engines.onnx_graph import graph_files
 from latentrt.engines.onnxruntime.cpu import OnnxRuntimeCpu
 from latentrt.engines.tensorrt.plan import profile_for
+from latentrt.export.layers import layer_errors
 from onnx import TensorProto, helper
 
 from .simulated_backends import tensorrt_backend
@@ -113,3 +115,6 @@ def test_a_bundle_of_links_runs(tmp_path: Path) -> None:
         (bundle.path / name).rename(tmp_path / "blobs" / str(number))
         (bundle.path / name).symlink_to(Path("..") / "blobs" / str(number))
     assert np.allclose(times_w(Bundle.open(bundle.path), tmp_path / "cache"), WEIGHT[:2], atol=1e-6)
+    if importlib.util.find_spec("polygraphy") is not None:
+        (report,) = layer_errors(Bundle.open(bundle.path), "first", "onnxruntime-cpu")
+        assert (report.tensor, report.nan_count) == ("y", 0) and report.relative_error < 1e-6

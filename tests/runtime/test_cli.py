@@ -136,7 +136,7 @@ def test_prompts_come_from_standard_input_or_a_file_and_a_grid_shows_them(
 ) -> None:
     text = f"\ufeff{PROMPT}\n\n  a star  \n"  # as editors on Windows begin a file
     common = ["--bundle", str(tiny_sd15_bundle), "--steps", "1", "--json", "--seed", "1", "--grid", "grid.png"]
-    monkeypatch.setattr("sys.stdin", io.StringIO(text))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.encode()), "cp1252"))  # not the console's
     assert run(["generate", "-", *common, "-o", "a"]) == 0
     first = json.loads(capsys.readouterr().out)
     (folder / "prompts.txt").write_text(text, encoding="utf-8")

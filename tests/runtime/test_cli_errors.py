@@ -215,7 +215,7 @@ def test_inspect_names_damage_and_fails(
         (["export", ".", "-o", "out", "--revision", "main"], ("--revision is for hub ids", "local path")),
         (["cache", "prune"], ("--older-than DAYS or --all",)),
         (["cache", "prune", "--older-than", "-1"], ("--older-than", "see `latentrt cache prune --help`")),
-        (["genrate"], ("Did you mean", "see `latentrt --help`")),
+        (["genrate"], ("No such command 'genrate'", "see `latentrt --help`")),
         (["generate", "--bundel", "x"], ("--bundel", "--bundle")),
         (["--verbose", "env"], ("--verbose and --quiet",)),
     ],
@@ -248,10 +248,10 @@ def test_an_error_that_nobody_meant_is_one_line(
 def test_a_full_disk_leaves_no_picture(
     folder: Path, tiny_sd15_bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(self: Path, target: Path) -> Path:
+    def full(handle: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(Path, "replace", full)
+    monkeypatch.setattr(os, "fsync", full)
     arguments = ["generate", PROMPT, "--bundle", str(tiny_sd15_bundle), "--steps", "1", "-o", "out"]
     fails(capsys, arguments, 1, "No space left")
     assert list((folder / "out").iterdir()) == []

@@ -67,13 +67,15 @@ def test_every_sampler_is_listed_with_suffixes_that_it_takes(capsys: pytest.Capt
     found = json.loads(output(capsys, "samplers", "--json"))
     assert [sampler["name"] for sampler in found] == names()
     for sampler in found:
-        assert sampler["class_name"] in SAMPLERS and len(sampler["meaning"]) > 10
+        assert sampler["class_name"] in SAMPLERS and 10 < len(sampler["meaning"]) < 90
+        assert re.search(r"\((.+ 20\d\d|k-diffusion)\)|as diffusers has it", sampler["meaning"]), sampler["name"]
         for suffix in sampler["suffixes"]:
             assert len(step_table({}, 5, sampler=f"{sampler['name']}_{suffix}")) >= 5
     text = output(capsys, "samplers")
-    assert re.search(
-        r"^dpmpp_2m +DPMSolverMultistepScheduler +order 2 +_karras _exponential _beta$", text, re.MULTILINE
-    )
+    found = r"^dpmpp_2m\* +DPMSolverMultistepScheduler +DPM-Solver\+\+ multistep, order 2 \(Lu et al. 2022\)$"
+    assert re.search(found, text, re.MULTILINE)
+    assert all(f" {name}" in text for name in SAMPLERS)
+    assert len(text.splitlines()) == len(names()) + 2
 
 
 def test_every_backend_is_listed_with_its_options(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("onnxruntime")
+pytestmark = pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="signals are POSIX's")
 
 START = """
 import runpy, signal
