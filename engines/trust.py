@@ -2,9 +2,9 @@
 
 A folder of engines and every file in it must belong to this user or to root, and nobody else may write there; the
 sticky bit, under which others still add files, does not help. A group may write if it is its owner's alone, as many
-systems make one for each user. Folders above are not asked, so that a cache may lie in `/tmp` or on a volume that all may
-write: who puts another folder in this one's place owns it, and is found out. Systems that have no such owners and modes
-(Windows) are not asked either.
+systems make one for each user. Folders above are not asked, so that a cache may lie in `/tmp` or on a volume that all
+may write: who puts another folder in this one's place owns it, and is found out. Systems that have no such owners and
+modes (Windows) are not asked either.
 """
 
 from __future__ import annotations

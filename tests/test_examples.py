@@ -31,17 +31,21 @@ def bundle() -> Path:
     return ensure_bundle()
 
 
+@pytest.fixture(scope="module")
+def threads(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Image.Image]:
+    return draw("serve_with_threads", bundle, tmp_path_factory.mktemp("threads"))
+
+
 @pytest.mark.parametrize("name", PICTURES)
-def test_examples_draw(name: str, bundle: Path, tmp_path: Path) -> None:
-    drawn = draw(name, bundle, tmp_path)
+def test_examples_draw(name: str, bundle: Path, threads: dict[str, Image.Image], tmp_path: Path) -> None:
+    drawn = threads if name == "serve_with_threads" else draw(name, bundle, tmp_path)
     assert sorted(drawn) == sorted(PICTURES[name])
     assert all(low < high for picture in drawn.values() for low, high in [picture.convert("L").getextrema()])
 
 
-def test_threads_get_their_own_pictures(bundle: Path, tmp_path: Path) -> None:
-    drawn = draw("serve_with_threads", bundle, tmp_path)
+def test_threads_get_their_own_pictures(bundle: Path, threads: dict[str, Image.Image]) -> None:
     with Pipeline.open(bundle) as pipe:
-        for name, picture in drawn.items():
+        for name, picture in threads.items():
             prompt = name.removesuffix(".png").replace("-", " ")
             assert pipe(prompt, num_inference_steps=10, seed=1).images[0].tobytes() == picture.tobytes(), prompt
 
