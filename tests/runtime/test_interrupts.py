@@ -87,7 +87,7 @@ def start(folder: Path, *arguments: str, delay: float | None = None) -> tuple[in
     return process.returncode, err
 
 
-DELAYS = [0.0, 0.005, 0.01, 0.02, *(step * 0.05 for step in range(1, 11)), 0.6, 0.7, 0.8, 1.0, 1.25, 1.5]
+DELAYS = [0.0, 0.01, 0.05, 0.1, 0.2, 0.3, 0.45, 0.6, 0.8, 1.1]
 
 
 @pytest.mark.parametrize("delay", DELAYS)
