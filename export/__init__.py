@@ -20,13 +20,17 @@ def export_checkpoint(
     replace: bool = False,
     tokenizer: str | Path | None = None,
     prediction_type: str | None = None,
+    vae: str | Path | None = None,
+    variant: str | None = None,
     progress: Progress = silent,
 ) -> Path:
     """Turn a checkpoint into a bundle and return the bundle's folder.
 
     `source` is a diffusers folder, a hub id (`revision` picks a branch, tag or commit), or a `.safetensors` file of the
-    original Stable Diffusion layout. Such a file holds no tokenizer and does not say what its U-Net predicts:
-    `tokenizer` names a folder or hub id that has one, and `prediction_type` is `epsilon` or `v_prediction`. Safety
+    original Stable Diffusion layout. Such a file holds no tokenizer and may not say what its U-Net predicts:
+    `tokenizer` names a folder or hub id that has one, and `prediction_type` is `epsilon` or `v_prediction`. `vae` names
+    a VAE to use, instead of the checkpoint's own where it has one: a folder, a file or a hub id. `variant` picks the
+    weights of a folder or hub id that have this word in their names, such as `fp16`, where a component has such. Safety
     checker and feature extractor are not part of a bundle. Nothing is left behind when an error is raised:
     `CheckpointError`, `UnsupportedModelError`, `ExportError`, `StorageError`, `RequestError` or `MissingExtraError`.
     """
@@ -45,5 +49,7 @@ def export_checkpoint(
         replace=replace,
         tokenizer=tokenizer,
         prediction_type=prediction_type,
+        vae=vae,
+        variant=variant,
         progress=progress,
     )

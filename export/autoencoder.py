@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..engines.bundle import TensorInfo
 from .checkpoints.checkpoint import Part
+from .checkpoints.configs import NULL, NUMBER, SCALE, WHOLE, WHOLES, WORDS
 from .graph import Graph
 
 
@@ -113,4 +114,16 @@ AUTOENCODER_KL = Part(
     configured=_class,
     build=lambda config: _class().from_config(dict(config)),
     renames=(_old_attention_name,),
+    kinds={
+        "in_channels": WHOLE,
+        "out_channels": WHOLE,
+        "latent_channels": WHOLE,
+        "block_out_channels": WHOLES,
+        "down_block_types": WORDS,
+        "up_block_types": WORDS,
+        "layers_per_block": WHOLE,
+        "scaling_factor": SCALE,
+        "shift_factor": NUMBER | NULL,
+    },
+    depth=("layers_per_block",),
 )

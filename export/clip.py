@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..engines.bundle import Precision, TensorInfo
 from .checkpoints.checkpoint import Part
+from .checkpoints.configs import WHOLE
 from .graph import Graph, network_dtype
 
 
@@ -58,4 +59,15 @@ CLIP_TEXT = Part(
     build=_build,
     # Files and modules have or lack the prefix, depending on the version of transformers.
     renames=(lambda name: f"text_model.{name}", lambda name: name.removeprefix("text_model.")),
+    library="transformers",
+    kinds={
+        "vocab_size": WHOLE,
+        "hidden_size": WHOLE,
+        "intermediate_size": WHOLE,
+        "num_hidden_layers": WHOLE,
+        "num_attention_heads": WHOLE,
+        "max_position_embeddings": WHOLE,
+    },
+    depth=("num_hidden_layers",),
+    section="text_config",
 )

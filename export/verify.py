@@ -20,13 +20,15 @@ from ..engines.device import Array
 from ..engines.errors import BundleError
 from ..engines.files import sha256_of
 from ..engines.progress import Progress, silent
+from ..engines.selfcheck import BOUND
 from ..runtime.loop.workspace import run_once
 from ..runtime.pipeline import Pipeline
 from .checkpoints.checkpoint import Checkpoint
 from .checkpoints.sources import open_checkpoint
-from .compare import BACKEND_BOUND, PSNR_BOUND, TensorReport, compare, psnr, relative_error, ssim
+from .compare import PSNR_BOUND, TensorReport, compare, psnr, relative_error, ssim
 from .families import family_named
 from .graph import Graph
+from .reference import opened_by
 
 
 @dataclass(frozen=True)
@@ -76,13 +78,15 @@ def verify(
     seed: int = 0,
     tokenizer: str | Path | None = None,
     prediction_type: str | None = None,
+    vae: str | Path | None = None,
+    variant: str | None = None,
     any_checkpoint: bool = False,
     progress: Progress = silent,
     **options: Any,
 ) -> Report:
     """Compare a bundle with its checkpoint at the bundle's default size; `options` go to the backend.
 
-    The reference is the float32 checkpoint in PyTorch on the CPU, with diffusers' own scheduler. A checkpoint whose
+    The reference is the float32 checkpoint as diffusers' own loaders open it, in PyTorch on the CPU. A checkpoint whose
     files are not those that the bundle was exported from is refused unless `any_checkpoint` allows it. Raises
     `BundleError` or `CheckpointError` when one of the two cannot be opened or they do not belong together.
     """
@@ -90,7 +94,7 @@ def verify(
     if problems := opened.problems():  # engines in the cache would hide it
         name, problem = next(iter(problems.items()))
         raise BundleError(f"{bundle}: {name} {problem}: export it again")
-    checkpoint = open_checkpoint(source, tokenizer=tokenizer, prediction_type=prediction_type)
+    checkpoint = open_checkpoint(source, tokenizer=tokenizer, prediction_type=prediction_type, vae=vae, variant=variant)
     if not any_checkpoint:
         check_source(opened, checkpoint)
     family, manifest = family_named(checkpoint.family), opened.manifest
@@ -103,13 +107,14 @@ def verify(
             f"{len(checkpoint.tokenizers)}: give the checkpoint that it came from"
         )
     lengths = dict(zip(checkpoint.tokenizers, (info.max_length for info in manifest.tokenizers), strict=True))
-    builders = family.graphs(checkpoint, manifest.precision, lengths)
+    pipeline = family.pipeline(checkpoint)
+    builders = family.graphs(opened_by(pipeline, checkpoint), manifest.precision, lengths)
     for number, (name, build) in enumerate(builders.items()):
         progress(name.replace("_", " "), number, len(builders) + 1)
         report.tensors += _compare_graph(opened, engines, build())
     progress("request", len(builders), len(builders) + 1)
     with Pipeline(opened, engines) as pipe:
-        report.request = _compare_request(pipe, checkpoint, prompt, steps, seed)
+        report.request = _compare_request(pipe, pipeline, prompt, steps, seed)
     return report
 
 
@@ -118,6 +123,14 @@ def check_source(bundle: Bundle, checkpoint: Checkpoint) -> None:
     source = bundle.manifest.source
     hashes = source.get("files")
     hashes = hashes if isinstance(hashes, dict) else {}
+    replaced = source.get("replaced")
+    for component, origin in replaced.items() if isinstance(replaced, dict) else ():
+        if component not in checkpoint.replaced:
+            name = origin.get("name") if isinstance(origin, dict) else origin
+            raise BundleError(
+                f"bundle {bundle.path} was exported with {component} {name!r} in place of the checkpoint's own: give "
+                f"it with --{component}, or compare them anyway with --any-checkpoint"
+            )
     for name, file in checkpoint.files.items():
         if name not in hashes or sha256_of(file) != hashes[name]:
             raise BundleError(
@@ -130,8 +143,8 @@ def check_source(bundle: Bundle, checkpoint: Checkpoint) -> None:
 def _compare_graph(bundle: Bundle, backend: Backend, graph: Graph) -> list[TensorReport]:
     """Run one graph and its float32 module on the same random inputs at the bundle's default size."""
     info, latent = bundle.graph(graph.name), bundle.manifest.latent
-    cells = {"h": latent.default_height // latent.downscale, "w": latent.default_width // latent.downscale}
-    sizes = [cells.get(s, 2 if s == "R" else 1) for s in graph.symbols]
+    known = {"R": 2, "h": latent.default_height // latent.downscale, "w": latent.default_width // latent.downscale}
+    sizes = [{**known, **graph.usual}.get(letter, 1) for letter in graph.symbols]
     inputs = graph.random_inputs(sizes, seed=0)
     declared = {"inputs": (info.inputs, graph.inputs), "outputs": (info.outputs, graph.outputs)}
     for what, (theirs, ours) in declared.items():
@@ -143,7 +156,7 @@ def _compare_graph(bundle: Bundle, backend: Backend, graph: Graph) -> list[Tenso
     outputs = run_graph(bundle, backend, info, {name: value.numpy() for name, value in inputs.items()})
     expected = graph.module(**{k: v.float() if v.is_floating_point() else v for k, v in inputs.items()})
     expected = expected if isinstance(expected, tuple) else (expected,)
-    bound = BACKEND_BOUND[bundle.manifest.precision]
+    bound = BOUND[bundle.manifest.precision]
     return [
         compare(f"{graph.name}.{spec.name}", outputs[spec.name], value.numpy(), bound)
         for spec, value in zip(graph.outputs, expected, strict=True)
@@ -161,14 +174,14 @@ def run_graph(bundle: Bundle, backend: Backend, info: GraphInfo, inputs: Mapping
         stream.close()
 
 
-def _compare_request(pipe: Pipeline, checkpoint: Checkpoint, prompt: str, steps: int, seed: int) -> RequestReport:
+def _compare_request(pipe: Pipeline, reference: Any, prompt: str, steps: int, seed: int) -> RequestReport:
     ours: list[Array] = []
 
     def keep(_: Pipeline, step: int, timestep: float, values: dict[str, Any]) -> None:
         ours.append(values["latents"])
 
     result = pipe(prompt, num_inference_steps=steps, seed=seed, callback_on_step_end=keep)
-    theirs, picture = _reference(pipe, checkpoint, prompt, steps, seed)
+    theirs, picture = _reference(pipe, reference, prompt, steps, seed)
     pixels = np.stack([np.asarray(image) for image in result.images])
     return RequestReport(
         steps=[relative_error(a, b) for a, b in zip(ours, theirs, strict=True)],
@@ -181,10 +194,9 @@ def _compare_request(pipe: Pipeline, checkpoint: Checkpoint, prompt: str, steps:
 
 
 @torch.no_grad()
-def _reference(pipe: Pipeline, checkpoint: Checkpoint, prompt: str, steps: int, seed: int) -> tuple[list[Array], Array]:
-    """Run the same request in diffusers and return the latents after each step and the uint8 picture."""
+def _reference(pipe: Pipeline, reference: Any, prompt: str, steps: int, seed: int) -> tuple[list[Array], Array]:
+    """Run the same request in diffusers' pipeline and return the latents after each step and the uint8 picture."""
     manifest = pipe.bundle.manifest
-    reference = family_named(checkpoint.family).pipeline(checkpoint)
     reference.set_progress_bar_config(disable=True)
     latents: list[Array] = []
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from .configs import Kind, check_config, check_depth
 from .weights import Find, Weights, load_module
 
 
@@ -22,6 +23,10 @@ class Part:
     configured   returns the class whose parameters are its config
     build        makes the network from a complete config
     renames      give other names that a weight of it may have in files
+    library      the library of its class in `model_index.json`
+    kinds        what the values of its config may be, where this package reads them
+    depth        keys of its config that count layers, one inside the other
+    section      the key of a larger config that holds its own, where it may be a part of a larger model
     """
 
     class_name: str
@@ -29,6 +34,15 @@ class Part:
     configured: Callable[[], Any]
     build: Callable[[Mapping[str, Any]], torch.nn.Module]
     renames: tuple[Callable[[str], str], ...] = ()
+    library: str = "diffusers"
+    kinds: Mapping[str, Kind] = field(default_factory=dict)
+    depth: tuple[str, ...] = ()
+    section: str | None = None
+
+    @property
+    def pickle_stem(self) -> str:
+        """The stem of its weight files in PyTorch's own format."""
+        return "pytorch_model" if self.library == "transformers" else self.stem
 
 
 @dataclass(frozen=True)
@@ -48,10 +62,17 @@ class Component:
     def of(
         cls, part: Part, where: str, config: Mapping[str, Any], weights: Weights, find: Find | None = None
     ) -> Component:
-        """Return a component with the defaults of its class for what the config leaves out."""
+        """Return a component with the defaults of its class for what the config leaves out.
+
+        Raises `CheckpointError` for values that cannot be, `UnsupportedModelError` for quantized networks.
+        """
         parameters = inspect.signature(part.configured()).parameters.values()
         defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
-        return cls(part, where, defaults | dict(config), weights, find or weights.get)
+        own = config.get(part.section) if part.section else None
+        complete = defaults | dict(own if isinstance(own, dict) else config)
+        check_config(complete, part.kinds, where)
+        check_depth(complete, part.depth, len(weights), where)
+        return cls(part, where, complete, weights, find or weights.get)
 
     def load(self) -> torch.nn.Module:
         """Build the network with its weights; raises `CheckpointError` for one that is missing or does not fit."""
@@ -61,9 +82,25 @@ class Component:
             return next((tensor for tensor in map(self.find, names) if tensor is not None), None)
 
         try:
-            return load_module(lambda: self.part.build(self.config), find, self.where)
+            return load_module(lambda: self.part.build(self._options()), find, self.where)
         finally:
             self.weights.close()
+
+    def _options(self) -> dict[str, Any]:
+        """Return the config without what its class does not read: where and by what it was written."""
+        return {key: value for key, value in self.config.items() if not key.startswith("_")}
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a component comes from that is not the checkpoint's own: what the user gave, and what diffusers opens."""
+
+    name: str
+    path: Path
+    revision: str | None
+    component: Component
+    files: Mapping[str, Path]
+    """Its weight files by the name that the bundle records."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +128,13 @@ class Checkpoint:
     scheduler: Mapping[str, Any]
     files: Mapping[str, Path]
     """Weight files by the name that the bundle records."""
+    path: Path
+    """The folder or the file that diffusers opens."""
     revision: str | None = None
+    variant: str | None = None
+    """The variant of the weights that was asked for."""
+    replaced: Mapping[str, Origin] = field(default_factory=dict)
+    """Components that come from somewhere else."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """Defaults of a request that the bundle's manifest gets, where they are not the usual ones."""
 

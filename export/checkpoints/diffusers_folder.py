@@ -2,115 +2,151 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ...engines.errors import CheckpointError, UnsupportedModelError
 from ..families import Family, families, family_of_pipeline
-from .checkpoint import Checkpoint, Component, TokenizerSource
-from .weights import PICKLE_REASON, PICKLES, Weights
+from .checkpoint import Checkpoint, Component, Origin, Part, TokenizerSource
+from .configs import shown
+from .json_files import read_json
+from .weight_files import check_variant, variants_of, weight_files
+from .weights import Weights
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
+TOKENIZER_CLASSES = ("CLIPTokenizer", "CLIPTokenizerFast")
 DEFAULTS = ("default_guidance_scale", "default_num_inference_steps")
-VARIANTS = ("", ".fp16")
-"""Weight files by preference: full precision, else the half-precision variant."""
 
 
-def open_folder(folder: Path, name: str, revision: str | None = None) -> Checkpoint:
+def open_folder(
+    folder: Path,
+    name: str,
+    revision: str | None = None,
+    *,
+    variant: str | None = None,
+    replaced: Mapping[str, Origin] | None = None,
+) -> Checkpoint:
     """Open a diffusers folder; `name` and `revision` are what the bundle will say about its source.
 
-    Raises `CheckpointError` for missing or damaged parts, `UnsupportedModelError` for another kind of pipeline.
+    `variant` is read where a component has it, plain weights elsewhere; `replaced` are components from somewhere else,
+    which the folder need not have. Raises `CheckpointError` for missing or damaged parts, `UnsupportedModelError` for
+    another kind of pipeline.
     """
+    check_variant(variant)
     index = read_json(folder / "model_index.json")
     family = family_of_index(folder, index)
-    components = {}
-    files = {}
-    for component, part in family.parts.items():
-        declared = (index.get(component) or [None, None])[-1]
-        if declared != part.class_name:
-            raise UnsupportedModelError(
-                f"{folder}: component {component} is {declared!r}; only {part.class_name} is supported here"
-            )
-        config = read_json(folder / component / "config.json")
-        weights = Weights(weight_files(folder, component, part.stem))
+    replaced = replaced or {}
+    own = {component: part for component, part in family.parts.items() if component not in replaced}
+    for component, part in own.items():
+        _check_declared(folder, component, part, index)
+    configs = {component: read_json(folder / component / "config.json") for component in own}
+    chosen = variants_of(folder, own, variant)
+    components = {component: origin.component for component, origin in replaced.items()}
+    files = {name: file for origin in replaced.values() for name, file in origin.files.items()}
+    for component, part in own.items():
+        weights = Weights(weight_files(folder / component, part, chosen[component]))
         files.update({file.relative_to(folder).as_posix(): file for file in weights.files})
-        components[component] = Component.of(part, f"{folder / component}", config, weights)
+        components[component] = Component.of(part, f"{folder / component}", configs[component], weights)
     for tokenizer in family.tokenizers:
-        if not any((folder / tokenizer / file).is_file() for file in TOKENIZER_FILES):
-            names = " or ".join(TOKENIZER_FILES)
-            raise CheckpointError(f"{folder / tokenizer} has no {names}: the checkpoint is incomplete")
+        _check_tokenizer(folder, tokenizer, index)
     return Checkpoint(
         name,
         family.name,
         index["_class_name"],
-        components,
+        {component: components[component] for component in family.parts},
         tokenizers={tokenizer: TokenizerSource(folder / tokenizer) for tokenizer in family.tokenizers},
         scheduler=_scheduler(folder, index),
         files=files,
+        path=folder,
         revision=revision,
+        variant=variant,
+        replaced=replaced,
         defaults=_defaults(folder, index),
     )
-
-
-def _scheduler(folder: Path, index: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the scheduler config under the class that the index names: diffusers builds that one from it."""
-    config = read_json(folder / "scheduler" / "scheduler_config.json")
-    declared = index.get("scheduler")
-    if isinstance(declared, list) and len(declared) == 2 and isinstance(declared[1], str):
-        config["_class_name"] = declared[1]
-    return config
 
 
 def family_of_index(folder: Path, index: Mapping[str, Any]) -> Family:
     """Return the family that a folder's `model_index.json` names, or raise `UnsupportedModelError`."""
     pipeline = index.get("_class_name")
-    family = family_of_pipeline(pipeline)
+    if isinstance(pipeline, list):
+        raise UnsupportedModelError(f"{folder}: {shown(pipeline)} is a pipeline with code of its own, which is not run")
+    family = family_of_pipeline(pipeline) if isinstance(pipeline, str) else None
     if family is None:
         known = ", ".join(name for family in families() for name in family.pipelines)
-        raise UnsupportedModelError(f"{folder}: pipeline {pipeline!r} is not supported, only {known}")
+        raise UnsupportedModelError(f"{folder}: pipeline {shown(pipeline)} is not supported, only {known}")
     return family
+
+
+def _declared(index: Mapping[str, Any], component: str) -> tuple[Any, Any]:
+    """Return a component's library and class in the index; both are None for one that is null or missing."""
+    declared = index.get(component)
+    if isinstance(declared, list) and len(declared) == 2:
+        return declared[0], declared[1]
+    return (None, None) if declared is None else (declared, declared)
+
+
+def _check_declared(folder: Path, component: str, part: Part, index: Mapping[str, Any]) -> None:
+    library, class_name = _declared(index, component)
+    if class_name is None or library is None:
+        raise UnsupportedModelError(
+            f"{folder}: component {component} is null in model_index.json: give a checkpoint that has one"
+            + (", or --vae" if component == "vae" else "")
+        )
+    if class_name != part.class_name:
+        raise UnsupportedModelError(
+            f"{folder}: component {component} is {shown(class_name)}; only {part.class_name} is supported here"
+        )
+    if library != part.library:
+        raise UnsupportedModelError(
+            f"{folder}: component {component} is a class of {shown(library)}, where {part.library}'s is supported: "
+            "code that comes with a checkpoint is not run"
+        )
+
+
+def _check_tokenizer(folder: Path, tokenizer: str, index: Mapping[str, Any]) -> None:
+    _, class_name = _declared(index, tokenizer)
+    if class_name not in TOKENIZER_CLASSES:
+        raise UnsupportedModelError(
+            f"{folder}: {tokenizer} is {shown(class_name)}; only {TOKENIZER_CLASSES[0]} is supported here"
+        )
+    if not any((folder / tokenizer / file).is_file() for file in TOKENIZER_FILES):
+        names = " or ".join(TOKENIZER_FILES)
+        raise CheckpointError(f"{folder / tokenizer} has no {names}: the checkpoint is incomplete")
+
+
+def _scheduler(folder: Path, index: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the scheduler config under the class that the index names: diffusers builds that one from it."""
+    file = folder / "scheduler" / "scheduler_config.json"
+    config = read_json(file)
+    dropped = config.pop("_use_default_values", [])  # keys that diffusers leaves to the class's defaults
+    for key in dropped if isinstance(dropped, list) else []:
+        if isinstance(key, str):
+            config.pop(key, None)
+    library, class_name = _declared(index, "scheduler")
+    if class_name is None or library != "diffusers":
+        raise UnsupportedModelError(
+            f"{folder}: scheduler is {shown(index.get('scheduler'))} in model_index.json: name a class of diffusers"
+        )
+    if not isinstance(class_name, str):
+        raise CheckpointError(f"{folder}: scheduler is {shown(class_name)} in model_index.json: name a class")
+    return config | {"_class_name": class_name}
 
 
 def _defaults(folder: Path, index: dict[str, Any]) -> dict[str, float]:
     """Return the table `_latentrt` of the index, a key that diffusers ignores, after checking it."""
     table = index.get("_latentrt", {})
     if not isinstance(table, dict) or not all(
-        key in DEFAULTS and isinstance(value, int | float) and value >= 0 for key, value in table.items()
+        key in DEFAULTS and isinstance(value, int | float) and not isinstance(value, bool) and _is_default(key, value)
+        for key, value in table.items()
     ):
         raise CheckpointError(
-            f"{folder / 'model_index.json'}: _latentrt is {table!r}; give numbers for {' and '.join(DEFAULTS)}"
+            f"{folder / 'model_index.json'}: _latentrt is {shown(table)}; give numbers for {' and '.join(DEFAULTS)}"
         )
     return table
 
 
-def weight_files(folder: Path, part: str, stem: str) -> list[Path]:
-    """Return the safetensors files of a component, its shards when it is split.
-
-    Raises `CheckpointError` when there are none, saying so when there are only pickles.
-    """
-    for variant in VARIANTS:
-        single = folder / part / f"{stem}{variant}.safetensors"
-        if single.is_file():
-            return [single]
-        for index in (f"{stem}.safetensors.index{variant}.json", f"{stem}{variant}.safetensors.index.json"):
-            if (folder / part / index).is_file():
-                table = read_json(folder / part / index).get("weight_map") or {}
-                return [folder / part / Path(shard).name for shard in sorted(set(table.values()))]
-    if any(file.suffix in PICKLES for file in (folder / part).glob("*")):
-        raise CheckpointError(f"{folder / part} has no .safetensors weights, only a pickle: {PICKLE_REASON}")
-    raise CheckpointError(f"{folder / part} has no {stem}.safetensors: the checkpoint is incomplete")
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """Return the object in a JSON file; raises `CheckpointError` when it is missing or damaged."""
-    if not file.is_file():
-        raise CheckpointError(f"{file} is missing: give a complete diffusers checkpoint folder")
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} cannot be read as JSON ({error})") from error
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{file} does not hold a JSON object")
-    return data
+def _is_default(key: str, value: float) -> bool:
+    if key == "default_guidance_scale":
+        return 0 <= value <= 1000
+    return isinstance(value, int) and 1 <= value <= 100_000

@@ -8,6 +8,7 @@ from tokenizers import Tokenizer
 
 from ...engines.bundle import TokenizerInfo
 from ...engines.errors import CheckpointError
+from .configs import said_by, shown
 
 
 def write_tokenizer(
@@ -15,16 +16,25 @@ def write_tokenizer(
 ) -> TokenizerInfo:
     """Write the tokenizer of a checkpoint's `tokenizer` folder and return the contract of its text encoder.
 
-    Reads `tokenizer.json`, or `vocab.json` with `merges.txt`. `pad_id` replaces the tokenizer's own padding token,
-    `output` is the graph input that the ids feed.
+    Reads `tokenizer.json`, or `vocab.json` with `merges.txt`. `pad_id` replaces the tokenizer's own padding token, as
+    `pad_token` in its config does: the token becomes a special one. `output` is the graph input that the ids feed.
     Raises `CheckpointError` when the files cannot be read or have more tokens than the encoder's `vocab_size`.
     """
     from transformers import CLIPTokenizerFast
 
     try:
         source = CLIPTokenizerFast.from_pretrained(str(folder), local_files_only=True)
+        if pad_id is not None:
+            pad = source.convert_ids_to_tokens(pad_id)
+            source = CLIPTokenizerFast.from_pretrained(str(folder), local_files_only=True, pad_token=pad)
     except Exception as error:  # tokenizers and transformers raise many kinds
-        raise CheckpointError(f"{folder} holds no CLIP tokenizer that can be read ({error})") from error
+        raise CheckpointError(f"{folder} holds no CLIP tokenizer that can be read ({said_by(error)})") from error
+    ids = {"bos_token": source.bos_token_id, "eos_token": source.eos_token_id, "pad_token": source.pad_token_id}
+    if missing := [name for name, number in ids.items() if not isinstance(number, int) or number < 0]:
+        raise CheckpointError(f"{folder} has no {missing[0]} among its tokens: give a CLIP tokenizer")
+    longest = source.model_max_length
+    if isinstance(longest, bool) or not isinstance(longest, int | float) or not longest > 2:
+        raise CheckpointError(f"{folder}: model_max_length is {shown(longest)}; give a number of tokens, such as 77")
     tokenizer = Tokenizer.from_str(source.backend_tokenizer.to_str())
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -35,8 +45,8 @@ def write_tokenizer(
     return TokenizerInfo(
         file=file.name,
         output=output,
-        max_length=min(max_length, source.model_max_length),
-        bos_id=source.bos_token_id,
-        eos_id=source.eos_token_id,
-        pad_id=source.pad_token_id if pad_id is None else pad_id,
+        max_length=int(min(max_length, longest)),
+        bos_id=ids["bos_token"],
+        eos_id=ids["eos_token"],
+        pad_id=ids["pad_token"],
     )

@@ -1,7 +1,8 @@
-"""Safetensors weights, read one tensor at a time, and modules built from them without a second copy."""
+"""Weights, read one tensor at a time, and modules built from them without a second copy."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -11,27 +12,43 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ...engines.errors import CheckpointError, UnsupportedModelError
+from .configs import said_by
+from .quantized import REMEDY, refuse_quantized
 
 PICKLES = (".ckpt", ".bin", ".pt", ".pth", ".pkl")
 PICKLE_REASON = (
     "pickled weights are refused because opening a pickle runs the code inside it: convert them to .safetensors first"
 )
+PLAIN = (
+    torch.float16,
+    torch.bfloat16,
+    torch.float32,
+    torch.float64,
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+)
+"""Element types whose numbers are the weights themselves."""
 
 Find = Callable[[str], "torch.Tensor | None"]
 """Returns the tensor for a parameter name of a module, or None when the checkpoint has none."""
 
 
 class Weights:
-    """The tensors of one or several safetensors files, memory-mapped and read by name.
+    """The tensors of one or several files, memory-mapped and read by name.
 
-    A file is mapped when it is first needed and until `close`, or as long as a tensor of it is alive.
+    A file is mapped when it is first needed and until `close`, or as long as a tensor of it is alive. Files are
+    safetensors, or PyTorch's `.bin`, of which tensors are read and nothing else.
     """
 
     def __init__(self, files: Sequence[Path]) -> None:
-        """List the tensors of the files; raises `CheckpointError` for a damaged one."""
+        """List the tensors of the files; raises `CheckpointError` for a damaged or a quantized one."""
         self.files = tuple(files)
         self._opened: dict[Path, Any] = {}
-        self._file_of = {name: file for file in files for name in self._open(file).keys()}  # noqa: SIM118
+        self._file_of: dict[str, Path] = {}
+        for file in files:
+            names = list(self._open(file).keys())
+            refuse_quantized(file, names)
+            self._file_of |= dict.fromkeys(names, file)
         self.close()
 
     def __contains__(self, name: str) -> bool:
@@ -40,13 +57,47 @@ class Weights:
     def __iter__(self) -> Iterator[str]:
         return iter(self._file_of)
 
+    def __len__(self) -> int:
+        return len(self._file_of)
+
     def close(self) -> None:
         """Unmap the files; reading maps them again."""
         self._opened.clear()
 
+    def metadata(self) -> dict[str, str]:
+        """Return what the first file says about itself; only safetensors files can."""
+        says: dict[str, str] = self._open(self.files[0]).metadata() or {}
+        self.close()
+        return says
+
     def get(self, name: str) -> torch.Tensor | None:
-        """Return a tensor by its name in the file, or None."""
-        return self._open(self._file_of[name]).get_tensor(name) if name in self._file_of else None
+        """Return a tensor by its name in the file, or None.
+
+        Raises `CheckpointError` for one with numbers that are not finite, `UnsupportedModelError` for one that is not
+        plain floating point.
+        """
+        if name not in self._file_of:
+            return None
+        file, tensor = self._file_of[name], self.raw(name)
+        if tensor.dtype not in PLAIN:
+            raise UnsupportedModelError(f"{file}: tensor {name!r} is {tensor.dtype}, which is quantized: {REMEDY}")
+        numbers = tensor.float() if tensor.element_size() == 1 else tensor
+        if not bool((finite := torch.isfinite(numbers)).all()):
+            count = finite.numel() - int(finite.sum())
+            raise CheckpointError(
+                f"{file}: tensor {name!r} holds NaN or infinity in {count} of {finite.numel()} numbers: the weights "
+                "themselves are damaged, in every precision; download or train them again"
+            )
+        return tensor
+
+    def raw(self, name: str) -> torch.Tensor:
+        """Return a tensor of the files whatever it holds; raises `CheckpointError` when it cannot be read."""
+        file = self._file_of[name]
+        try:
+            tensor: torch.Tensor = self._open(file).get_tensor(name)
+        except (SafetensorError, OSError, AttributeError, TypeError, ValueError, RuntimeError) as error:
+            raise CheckpointError(f"{file}: tensor {name!r} cannot be read ({said_by(error)})") from error
+        return tensor
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return a tensor's shape without reading it; raises `CheckpointError` when there is none of that name."""
@@ -56,23 +107,79 @@ class Weights:
 
     def _open(self, file: Path) -> Any:
         if file not in self._opened:
-            try:
-                self._opened[file] = safe_open(str(file), framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise CheckpointError(
-                    f"{file} is truncated or not a safetensors file ({error}): download or convert it again"
-                ) from error
+            self._opened[file] = _Pickle(file) if file.suffix == ".bin" else _safetensors(file)
         return self._opened[file]
+
+
+def _safetensors(file: Path) -> Any:
+    try:
+        return safe_open(str(file), framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{file} is truncated or not a safetensors file ({said_by(error)}): download or convert it again"
+        ) from error
+
+
+class _Pickle:
+    """A `.bin` file with the face of a safetensors file, read by PyTorch's loader that runs no code."""
+
+    def __init__(self, file: Path) -> None:
+        try:
+            found = _load(file)
+        except Exception as error:  # damaged pickles raise every kind
+            unsafe = "Weights only load failed" in str(error)
+            what = "asks for more than tensors, which would run code" if unsafe else f"is damaged ({said_by(error)})"
+            raise CheckpointError(f"{file} {what}: it is not opened; give .safetensors weights") from error
+        if not isinstance(found, dict):
+            raise CheckpointError(f"{file} holds no table of tensors: give .safetensors weights")
+        self._tensors = {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
+
+    def keys(self) -> list[str]:
+        return [name for name in self._tensors if isinstance(name, str)]
+
+    def metadata(self) -> None:
+        return None
+
+    def get_tensor(self, name: str) -> torch.Tensor:
+        return self._tensors[name].detach()
+
+    def get_slice(self, name: str) -> _Shape:
+        return _Shape(self._tensors[name])
+
+
+class _Shape:
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._tensor = tensor
+
+    def get_shape(self) -> list[int]:
+        return list(self._tensor.shape)
+
+
+def _load(file: Path) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about protocols; what cannot be read is an error
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError as error:
+            if "mmap can only be used" not in str(error):
+                raise
+            return torch.load(file, map_location="cpu", weights_only=True)  # the format before PyTorch 1.6
 
 
 def load_module(build: Callable[[], torch.nn.Module], find: Find, where: str) -> torch.nn.Module:
     """Build a module in float32 for inference, its parameters taken from `find`.
 
     Nothing is initialized or, in float32, copied: parameters begin on the meta device and are replaced. `where` names
-    the source in errors. Raises `CheckpointError` when a weight is missing or has the wrong shape.
+    the source in errors. Raises `CheckpointError` when the module cannot be built, or when a weight is missing or has
+    the wrong shape.
     """
-    with torch.device("meta"):
-        module = build()
+    try:
+        with torch.device("meta"):
+            module = build()
+    except Exception as error:  # configs come from outside, and their classes raise every kind
+        raise CheckpointError(
+            f"{where}: its config describes no network that can be built ({said_by(error)})"
+        ) from error
     state = {}
     for name, slot in module.state_dict().items():
         tensor = find(name)
@@ -81,10 +188,6 @@ def load_module(build: Callable[[], torch.nn.Module], find: Find, where: str) ->
         if tensor.shape != slot.shape:
             raise CheckpointError(
                 f"{where}: weight {name!r} has shape {list(tensor.shape)} where its config asks for {list(slot.shape)}"
-            )
-        if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-            raise UnsupportedModelError(
-                f"{where}: weight {name!r} is {tensor.dtype}; quantized weights are not exported, only floating point"
             )
         state[name] = tensor.to(torch.float32)
     module.load_state_dict(state, assign=True)

@@ -1,26 +1,28 @@
 """Single `.safetensors` files of the original Stable Diffusion layout, read under diffusers' names.
 
 Sizes come from the tensors' shapes. What the file does not say is fixed by its version: 1.x has CLIP ViT-L and eight
-heads everywhere, 2.x OpenCLIP (its last layer unused) and heads of 64 channels.
+heads everywhere, 2.x the first 23 of OpenCLIP's layers and heads of 64 channels.
 """
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ...engines.errors import CheckpointError, UnsupportedModelError
-from ..checkpoints.checkpoint import Checkpoint, Component, Part, TokenizerSource
+from ..checkpoints.checkpoint import Checkpoint, Component, Origin, Part, TokenizerSource
 from ..checkpoints.weights import Find, Weights
+from .markers import Said, said
+from .names import CLIP, OPEN_CLIP, UNET, VAE, open_clip_tensor, unet_tensor, vae_tensor
 
-UNET, VAE = "model.diffusion_model.", "first_stage_model."
-CLIP, OPEN_CLIP = "cond_stage_model.transformer.text_model.", "cond_stage_model.model."
 TOKENIZER = "openai/clip-vit-large-patch14"
 """Where the vocabulary, one for all versions, is fetched from when no tokenizer is given."""
+OPEN_CLIP_LAYERS = 23
+"""Text layers of version 2.x: the last of OpenCLIP's 24 is not used, and files written by diffusers leave it out."""
+VAE_PREFIXES = (VAE, "vae.")
 
 SCHEDULES: dict[str, Any] = {
     "beta_start": 0.00085,
@@ -33,6 +35,10 @@ SCHEDULES: dict[str, Any] = {
     "clip_sample": False,
     "trained_betas": None,
 }
+ZERO_TERMINAL_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+"""Lin et al. 2023: the schedule that ends in pure noise, and timesteps that begin there."""
+
+log = logging.getLogger(__name__)
 
 
 def open_single_file(
@@ -42,42 +48,101 @@ def open_single_file(
     parts: Mapping[str, Part],
     tokenizer: Callable[[str], Path],
     prediction_type: str | None = None,
+    replaced: Mapping[str, Origin] | None = None,
 ) -> Checkpoint | None:
     """Open a single file of this layout, None for any other; `tokenizer` turns the default hub id into a folder.
 
-    Version 2.x is taken for the v-prediction model at 768 pixels unless `prediction_type` says `epsilon` (512 pixels).
+    What the U-Net predicts is `prediction_type`, else what the file says. A file of version 2.x that says nothing is
+    taken for the v-prediction model at 768 pixels. `replaced` are components from somewhere else.
     """
     version = _version(file, weights)
     if version is None:
         return None
-    prediction = prediction_type or ("epsilon" if version == 1 else "v_prediction")
-    sample_size = 96 if version == 2 and prediction == "v_prediction" else 64
-    unet = unet_config(weights, version) | {"sample_size": sample_size}
-    vae = vae_config(weights)
-    layers, levels = unet["layers_per_block"], len(vae["block_out_channels"])
+    replaced = replaced or {}
+    scheduler = _scheduler(file, weights, version, prediction_type)
+    is_large = version == 2 and scheduler["prediction_type"] == "v_prediction"
+    unet = _read(weights, lambda weights: unet_config(weights, version)) | {"sample_size": 96 if is_large else 64}
+    layers = unet["layers_per_block"]
     text: Find = (
         (lambda name: weights.get(CLIP + name.removeprefix("text_model.")))
         if version == 1
-        else (lambda name: _open_clip_tensor(weights, name.removeprefix("text_model.")))
+        else (lambda name: open_clip_tensor(weights, name.removeprefix("text_model.")))
     )
-    found: dict[str, tuple[str, dict[str, Any], Find]] = {
-        "text_encoder": ("text encoder", text_config(weights, version), text),
-        "unet": ("U-Net", unet, lambda name: _unet_tensor(weights, name, layers)),
-        "vae": ("VAE", vae, lambda name: _vae_tensor(weights, name, levels)),
+    components = {
+        "text_encoder": Component.of(
+            parts["text_encoder"],
+            f"text encoder of {file}",
+            _read(weights, lambda weights: text_config(weights, version)),
+            weights,
+            text,
+        ),
+        "unet": Component.of(
+            parts["unet"], f"U-Net of {file}", unet, weights, lambda name: unet_tensor(weights, name, layers)
+        ),
+        "vae": replaced["vae"].component if "vae" in replaced else _own_vae(file, weights, parts["vae"]),
     }
     return Checkpoint(
         file.name,
         family,
         "StableDiffusionPipeline",
-        {
-            component: Component.of(parts[component], f"{title} of {file}", config, weights, find)
-            for component, (title, config, find) in found.items()
-        },
+        components,
         tokenizers={"tokenizer": TokenizerSource(tokenizer(TOKENIZER), None if version == 1 else 0)},
-        scheduler=SCHEDULES
-        | {"_class_name": "PNDMScheduler" if version == 1 else "DDIMScheduler", "prediction_type": prediction},
-        files={file.name: file},
+        scheduler=scheduler,
+        files={file.name: file} | {name: path for origin in replaced.values() for name, path in origin.files.items()},
+        path=file,
+        replaced=replaced,
     )
+
+
+def open_vae_file(file: Path, weights: Weights, part: Part) -> Component | None:
+    """Open a VAE of its own or out of a whole checkpoint, in the original or in diffusers' layout, or return None."""
+    for prefix in (*VAE_PREFIXES, ""):
+        if f"{prefix}encoder.down.0.block.0.conv1.weight" in weights:
+            return _original_vae(f"VAE {file}", weights, part, prefix)
+    if "encoder.down_blocks.0.resnets.0.conv1.weight" in weights:
+        return Component.of(part, f"VAE {file}", _read(weights, diffusers_vae_config), weights)
+    return None
+
+
+def _own_vae(file: Path, weights: Weights, part: Part) -> Component:
+    for prefix in VAE_PREFIXES:
+        if any(name.startswith(prefix) for name in weights):
+            return _original_vae(f"VAE of {file}", weights, part, prefix)
+    raise CheckpointError(f"{file} has no VAE ({VAE}*): give one with --vae, a folder, a file or a hub id")
+
+
+def _original_vae(where: str, weights: Weights, part: Part, prefix: str) -> Component:
+    config = _read(weights, lambda weights: vae_config(weights, prefix))
+    levels = len(config["block_out_channels"])
+    return Component.of(part, where, config, weights, lambda name: vae_tensor(weights, name, levels, prefix))
+
+
+def _read(weights: Weights, config: Callable[[Weights], dict[str, Any]]) -> dict[str, Any]:
+    """Return a config read off shapes; raises `CheckpointError` for tensors that no file of this layout has."""
+    try:
+        return config(weights)
+    except (IndexError, ValueError) as error:
+        raise CheckpointError(
+            f"{weights.files[0]} has tensors of other names or shapes than Stable Diffusion: it is of another layout"
+        ) from error
+
+
+def _scheduler(file: Path, weights: Weights, version: int, prediction_type: str | None) -> dict[str, Any]:
+    """Return the version's scheduler config with the prediction type that is asked for, or that the file says."""
+    says = said(file, weights) if prediction_type is None else Said(prediction_type, "ztsnr" in weights)
+    prediction = says.prediction_type
+    if prediction is None:
+        prediction = "v_prediction" if version == 2 or says.zero_terminal_snr else "epsilon"
+        if version == 2:
+            log.warning(
+                "%s does not say what it predicts: it is taken for a v-prediction model at 768 pixels; "
+                "give --prediction-type epsilon if it is the base model at 512",
+                file,
+            )
+    zero_snr = says.zero_terminal_snr and prediction == "v_prediction"
+    class_name = "PNDMScheduler" if version == 1 and not zero_snr else "DDIMScheduler"
+    mine = SCHEDULES | {"_class_name": class_name, "prediction_type": prediction}
+    return mine | ZERO_TERMINAL_SNR if zero_snr else mine
 
 
 def _version(file: Path, weights: Weights) -> int | None:
@@ -89,6 +154,11 @@ def _version(file: Path, weights: Weights) -> int | None:
     for version, prefix in ((1, CLIP), (2, OPEN_CLIP)):
         if any(name.startswith(prefix) for name in weights):
             return version
+    if any(name.startswith(CLIP.removesuffix("text_model.")) for name in weights):
+        raise CheckpointError(
+            f"{file} names its text encoder {CLIP.removesuffix('text_model.')}* where {CLIP}* is the original layout, "
+            "and diffusers does not read it either: convert it again"
+        )
     raise CheckpointError(f"{file} has no text encoder ({CLIP}* or {OPEN_CLIP}*): give a full checkpoint")
 
 
@@ -121,9 +191,9 @@ def unet_config(weights: Weights, version: int) -> dict[str, Any]:
     }
 
 
-def vae_config(weights: Weights) -> dict[str, Any]:
-    """Return diffusers' autoencoder config, read off the tensors' shapes."""
-    down = f"{VAE}encoder.down."
+def vae_config(weights: Weights, prefix: str = VAE) -> dict[str, Any]:
+    """Return diffusers' autoencoder config, read off the shapes of an original file's tensors."""
+    down = f"{prefix}encoder.down."
     places = {tuple(name[len(down) :].split(".")[:3]) for name in weights if name.startswith(down)}
     levels = len({place[0] for place in places})
     return {
@@ -131,7 +201,22 @@ def vae_config(weights: Weights) -> dict[str, Any]:
         "layers_per_block": len({place for place in places if place[:2] == ("0", "block")}),
         "down_block_types": ["DownEncoderBlock2D"] * levels,
         "up_block_types": ["UpDecoderBlock2D"] * levels,
-        "latent_channels": weights.shape(f"{VAE}post_quant_conv.weight")[0],
+        "latent_channels": weights.shape(f"{prefix}post_quant_conv.weight")[0],
+        "scaling_factor": 0.18215,
+    }
+
+
+def diffusers_vae_config(weights: Weights) -> dict[str, Any]:
+    """Return the config of an autoencoder whose file has diffusers' names, read off the tensors' shapes."""
+    down = "encoder.down_blocks."
+    places = {tuple(name[len(down) :].split(".")[:3]) for name in weights if name.startswith(down)}
+    levels = len({place[0] for place in places})
+    return {
+        "block_out_channels": [weights.shape(f"{down}{level}.resnets.0.conv2.weight")[0] for level in range(levels)],
+        "layers_per_block": len({place for place in places if place[:2] == ("0", "resnets")}),
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+        "latent_channels": weights.shape("post_quant_conv.weight")[0],
         "scaling_factor": 0.18215,
     }
 
@@ -146,105 +231,17 @@ def text_config(weights: Weights, version: int) -> dict[str, Any]:
         tokens, positions = "token_embedding.weight", "positional_embedding"
     vocabulary, width = weights.shape(prefix + tokens)
     layers = len({name[len(layer) :].split(".")[0] for name in weights if name.startswith(layer)})
+    if version == 2 and layers < OPEN_CLIP_LAYERS:
+        raise UnsupportedModelError(
+            f"{weights.files[0]} has {layers} text layers where Stable Diffusion 2.x has {OPEN_CLIP_LAYERS}, or one "
+            "more that is not used: give the diffusers folder, whose config says how many there are"
+        )
     return {
         "vocab_size": vocabulary,
         "hidden_size": width,
         "intermediate_size": weights.shape(f"{layer}0.{inner}")[0],
-        "num_hidden_layers": layers if version == 1 else layers - 1,
+        "num_hidden_layers": layers if version == 1 else OPEN_CLIP_LAYERS,
         "num_attention_heads": max(1, width // 64),
         "max_position_embeddings": weights.shape(prefix + positions)[0],
         "hidden_act": "quick_gelu" if version == 1 else "gelu",
     }
-
-
-def original_unet_name(name: str, layers: int) -> str:
-    """Return the original name of one of diffusers' U-Net parameters; `layers` is `layers_per_block`.
-
-    An upsampler comes third in its block, after the attention; in a level without attention it comes second.
-    """
-    fixed = {
-        "time_embedding.linear_1": "time_embed.0",
-        "time_embedding.linear_2": "time_embed.2",
-        "conv_in": "input_blocks.0.0",
-        "conv_norm_out": "out.0",
-        "conv_out": "out.2",
-        "mid_block.resnets.0": "middle_block.0",
-        "mid_block.attentions.0": "middle_block.1",
-        "mid_block.resnets.1": "middle_block.2",
-    }
-    for new, old in fixed.items():
-        name = name.replace(new + ".", old + ".", 1) if name.startswith(new + ".") else name
-    if match := re.match(r"(down|up)_blocks\.(\d+)\.(\w+)\.(\d+)\.(conv\.)?", name):
-        way, level, kind, place = match[1], int(match[2]), match[3], int(match[4])
-        rest = name[match.end() :]
-        if way == "down":
-            index = 1 + level * (layers + 1) + (layers if kind == "downsamplers" else place)
-            inside = {"resnets": "0", "attentions": "1", "downsamplers": "0.op"}[kind]
-            name = f"input_blocks.{index}.{inside}.{rest}"
-        else:
-            index = level * (layers + 1) + (layers if kind == "upsamplers" else place)
-            inside = {"resnets": "0", "attentions": "1", "upsamplers": "2.conv"}[kind]
-            name = f"output_blocks.{index}.{inside}.{rest}"
-    for new, old in {
-        ".norm1.": ".in_layers.0.",
-        ".conv1.": ".in_layers.2.",
-        ".time_emb_proj.": ".emb_layers.1.",
-        ".norm2.": ".out_layers.0.",
-        ".conv2.": ".out_layers.3.",
-        ".conv_shortcut.": ".skip_connection.",
-    }.items():
-        if ".transformer_blocks." not in name:
-            name = name.replace(new, old)
-    return name
-
-
-def original_vae_name(name: str, levels: int) -> str:
-    """Return the original name of one of diffusers' autoencoder parameters; `levels` counts its resolutions."""
-    name = re.sub(r"down_blocks\.(\d+)\.", r"down.\1.", name)
-    name = re.sub(r"up_blocks\.(\d+)\.", lambda match: f"up.{levels - 1 - int(match[1])}.", name)
-    name = re.sub(r"mid_block\.resnets\.(\d+)\.", lambda match: f"mid.block_{int(match[1]) + 1}.", name)
-    for new, old in {
-        ".resnets.": ".block.",
-        ".downsamplers.0.": ".downsample.",
-        ".upsamplers.0.": ".upsample.",
-        ".conv_shortcut.": ".nin_shortcut.",
-        ".conv_norm_out.": ".norm_out.",
-        ".mid_block.attentions.0.group_norm.": ".mid.attn_1.norm.",
-        ".mid_block.attentions.0.to_out.0.": ".mid.attn_1.proj_out.",
-        ".mid_block.attentions.0.to_": ".mid.attn_1.",
-    }.items():
-        name = name.replace(new, old)
-    return name
-
-
-def _unet_tensor(weights: Weights, name: str, layers: int) -> torch.Tensor | None:
-    original = UNET + original_unet_name(name, layers)
-    if ".upsamplers." in name and original not in weights:
-        original = original.replace(".2.conv.", ".1.conv.")
-    return weights.get(original)
-
-
-def _vae_tensor(weights: Weights, name: str, levels: int) -> torch.Tensor | None:
-    tensor = weights.get(VAE + original_vae_name(name, levels))
-    is_linear = re.search(r"\.to_(q|k|v|out\.0)\.weight$", name)  # in the original these are 1×1 convolutions
-    return tensor.flatten(1) if tensor is not None and is_linear else tensor
-
-
-def _open_clip_tensor(weights: Weights, name: str) -> torch.Tensor | None:
-    """Return a CLIP parameter from OpenCLIP's names, where query, key and value are stacked in one tensor."""
-    name = name.replace("encoder.layers.", "transformer.resblocks.")
-    for new, old in {
-        "embeddings.token_embedding.": "token_embedding.",
-        "embeddings.position_embedding.weight": "positional_embedding",
-        "final_layer_norm.": "ln_final.",
-        ".layer_norm1.": ".ln_1.",
-        ".layer_norm2.": ".ln_2.",
-        ".mlp.fc1.": ".mlp.c_fc.",
-        ".mlp.fc2.": ".mlp.c_proj.",
-        ".self_attn.": ".attn.",
-    }.items():
-        name = name.replace(new, old)
-    if match := re.search(r"\.(q|k|v)_proj\.", name):
-        stacked = weights.get(OPEN_CLIP + name.replace(match[0], ".in_proj_"))
-        return None if stacked is None else stacked.chunk(3)["qkv".index(match[1])]
-    return weights.get(OPEN_CLIP + name)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 diffusers = pytest.importorskip("diffusers")
+torch = pytest.importorskip("torch")
 
 from latentrt.export.checkpoints.mended import mended_sample_size  # noqa: E402
 from latentrt.export.checkpoints.sources import open_checkpoint  # noqa: E402
@@ -29,13 +30,37 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "clipping Heun": {"_class_name": "HeunDiscreteScheduler", "clip_sample": True},
     "LCM": {"_class_name": "LCMScheduler", "clip_sample": True},
     "DPM-Solver": {"_class_name": "DPMSolverMultistepScheduler"},
+    "options left to the class": {
+        "_class_name": "DDIMScheduler",
+        "set_alpha_to_one": False,
+        "timestep_spacing": "trailing",
+        "_use_default_values": ["timestep_spacing", "set_alpha_to_one"],
+    },
+    "options of nobody": {"_class_name": "EulerDiscreteScheduler", "use_magic": True, "skip_prk_steps": False},
 }
 PIPELINES = ["StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline"]
 
 
-@pytest.fixture
-def folder(tiny_sd15_checkpoint: Path, tmp_path: Path) -> Path:
-    return shutil.copytree(tiny_sd15_checkpoint, tmp_path / "checkpoint")
+VERSIONS = [None, "0.3.0", "0.8.1", "0.9.0", "0.10.2", "0.42.1"]
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_sd15_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint whose configs every test writes anew."""
+    return shutil.copytree(tiny_sd15_checkpoint, tmp_path_factory.mktemp("mended") / "checkpoint")
+
+
+@pytest.fixture(scope="module")
+def networks(folder: Path) -> dict[str, Any]:
+    """What diffusers' pipelines need beside a scheduler, opened once and handed to each of them."""
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+    return {name: getattr(pipeline, name) for name in ("unet", "vae", "text_encoder", "tokenizer")}
+
+
+def opened_by_diffusers(folder: Path, pipeline: str, networks: dict[str, Any]) -> Any:
+    return getattr(diffusers, pipeline).from_pretrained(
+        folder, safety_checker=None, feature_extractor=None, requires_safety_checker=False, **networks
+    )
 
 
 def rewrite(folder: Path, pipeline: str, config: dict[str, Any], declared: str | None = None) -> None:
@@ -46,11 +71,11 @@ def rewrite(folder: Path, pipeline: str, config: dict[str, Any], declared: str |
     (folder / "model_index.json").write_text(json.dumps(index))
 
 
-def assert_as_diffusers(folder: Path, pipeline: str) -> None:
+def assert_as_diffusers(folder: Path, pipeline: str, networks: dict[str, Any]) -> None:
     """Compare every option of the scheduler's class with what diffusers' pipeline holds after it opened the folder."""
     opened = open_checkpoint(folder)
     ours = family_named(opened.family).scheduler(opened)
-    theirs = getattr(diffusers, pipeline).from_pretrained(folder, safety_checker=None, requires_safety_checker=False)
+    theirs = opened_by_diffusers(folder, pipeline, networks)
     name = type(theirs.scheduler).__name__
     assert ours["_class_name"] == name
     complete = {**SAMPLERS[name].defaults, **ours}
@@ -65,27 +90,31 @@ def assert_as_diffusers(folder: Path, pipeline: str) -> None:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("pipeline", PIPELINES)
 @pytest.mark.parametrize("config", CONFIGS)
-def test_configs_are_what_the_pipeline_makes_of_them(folder: Path, config: str, pipeline: str) -> None:
+def test_configs_are_what_the_pipeline_makes_of_them(
+    folder: Path, networks: dict[str, Any], config: str, pipeline: str
+) -> None:
     rewrite(folder, pipeline, CONFIGS[config])
-    assert_as_diffusers(folder, pipeline)
+    assert_as_diffusers(folder, pipeline, networks)
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("declared", ["EulerDiscreteScheduler", "DDIMScheduler", "DPMSolverMultistepScheduler"])
-def test_the_index_names_the_scheduler_s_class(folder: Path, declared: str) -> None:
+def test_the_index_names_the_scheduler_s_class(folder: Path, networks: dict[str, Any], declared: str) -> None:
     rewrite(folder, PIPELINES[0], {"_class_name": "PNDMScheduler", "skip_prk_steps": True}, declared)
-    assert_as_diffusers(folder, PIPELINES[0])
+    assert_as_diffusers(folder, PIPELINES[0], networks)
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("version", [None, "0.3.0", "0.8.1", "0.9.0", "0.10.2", "0.42.1"])
+@pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("size", [8, 64, 96])
-def test_sample_sizes_of_old_versions(folder: Path, version: str | None, size: int) -> None:
+def test_sample_sizes_of_old_versions(folder: Path, networks: dict[str, Any], version: str | None, size: int) -> None:
+    rewrite(folder, PIPELINES[0], CONFIGS["DDIM as it should be"])
     file = folder / "unet" / "config.json"
     config = json.loads(file.read_text()) | {"sample_size": size}
     config = {key: value for key, value in config.items() if key != "_diffusers_version"}
     file.write_text(json.dumps(config if version is None else config | {"_diffusers_version": version}))
-    theirs = diffusers.StableDiffusionPipeline.from_pretrained(
-        folder, safety_checker=None, requires_safety_checker=False
-    )
+    kind = diffusers.UNet2DConditionModel
+    with torch.device("meta"):  # the config is diffusers' own reading of the file; the weights do not matter
+        unet = kind.from_config(kind.load_config(folder / "unet"))
+    theirs = opened_by_diffusers(folder, PIPELINES[0], networks | {"unet": unet})
     assert mended_sample_size(open_checkpoint(folder).config("unet")) == theirs.unet.config.sample_size

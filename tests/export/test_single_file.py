@@ -1,8 +1,8 @@
-"""Single files of the original layout: written here under the original names, read back as the same networks."""
+"""Single files of the original layout, read as diffusers' own loader reads them."""
 
 from __future__ import annotations
 
-import re
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -11,110 +11,161 @@ from latentrt.engines.errors import CheckpointError, UnsupportedModelError
 
 torch = pytest.importorskip("torch")
 safetensors = pytest.importorskip("safetensors.torch")
-pytest.importorskip("diffusers")
+diffusers = pytest.importorskip("diffusers")
 
 from diffusers.loaders import single_file_utils  # noqa: E402
-from latentrt.export.checkpoints.checkpoint import Checkpoint  # noqa: E402
 from latentrt.export.checkpoints.sources import open_checkpoint  # noqa: E402
 from latentrt.export.families import family_named  # noqa: E402
-from latentrt.export.single_files.stable_diffusion import original_unet_name, original_vae_name  # noqa: E402
+
+from .original_files import original_tensors, original_vae, with_text_layers  # noqa: E402
+
+LAYOUTS = {"1.x": (1, 2, 0), "2.x of diffusers": (2, 23, 0), "2.x of OpenCLIP": (2, 23, 1)}
+"""Version, text layers, and text layers that are not used."""
 
 
-def original_tensors(source: Checkpoint, version: int) -> dict[str, Any]:
-    """Return a checkpoint's weights under their original names."""
-    tensors = {}
-    for name, tensor in source.load("unet").state_dict().items():
-        original = original_unet_name(name, layers=1)
-        if name.startswith("up_blocks.0.upsamplers"):  # this level has no attention
-            original = original.replace(".2.conv.", ".1.conv.")
-        tensors[f"model.diffusion_model.{original}"] = tensor
-    for name, tensor in source.load("vae").state_dict().items():
-        if re.search(r"attentions\.0\.to_.*weight", name):
-            tensor = tensor[:, :, None, None]
-        tensors[f"first_stage_model.{original_vae_name(name, levels=3)}"] = tensor
-    text = {name.removeprefix("text_model."): t for name, t in source.load("text_encoder").state_dict().items()}
-    tensors |= {f"cond_stage_model.{k}": v for k, v in (clip(text) if version == 1 else open_clip(text)).items()}
-    return {name: tensor.contiguous() for name, tensor in tensors.items()}
+@pytest.fixture(scope="module")
+def folders(
+    tiny_sd15_checkpoint: Path, tiny_sd21_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[int, Path]:
+    """Diffusers folders of both versions; the second has as many text layers as the true one."""
+    deep = with_text_layers(tiny_sd21_checkpoint, tmp_path_factory.mktemp("deep") / "tiny-sd21", 23)
+    return {1: tiny_sd15_checkpoint, 2: deep}
 
 
-def clip(text: dict[str, Any]) -> dict[str, Any]:
-    return {f"transformer.text_model.{name}": tensor for name, tensor in text.items()}
-
-
-def open_clip(text: dict[str, Any]) -> dict[str, Any]:
-    """OpenCLIP's names, with the last layer that the second version does not use."""
-    tensors = {
-        "token_embedding.weight": text["embeddings.token_embedding.weight"],
-        "positional_embedding": text["embeddings.position_embedding.weight"],
-        "ln_final.weight": text["final_layer_norm.weight"],
-        "ln_final.bias": text["final_layer_norm.bias"],
-        "logit_scale": torch.ones(()),
+@pytest.fixture(scope="module")
+def tensors(folders: dict[int, Path]) -> dict[str, dict[str, Any]]:
+    return {
+        layout: original_tensors(folders[version], version, spare) for layout, (version, _, spare) in LAYOUTS.items()
     }
-    for layer in range(3):
-        old, new = f"transformer.resblocks.{layer}.", f"encoder.layers.{min(layer, 1)}."
-        for kind in ("weight", "bias"):
-            stacked = [text[f"{new}self_attn.{part}_proj.{kind}"] for part in "qkv"]
-            tensors[f"{old}attn.in_proj_{kind}"] = torch.cat(stacked)
-            tensors[f"{old}attn.out_proj.{kind}"] = text[f"{new}self_attn.out_proj.{kind}"]
-            tensors[f"{old}ln_1.{kind}"] = text[f"{new}layer_norm1.{kind}"]
-            tensors[f"{old}ln_2.{kind}"] = text[f"{new}layer_norm2.{kind}"]
-            tensors[f"{old}mlp.c_fc.{kind}"] = text[f"{new}mlp.fc1.{kind}"]
-            tensors[f"{old}mlp.c_proj.{kind}"] = text[f"{new}mlp.fc2.{kind}"]
-    return {f"model.{name}": tensor.clone() for name, tensor in tensors.items()}
 
 
-@pytest.fixture(params=[1, 2])
-def version(request: pytest.FixtureRequest) -> int:
-    return request.param
+def write(folder: Path, tensors: dict[str, Any], **metadata: str) -> Path:
+    safetensors.save_file(tensors, folder / "model.safetensors", metadata or None)
+    return folder / "model.safetensors"
 
 
-@pytest.fixture
-def source(request: pytest.FixtureRequest, version: int) -> Path:
-    return request.getfixturevalue({1: "tiny_sd15_checkpoint", 2: "tiny_sd21_checkpoint"}[version])
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_networks_are_those_of_diffusers_loader(
+    folders: dict[int, Path], tensors: dict[str, dict[str, Any]], tmp_path: Path, layout: str
+) -> None:
+    version, layers, _ = LAYOUTS[layout]
+    source, file = folders[version], write(tmp_path, tensors[layout])
+    theirs = diffusers.StableDiffusionPipeline.from_single_file(
+        str(file), config=str(source), local_files_only=True, torch_dtype=torch.float32
+    )
+    opened = open_checkpoint(file, tokenizer=source)
+    family_named(opened.family).check(opened)
+    assert (opened.name, opened.tokenizers["tokenizer"].folder) == ("model.safetensors", source / "tokenizer")
+    assert opened.config("text_encoder")["num_hidden_layers"] == layers
+    for name in ("unet", "vae", "text_encoder"):
+        expected, found = getattr(theirs, name).state_dict(), opened.load(name).state_dict()
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(expected[key], found[key]) for key in expected)
+    ids = torch.randint(0, 400, (2, 77), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = theirs.text_encoder.eval()(ids).last_hidden_state
+        assert torch.equal(opened.load("text_encoder")(ids).last_hidden_state, expected)
 
 
-@pytest.fixture
-def file(source: Path, version: int, tmp_path: Path) -> Path:
-    file = tmp_path / "model.safetensors"
-    safetensors.save_file(original_tensors(open_checkpoint(source), version), file)
-    return file
-
-
-def test_names_are_what_diffusers_takes_for_the_original(source: Path, file: Path) -> None:
+@pytest.mark.parametrize("version", [1, 2])
+def test_names_are_what_diffusers_takes_for_the_original(
+    folders: dict[int, Path], tensors: dict[str, dict[str, Any]], version: int
+) -> None:
     """diffusers' own conversion, an independent inverse, gives back the U-Net and the autoencoder."""
-    checkpoint, tensors = open_checkpoint(source), safetensors.load_file(file)
-    unet = single_file_utils.convert_ldm_unet_checkpoint(dict(tensors), dict(checkpoint.config("unet")))
-    vae = single_file_utils.convert_ldm_vae_checkpoint(dict(tensors), dict(checkpoint.config("vae")))
+    checkpoint = open_checkpoint(folders[version])
+    old = tensors[next(layout for layout in LAYOUTS if LAYOUTS[layout][0] == version)]
+    unet = single_file_utils.convert_ldm_unet_checkpoint(dict(old), dict(checkpoint.config("unet")))
+    vae = single_file_utils.convert_ldm_vae_checkpoint(dict(old), dict(checkpoint.config("vae")))
     for converted, module in ((unet, checkpoint.load("unet")), (vae, checkpoint.load("vae"))):
         expected = module.state_dict()
         assert converted.keys() == expected.keys()
         assert all(torch.equal(converted[key], expected[key]) for key in expected)
 
 
-def test_single_file_gives_the_networks_it_was_written_from(source: Path, file: Path) -> None:
-    folder, single = open_checkpoint(source), open_checkpoint(file, tokenizer=source)
-    family_named(single.family).check(single)
-    assert (single.name, single.tokenizers["tokenizer"].folder) == ("model.safetensors", source / "tokenizer")
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, 400, (2, 77), generator=generator)
-    with torch.no_grad():
-        contexts = [each.load("text_encoder")(ids).last_hidden_state for each in (folder, single)]
-        latents = torch.randn(2, 4, 8, 8, generator=generator)
-        predictions = [each.load("unet")(latents, 500, contexts[0]).sample for each in (folder, single)]
-        pictures = [each.load("vae").decode(latents).sample for each in (folder, single)]
-        moments = [each.load("vae").encode(pictures[0]).latent_dist.mean for each in (folder, single)]
-    for expected, found in (contexts, predictions, pictures, moments):
-        assert torch.equal(expected, found)
+def test_fewer_text_layers_than_the_second_version_has_are_refused(tiny_sd21_checkpoint: Path, tmp_path: Path) -> None:
+    file = write(tmp_path, original_tensors(tiny_sd21_checkpoint, 2))
+    with pytest.raises(UnsupportedModelError, match=r"has 2 text layers where Stable Diffusion 2\.x has 23"):
+        open_checkpoint(file, tokenizer=tiny_sd21_checkpoint)
 
 
-def test_scheduler_of_a_single_file(source: Path, file: Path, version: int) -> None:
-    expected = dict(open_checkpoint(source).scheduler)
-    assert dict(open_checkpoint(file, tokenizer=source).scheduler) == expected
-    asked = open_checkpoint(file, tokenizer=source, prediction_type="epsilon")
-    assert asked.scheduler["prediction_type"] == "epsilon"
-    assert asked.config("unet")["sample_size"] == 64
-    assert open_checkpoint(file, tokenizer=source).config("unet")["sample_size"] == (64 if version == 1 else 96)
-    assert asked.tokenizers["tokenizer"].pad_id == (None if version == 1 else 0)
+MARK = torch.zeros(())
+BASE = torch.tensor(875000)
+SAYS: dict[str, tuple[str, dict[str, Any], dict[str, str], str, bool]] = {
+    "1.x without a word": ("1.x", {}, {}, "epsilon", False),
+    "2.x without a word": ("2.x of diffusers", {}, {}, "v_prediction", False),
+    "1.x, modelspec v": ("1.x", {}, {"modelspec.prediction_type": "v"}, "v_prediction", False),
+    "2.x, modelspec epsilon": ("2.x of diffusers", {}, {"modelspec.prediction_type": "epsilon"}, "epsilon", False),
+    "2.x at 512": ("2.x of diffusers", {}, {"modelspec.architecture": "stable-diffusion-v2-512"}, "epsilon", False),
+    "2.x at 768": (
+        "2.x of diffusers",
+        {},
+        {"modelspec.architecture": "stable-diffusion-v2-768-v"},
+        "v_prediction",
+        False,
+    ),
+    "1.x by name": ("1.x", {}, {"modelspec.architecture": "stable-diffusion-v1"}, "epsilon", False),
+    "1.x, v_pred": ("1.x", {"v_pred": MARK}, {}, "v_prediction", False),
+    "1.x, v_pred and ztsnr": ("1.x", {"v_pred": MARK, "ztsnr": torch.zeros(())}, {}, "v_prediction", True),
+    "1.x, ztsnr": ("1.x", {"ztsnr": MARK}, {}, "v_prediction", True),
+    "2.x, ztsnr": ("2.x of diffusers", {"ztsnr": MARK}, {}, "v_prediction", True),
+    "2.x base": ("2.x of diffusers", {"global_step": BASE}, {}, "epsilon", False),
+}
+
+
+@pytest.mark.parametrize("case", SAYS)
+def test_what_a_file_says_about_its_training(
+    folders: dict[int, Path], tensors: dict[str, dict[str, Any]], tmp_path: Path, case: str
+) -> None:
+    layout, marks, metadata, prediction, zero_snr = SAYS[case]
+    version = LAYOUTS[layout][0]
+    file = write(tmp_path, tensors[layout] | marks, **metadata)
+    opened = open_checkpoint(file, tokenizer=folders[version])
+    scheduler = dict(opened.scheduler)
+    assert scheduler["prediction_type"] == prediction
+    assert scheduler["_class_name"] == ("PNDMScheduler" if version == 1 and not zero_snr else "DDIMScheduler")
+    assert opened.config("unet")["sample_size"] == (96 if version == 2 and prediction == "v_prediction" else 64)
+    last = getattr(diffusers, scheduler["_class_name"]).from_config(scheduler)
+    assert (float(last.alphas_cumprod[-1]) < 1e-12) is zero_snr
+    last.set_timesteps(10)
+    assert (int(last.timesteps[0]) == 999) is zero_snr
+
+
+def test_the_prediction_type_that_is_asked_for_wins(
+    folders: dict[int, Path], tensors: dict[str, dict[str, Any]], tmp_path: Path
+) -> None:
+    marked = tensors["1.x"] | {"v_pred": MARK, "ztsnr": torch.zeros(())}
+    file = write(tmp_path, marked, **{"modelspec.prediction_type": "epsilon"})
+    with pytest.raises(CheckpointError, match=r"predicts two things \(epsilon by modelspec.*v_prediction by"):
+        open_checkpoint(file, tokenizer=folders[1])
+    asked = open_checkpoint(file, tokenizer=folders[1], prediction_type="epsilon").scheduler
+    assert (asked["prediction_type"], asked.get("rescale_betas_zero_snr")) == ("epsilon", None)
+    asked = open_checkpoint(file, tokenizer=folders[1], prediction_type="v_prediction").scheduler
+    assert (asked["prediction_type"], asked["rescale_betas_zero_snr"]) == ("v_prediction", True)
+    file = write(tmp_path, tensors["1.x"], **{"modelspec.prediction_type": "noise"})
+    with pytest.raises(CheckpointError, match=r"modelspec\.prediction_type 'noise', where epsilon"):
+        open_checkpoint(file, tokenizer=folders[1])
+
+
+def test_a_guess_is_told(
+    folders: dict[int, Path], tensors: dict[str, dict[str, Any]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING)
+    file = write(tmp_path, tensors["2.x of diffusers"])
+    open_checkpoint(file, tokenizer=folders[2], prediction_type="v_prediction")
+    assert not caplog.records
+    open_checkpoint(file, tokenizer=folders[2])
+    assert "does not say what it predicts" in caplog.text
+
+
+def test_schedulers_are_those_of_the_published_folders(
+    folders: dict[int, Path], tensors: dict[str, dict[str, Any]], tmp_path: Path
+) -> None:
+    for layout, version in (("1.x", 1), ("2.x of OpenCLIP", 2)):
+        file = write(tmp_path, tensors[layout])
+        opened = open_checkpoint(file, tokenizer=folders[version])
+        assert dict(opened.scheduler) == dict(open_checkpoint(folders[version]).scheduler)
+        assert opened.tokenizers["tokenizer"].pad_id == (None if version == 1 else 0)
 
 
 @pytest.mark.parametrize(
@@ -122,19 +173,82 @@ def test_scheduler_of_a_single_file(source: Path, file: Path, version: int) -> N
     [
         (lambda name: not name.startswith("cond_stage_model."), "has no text encoder"),
         (lambda name: not name.startswith("model.diffusion_model."), "not in the original layout of Stable Diffusion"),
-        (lambda name: not name.startswith("first_stage_model."), "post_quant_conv|has no tensor"),
+        (lambda name: not name.startswith("first_stage_model."), "has no VAE .*: give one with --vae"),
+        (lambda name: "post_quant_conv" not in name, "has no tensor 'first_stage_model.post_quant_conv.weight'"),
     ],
 )
-def test_incomplete_single_files(tiny_sd15_checkpoint: Path, tmp_path: Path, keep: Any, message: str) -> None:
-    tensors = original_tensors(open_checkpoint(tiny_sd15_checkpoint), 1)
-    file = tmp_path / "model.safetensors"
-    safetensors.save_file({name: tensor for name, tensor in tensors.items() if keep(name)}, file)
+def test_incomplete_single_files(
+    folders: dict[int, Path], tensors: dict[str, dict[str, Any]], tmp_path: Path, keep: Any, message: str
+) -> None:
+    file = write(tmp_path, {name: tensor for name, tensor in tensors["1.x"].items() if keep(name)})
     with pytest.raises(CheckpointError, match=message):
-        open_checkpoint(file, tokenizer=tiny_sd15_checkpoint)
+        open_checkpoint(file, tokenizer=folders[1])
+
+
+def test_text_names_that_diffusers_does_not_read_either(
+    folders: dict[int, Path], tensors: dict[str, dict[str, Any]], tmp_path: Path
+) -> None:
+    old = {name.replace("transformer.text_model.", "transformer."): each for name, each in tensors["1.x"].items()}
+    assert not single_file_utils.is_clip_model(old)
+    with pytest.raises(CheckpointError, match=r"names its text encoder cond_stage_model\.transformer\.\* where"):
+        open_checkpoint(write(tmp_path, old), tokenizer=folders[1])
+
+
+def test_shapes_of_another_layout(folders: dict[int, Path], tensors: dict[str, dict[str, Any]], tmp_path: Path) -> None:
+    file = write(tmp_path, tensors["1.x"] | {"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(3)})
+    with pytest.raises(CheckpointError, match="of other names or shapes than Stable Diffusion"):
+        open_checkpoint(file, tokenizer=folders[1])
 
 
 def test_other_families_in_a_single_file(tmp_path: Path) -> None:
-    file = tmp_path / "model.safetensors"
-    safetensors.save_file({"conditioner.embedders.0.x": torch.zeros(1)}, file)
+    file = write(tmp_path, {"conditioner.embedders.0.x": torch.zeros(1)})
     with pytest.raises(UnsupportedModelError, match="Stable Diffusion XL"):
         open_checkpoint(file)
+
+
+VAE_FILES = ["folder", "checkpoint", "original", "prefixed", "in a checkpoint", "diffusers"]
+
+
+@pytest.mark.parametrize("kind", VAE_FILES)
+def test_a_vae_in_place_of_the_checkpoint_s(
+    folders: dict[int, Path], tensors: dict[str, dict[str, Any]], tmp_path: Path, kind: str
+) -> None:
+    """Every way to give one, for a file that has none; diffusers' own reading of it is the reference."""
+    folder, file = folders[2] / "vae", tmp_path / "vae.safetensors"
+    old = original_vae(folder)
+    if kind == "original":
+        safetensors.save_file(old, file)
+    elif kind == "prefixed":
+        safetensors.save_file({f"first_stage_model.{name}": tensor for name, tensor in old.items()}, file)
+    elif kind == "in a checkpoint":
+        safetensors.save_file(tensors["2.x of diffusers"], file)
+    elif kind == "diffusers":
+        safetensors.save_file(safetensors.load_file(folder / "diffusion_pytorch_model.safetensors"), file)
+    given = {"folder": folder, "checkpoint": folders[2]}.get(kind, file)
+    bare = {name: tensor for name, tensor in tensors["1.x"].items() if not name.startswith("first_stage_model.")}
+    opened = open_checkpoint(write(tmp_path, bare), tokenizer=folders[1], vae=given)
+    family_named(opened.family).check(opened)
+    theirs = (
+        diffusers.AutoencoderKL.from_pretrained(str(folder))
+        if given.is_dir()
+        else diffusers.AutoencoderKL.from_single_file(str(given), config=str(folder), local_files_only=True)
+    )
+    expected, found = theirs.state_dict(), opened.load("vae").state_dict()
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[key], found[key]) for key in expected)
+    assert opened.config("vae")["scaling_factor"] == theirs.config.scaling_factor
+    name = file.name if given == file else "diffusion_pytorch_model.safetensors"
+    assert sorted(opened.files) == ["model.safetensors", f"vae/{name}"]
+    assert opened.replaced["vae"].name == given.name
+
+
+def test_what_is_no_vae(folders: dict[int, Path], tmp_path: Path) -> None:
+    def refused(given: Path | str, message: str) -> None:
+        with pytest.raises(CheckpointError, match=message):
+            open_checkpoint(folders[1], vae=given)
+
+    refused(tmp_path / "nothing", "does not exist")
+    refused("vae.ckpt", "opening a pickle runs the code inside it")
+    refused(write(tmp_path, {"a": torch.zeros(1)}), "holds no autoencoder")
+    refused(folders[1] / "unet", r"'UNet2DConditionModel': give an AutoencoderKL")
+    refused(tmp_path, r"vae/config\.json is missing")

@@ -83,33 +83,6 @@ def test_old_attention_names_of_the_vae(folder: Path) -> None:
     assert all(torch.equal(before[key], after[key]) for key in before)
 
 
-def test_half_precision_variant_is_the_second_choice(folder: Path) -> None:
-    half = folder / "unet/diffusion_pytorch_model.fp16.safetensors"
-    safetensors.save_file({k: v.half() for k, v in safetensors.load_file(folder / UNET).items()}, half)
-    assert UNET in open_checkpoint(folder).files
-    (folder / UNET).unlink()
-    checkpoint = open_checkpoint(folder)
-    assert "unet/diffusion_pytorch_model.fp16.safetensors" in checkpoint.files
-    assert {value.dtype for value in checkpoint.load("unet").state_dict().values()} == {torch.float32}
-
-
-def test_sharded_weights(folder: Path) -> None:
-    whole = open_checkpoint(folder)
-    expected = weights_of(whole)
-    tensors = safetensors.load_file(folder / UNET)
-    names = sorted(tensors)
-    shards = {f"diffusion_pytorch_model-0000{n + 1}-of-00002.safetensors": names[n::2] for n in range(2)}
-    for shard, keys in shards.items():
-        safetensors.save_file({key: tensors[key] for key in keys}, folder / "unet" / shard)
-    table = {key: shard for shard, keys in shards.items() for key in keys}
-    index = folder / "unet/diffusion_pytorch_model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": table}), encoding="utf-8")
-    (folder / UNET).unlink()
-    checkpoint = open_checkpoint(folder)
-    assert len([file for file in checkpoint.files if file.startswith("unet/")]) == 2
-    assert all(torch.equal(expected[key], value) for key, value in weights_of(checkpoint).items())
-
-
 def test_defaults_of_a_request_beside_what_diffusers_reads(folder: Path) -> None:
     from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 
@@ -119,8 +92,8 @@ def test_defaults_of_a_request_beside_what_diffusers_reads(folder: Path) -> None
     assert StableDiffusionPipeline.from_pretrained(str(folder)).unet is not None
 
 
-def only_pickles(folder: Path) -> None:
-    (folder / UNET).rename(folder / "unet/diffusion_pytorch_model.bin")
+def in_index(**components: Any) -> Callable[[Path], object]:
+    return lambda folder: edit_json(folder / "model_index.json", **components)
 
 
 def truncate(folder: Path) -> None:
@@ -150,7 +123,55 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], type[LatentRTError], str]] =
     "component missing": (lambda f: shutil.rmtree(f / "vae"), CheckpointError, r"vae/config\.json is missing"),
     "config missing": (lambda f: (f / "unet/config.json").unlink(), CheckpointError, r"unet/config\.json is missing"),
     "weights missing": (lambda f: (f / UNET).unlink(), CheckpointError, r"unet has no diffusion_pytorch_model"),
-    "only pickles": (only_pickles, CheckpointError, "only a pickle: .*runs the code inside it"),
+    "null component": (in_index(unet=None), UnsupportedModelError, "component unet is null"),
+    "component of nulls": (in_index(vae=[None, None]), UnsupportedModelError, "vae is null .*, or --vae"),
+    "component of a word": (in_index(unet="UNet"), UnsupportedModelError, "unet is 'UNet'; only UNet2DConditionModel"),
+    "code of a component": (
+        in_index(unet=["my_unet", "UNet2DConditionModel"]),
+        UnsupportedModelError,
+        "unet is a class of 'my_unet', where diffusers's is supported: code that comes",
+    ),
+    "code of a pipeline": (
+        in_index(_class_name=["my_pipeline", "MyPipeline"]),
+        UnsupportedModelError,
+        r"\['my_pipeline', 'MyPipeline'\] is a pipeline with code of its own, which is not run",
+    ),
+    "no scheduler": (in_index(scheduler=[None, None]), UnsupportedModelError, "name a class of diffusers"),
+    "other tokenizer": (
+        in_index(tokenizer=["transformers", "T5Tokenizer"]),
+        UnsupportedModelError,
+        "tokenizer is 'T5Tokenizer'; only CLIPTokenizer",
+    ),
+    "attention mask": (
+        lambda f: edit_json(f / "text_encoder/config.json", use_attention_mask=True),
+        UnsupportedModelError,
+        "use_attention_mask is True; text encoders that mask the padding",
+    ),
+    "shifted latents": (
+        lambda f: edit_json(f / "vae/config.json", shift_factor=0.1159),
+        UnsupportedModelError,
+        r"shift_factor is 0\.1159",
+    ),
+    "no factor": (
+        lambda f: edit_json(f / "vae/config.json", scaling_factor=0),
+        CheckpointError,
+        "scaling_factor is 0 in its config; give a number that is finite and not zero",
+    ),
+    "factor of no float": (
+        lambda f: edit_json(f / "vae/config.json", scaling_factor=10**400),
+        CheckpointError,
+        "scaling_factor is 1000.* in its config; give a number that is finite",
+    ),
+    "more layers than tensors": (
+        lambda f: edit_json(f / "unet/config.json", layers_per_block=10**6),
+        CheckpointError,
+        r"asks for more layers \(layers_per_block 1000000.*than its files have tensors",
+    ),
+    "quantized by config": (
+        lambda f: edit_json(f / "unet/config.json", quantization_config={"quant_method": "bitsandbytes"}),
+        UnsupportedModelError,
+        r"is quantized \('bitsandbytes' in quantization_config\): only plain",
+    ),
     "truncated": (truncate, CheckpointError, r"unet/diffusion_pytorch_model\.safetensors is truncated"),
     "not safetensors": (lambda f: (f / UNET).write_bytes(b"PK\x03\x04 zip"), CheckpointError, "not a safetensors file"),
     "tokenizer missing": (
@@ -205,12 +226,33 @@ def test_weight_of_another_shape_is_named(folder: Path) -> None:
         open_checkpoint(folder).load("unet")
 
 
-def test_quantized_weights_are_refused(folder: Path) -> None:
-    tensors = safetensors.load_file(folder / UNET)
-    tensors["conv_out.bias"] = tensors["conv_out.bias"].to(torch.int8)
-    safetensors.save_file(tensors, folder / UNET)
-    with pytest.raises(UnsupportedModelError, match=r"torch\.int8; quantized weights"):
-        open_checkpoint(folder).load("unet")
+def test_what_diffusers_ignores_in_the_index_and_the_configs(folder: Path) -> None:
+    before = weights_of(open_checkpoint(folder))
+    edit_json(
+        folder / "model_index.json",
+        image_encoder=[None, None],
+        safety_checker=["stable_diffusion", "StableDiffusionSafetyChecker"],
+        watermark=["my_module", "Watermark"],
+        note="hello",
+    )
+    for part in ("unet", "vae", "text_encoder"):
+        edit_json(folder / part / "config.json", _name_or_path="../../elsewhere/unet", not_an_option=[1, {"a": None}])
+    opened = open_checkpoint(folder)
+    family_named(opened.family).check(opened)
+    after = weights_of(opened)
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_text_config_inside_a_whole_clip_config(folder: Path) -> None:
+    """transformers reads the text encoder's part of a config that also describes a vision model."""
+    from transformers import CLIPTextModel
+
+    file = folder / "text_encoder/config.json"
+    own = json.loads(file.read_text())
+    file.write_text(json.dumps({"model_type": "clip", "hidden_size": 7, "text_config": own}))
+    theirs = CLIPTextModel.from_pretrained(folder / "text_encoder").state_dict()
+    ours = open_checkpoint(folder).load("text_encoder").state_dict()
+    assert all(torch.equal(theirs[key], ours[key]) for key in theirs)
 
 
 @pytest.mark.parametrize("suffix", [".ckpt", ".bin", ".pt", ".pth", ".pkl"])
@@ -232,6 +274,11 @@ def test_files_of_other_kinds_are_refused(tmp_path: Path) -> None:
     file.touch()
     with pytest.raises(CheckpointError, match="is no checkpoint"):
         open_checkpoint(file)
+
+
+def test_gguf_is_refused_by_name() -> None:
+    with pytest.raises(UnsupportedModelError, match="a GGUF file, whose weights are quantized"):
+        open_checkpoint("model.gguf")
 
 
 def test_options_that_a_folder_cannot_use(folder: Path) -> None:

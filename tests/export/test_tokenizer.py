@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -78,3 +79,33 @@ def test_damaged_tokenizer_is_refused(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{", encoding="utf-8")
     with pytest.raises(CheckpointError, match="no CLIP tokenizer"):
         write_tokenizer(tmp_path, tmp_path / "out.json", max_length=77, vocab_size=100)
+
+
+def test_a_padding_token_that_is_set_is_a_special_token(
+    tiny_sd15_checkpoint: Path, tiny_sd21_checkpoint: Path, tmp_path: Path
+) -> None:
+    """A single file of version 2 pads with `!`, which transformers then no longer joins to the word before it."""
+    file = tmp_path / "tokenizer.json"
+    info = write_tokenizer(tiny_sd15_checkpoint / "tokenizer", file, max_length=77, vocab_size=10**6, pad_id=0)
+    reference = transformers.CLIPTokenizer.from_pretrained(str(tiny_sd21_checkpoint / "tokenizer"))
+    tokenizer = tokenizers.Tokenizer.from_file(str(file))
+    assert (info.pad_id, reference.pad_token_id) == (0, 0)
+    for text in [*TEXTS, "a cat!", "a cat !", "cat!!dog"]:
+        plain = tokenizer.encode(text, add_special_tokens=False).ids
+        assert [info.bos_id, *plain, info.eos_id] == reference(text).input_ids, text
+
+
+@pytest.mark.parametrize("length", [None, "77", True, 2, -1])
+def test_lengths_that_are_none_are_refused_or_left_to_the_encoder(
+    tiny_sd15_checkpoint: Path, tmp_path: Path, length: object
+) -> None:
+    folder = tmp_path / "tokenizer"
+    shutil.copytree(tiny_sd15_checkpoint / "tokenizer", folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text()) | {"model_max_length": length}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    if length is None:  # transformers then knows no limit
+        info = write_tokenizer(folder, tmp_path / "out.json", max_length=77, vocab_size=10**6)
+        assert info.max_length == 77
+        return
+    with pytest.raises(CheckpointError, match=r"model_max_length is .*; give a number of tokens, such as 77"):
+        write_tokenizer(folder, tmp_path / "out.json", max_length=77, vocab_size=10**6)

@@ -35,12 +35,12 @@ class ToyDenoiser(nn.Module):
 
 
 DENOISER = Part(
-    "ToyDenoiser", "model", configured=lambda: ToyDenoiser, build=lambda config: ToyDenoiser(**_own(config))
+    "ToyDenoiser",
+    "model",
+    configured=lambda: ToyDenoiser,
+    build=lambda config: ToyDenoiser(**config),
+    library="toy",
 )
-
-
-def _own(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in config.items() if not name.startswith("_")}
 
 
 def denoiser_graph(denoiser: Any, length: int, config: Mapping[str, Any], precision: Precision) -> Graph:
