@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DOCS := $(VENV)/.docs
 
-.PHONY: help demo test slow lint format docs gpu clean
+.PHONY: help demo test slow soak lint format docs gpu clean
 
 help:  ## list these targets
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -18,6 +18,9 @@ test: lint  ## set up, lint, check types, run the suite
 
 slow: $(STAMP)  ## run the tests that take minutes
 	$(BIN)/python -m pytest -m slow
+
+soak: $(STAMP)  ## run threads, failures and damage of every kind: a part of slow
+	$(BIN)/python -m pytest -m slow tests/soak
 
 lint: $(STAMP)  ## set up, lint and check types
 	$(BIN)/ruff check .

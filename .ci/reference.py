@@ -15,6 +15,7 @@ from typing import get_args
 
 from latentrt.engines import backends, errors
 from latentrt.engines.bundle import manifest
+from latentrt.runtime import arguments as call_arguments
 from latentrt.runtime.sampling import registry, step_table
 from pydantic import BaseModel
 
@@ -91,6 +92,16 @@ def error_tree() -> str:
     return "\n".join(["```text", *tree, "```"])
 
 
+def arguments() -> str:
+    """Return the arguments of diffusers' pipelines, and what becomes of them."""
+    rows = []
+    for known, outcome in ((call_arguments.SERVED, "as diffusers"), (call_arguments.REFUSED, "refused")):
+        for name, argument in known.items():
+            tasks = "all" if argument.tasks == call_arguments.EVERY else ", ".join(argument.tasks)
+            rows.append([f"`{name}`", tasks, outcome, argument.meaning])
+    return table(["argument", "pipelines", "here", "meaning, or reason"], rows)
+
+
 def family() -> str:
     """Return the file of the family that the tests add."""
     source = DOCS.parent / "tests" / "export" / "more_families" / "toy.py"
@@ -99,6 +110,7 @@ def family() -> str:
 
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "options.md": {"samplers": samplers, "backend-options": backend_options},
+    "arguments.md": {"arguments": arguments},
     "bundle.md": {"manifest": manifest_fields},
     "troubleshooting.md": {"errors": error_tree},
     "extend/family.md": {"family": family},

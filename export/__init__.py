@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..engines.bundle import Precision
@@ -22,6 +23,7 @@ def export_checkpoint(
     prediction_type: str | None = None,
     vae: str | Path | None = None,
     variant: str | None = None,
+    textual_inversion: Sequence[str | Path] = (),
     progress: Progress = silent,
 ) -> Path:
     """Turn a checkpoint into a bundle and return the bundle's folder.
@@ -30,7 +32,8 @@ def export_checkpoint(
     original Stable Diffusion layout. Such a file holds no tokenizer and may not say what its U-Net predicts:
     `tokenizer` names a folder or hub id that has one, and `prediction_type` is `epsilon` or `v_prediction`. `vae` names
     a VAE to use, instead of the checkpoint's own where it has one: a folder, a file or a hub id. `variant` picks the
-    weights of a folder or hub id that have this word in their names, such as `fp16`, where a component has such. Safety
+    weights of a folder or hub id that have this word in their names, such as `fp16`, where a component has such.
+    `textual_inversion` are files with learned words, as `FILE` or `TOKEN=FILE`, that prompts may then use. Safety
     checker and feature extractor are not part of a bundle. Nothing is left behind when an error is raised:
     `CheckpointError`, `UnsupportedModelError`, `ExportError`, `StorageError`, `RequestError` or `MissingExtraError`.
     """
@@ -51,5 +54,6 @@ def export_checkpoint(
         prediction_type=prediction_type,
         vae=vae,
         variant=variant,
+        textual_inversion=textual_inversion,
         progress=progress,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace as replace_fields
 from importlib import metadata
 from pathlib import Path
@@ -31,6 +31,7 @@ from ..runtime.sampling import check_scheduler
 from .activations import HALF_LIMIT, largest_activation
 from .checkpoints.checkpoint import Checkpoint
 from .checkpoints.sources import open_checkpoint
+from .checkpoints.textual_inversion import LearnedWord, check_words, open_words, provenance, with_words
 from .checkpoints.tokenizer import write_tokenizer
 from .families import Family, family_named
 from .graph import Graph
@@ -58,6 +59,7 @@ def export(
     prediction_type: str | None,
     vae: str | Path | None,
     variant: str | None,
+    textual_inversion: Sequence[str | Path],
     progress: Progress,
 ) -> Path:
     """Export a checkpoint; see `latentrt.export.export_checkpoint`."""
@@ -68,7 +70,10 @@ def export(
         )
         family = family_named(checkpoint.family)
         family.check(checkpoint)
-        tokens = write_tokenizers(family, checkpoint, folder)
+        words = open_words(textual_inversion)
+        check_words(checkpoint, words)
+        tokens = write_tokenizers(family, checkpoint, folder, words)
+        checkpoint = with_words(checkpoint, words, folder / "tokenizer.json")
         builders = family.graphs(checkpoint, precision, {name: info.max_length for name, info in tokens.items()})
         latent = family.latent(checkpoint)
         scheduler, schedule = family.scheduler(checkpoint), family.schedule(checkpoint)
@@ -94,7 +99,7 @@ def export(
                 schedule=schedule,
                 **checkpoint.defaults,
                 files=describe_files(folder),
-                source=_provenance(checkpoint),
+                source=_provenance(checkpoint, words),
                 tools={tool: metadata.version(tool) for tool in TOOLS},
             ),
         )
@@ -102,7 +107,9 @@ def export(
     return out
 
 
-def write_tokenizers(family: Family, checkpoint: Checkpoint, folder: Path) -> dict[str, TokenizerInfo]:
+def write_tokenizers(
+    family: Family, checkpoint: Checkpoint, folder: Path, words: Sequence[LearnedWord] = ()
+) -> dict[str, TokenizerInfo]:
     """Write a checkpoint's tokenizers and return their contracts; `tokenizer_2` feeds `token_ids_2`."""
     lengths, written = family.token_lengths(checkpoint), {}
     for name, source in checkpoint.tokenizers.items():
@@ -114,6 +121,7 @@ def write_tokenizers(family: Family, checkpoint: Checkpoint, folder: Path) -> di
             max_length=max_length,
             vocab_size=vocab_size,
             pad_id=source.pad_id,
+            words=words,
         )
     return written
 
@@ -180,11 +188,13 @@ def _tensor_info(value: onnx.ValueInfoProto) -> TensorInfo:
     return TensorInfo(name=value.name, dtype=dtype, shape=tuple(d.dim_param or d.dim_value for d in tensor.shape.dim))
 
 
-def _provenance(checkpoint: Checkpoint) -> dict[str, Any]:
+def _provenance(checkpoint: Checkpoint, words: Sequence[LearnedWord]) -> dict[str, Any]:
     files = {name: sha256_of(file) for name, file in sorted(checkpoint.files.items())}
     source: dict[str, Any] = {"name": checkpoint.name, "revision": checkpoint.revision, "files": files}
     if checkpoint.variant is not None:
         source["variant"] = checkpoint.variant
     if replaced := {name: {"name": o.name, "revision": o.revision} for name, o in checkpoint.replaced.items()}:
         source["replaced"] = replaced
+    if words:
+        source["textual_inversion"] = provenance(words)
     return source

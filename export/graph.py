@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +24,8 @@ class Graph:
 
     A symbolic size is a letter or a multiple of one, such as `8*h`; `smallest` holds the least values that the letters
     have while the module is traced. `limits` bounds the random values of an input: uniform in [0, limit), otherwise
-    standard normal.
+    standard normal. `usual` holds what most requests give to letters that are neither rows nor latent cells, such as
+    the tokens `L` of a prompt; such letters come last.
     """
 
     name: str
@@ -34,12 +35,21 @@ class Graph:
     outputs: tuple[TensorInfo, ...]
     limits: Mapping[str, float]
     smallest: Mapping[str, int] = field(default_factory=dict)
+    usual: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def symbols(self) -> list[str]:
         """The letters that the input shapes are made of, in the order of their first use."""
         sizes = (split_size(size) for tensor in self.inputs for size in tensor.shape)
         return list(dict.fromkeys(letter for _, letter in sizes if letter))
+
+    def sizes(self, rows_and_cells: Sequence[int], times: int = 1) -> list[int]:
+        """Return values for all letters: those of rows and cells as given, as far as the graph has them.
+
+        The others get `times` their usual value.
+        """
+        own = [letter for letter in self.symbols if letter not in self.usual]
+        return [*rows_and_cells[: len(own)], *(times * self.usual[s] for s in self.symbols if s in self.usual)]
 
     def random_inputs(self, sizes: Iterable[int], seed: int) -> dict[str, torch.Tensor]:
         """Return random values for every input; `sizes` are the letters' values."""

@@ -75,7 +75,7 @@ def _converted(graph: Graph, *, shortcut: bool) -> ir.Model:
     All it has left to decompose for these networks is `to`: with `shortcut` that gets a translation and the second
     pass is left out.
     """
-    inputs = graph.random_inputs(TRACE_SIZES[: len(graph.symbols)], seed=0)
+    inputs = graph.random_inputs(graph.sizes(TRACE_SIZES), seed=0)
     with torch.no_grad(), _quiet():
         program = torch.export.export(graph.module, (), inputs, dynamic_shapes=_dynamic_shapes(graph), strict=False)
         for node in program.graph.find_nodes(op="call_function", target=torch.ops.aten._assert_tensor_metadata.default):

@@ -20,8 +20,9 @@ from ..engines.errors import ExportError
 from .compare import EXPORT_BOUND, TensorReport, compare
 from .graph import Graph, split_size
 
-CHECK_SIZES = ((1, 16, 8), (4, 9, 13))
-"""Batch, latent height and latent width of the two checks: even and odd, none as in the trace, quick to compute."""
+CHECK_SIZES = (((1, 16, 8), 2), ((4, 9, 13), 1))
+"""Batch, latent height and latent width of the two checks, and how many times the usual tokens: even and odd, none as
+in the trace, quick to compute."""
 
 ROWS = 2
 """Rows of a graph that a bundle records: two, so that rows that are mixed up are found."""
@@ -33,14 +34,14 @@ Case = tuple[dict[str, torch.Tensor], list[np.ndarray]]
 
 def reference_cases(graph: Graph) -> list[Case]:
     """Return random inputs and the float32 module's outputs for them."""
-    return [_case(graph, sizes[: len(graph.symbols)], seed) for seed, sizes in enumerate(CHECK_SIZES, start=1)]
+    return [_case(graph, graph.sizes(*sizes), seed) for seed, sizes in enumerate(CHECK_SIZES, start=1)]
 
 
 def native_case(graph: Graph, cells: tuple[int, int]) -> Case | None:
     """Return a case at the latent height and width that most engines are for; None for a graph of no such sizes."""
     if not {"h", "w"} <= set(graph.symbols):
         return None
-    value = {"h": cells[0], "w": cells[1]}
+    value = {"h": cells[0], "w": cells[1], **graph.usual}
     sizes = [value.get(letter, 1) for letter in graph.symbols]
     row = sum(
         math.prod(factor * value.get(letter, 1) for factor, letter in map(split_size, spec.shape))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, get_args, overload
@@ -20,25 +20,21 @@ from ..engines.device import Array
 from ..engines.errors import RequestError, SchedulerError
 from ..engines.progress import Progress, silent
 from .batches import Batches
-from .callbacks import BatchCallback, StepCallback, step_hook
-from .finite import check_finite
+from .call import Call, OutputType, calls_of_a_step, legacy_callback
+from .callbacks import BatchCallback, LegacyCallback, Listeners, StepCallback
+from .drawing import Drawing
 from .loop.denoise import Mode
-from .loop.inputs import InitialImage, load_pictures
 from .loop.session import Session
-from .pictures.load import image_pixels, latent_mask
+from .pretrained import bundle_of
+from .prompt.syntax import PromptSyntax
 from .request import GenerationRequest, RequestArguments
-from .result import GenerationResult, Timings
-from .sampling import step_table, takes_eta
+from .result import GenerationResult
+from .sampling import takes_eta
 from .sampling.step_table import StepTable
 from .warm_up import warm_up
 
-OutputType = Literal["pil", "np", "latent"]
 
-MAX_TABLES = 32
-"""Combinations of sampler, steps, strength and eta whose tables are kept."""
-
-
-class Pipeline:
+class Pipeline(Drawing):
     """A bundle opened for generation; a context manager. Threads may share it: one request runs at a time."""
 
     def __init__(
@@ -66,8 +62,7 @@ class Pipeline:
         self.mode: Mode = mode or ("step" if backend.can_capture else "eager")
         self.max_batch = max_batch
         self._batches = Batches(bundle)
-        manifest = bundle.manifest
-        self._table = lru_cache(MAX_TABLES)(partial(step_table, manifest.scheduler, rule=manifest.schedule))
+        self._use(bundle.manifest)
         self.session = Session(bundle, backend, low_memory=low_memory, memory_budget=memory_budget, progress=progress)
 
     @classmethod
@@ -104,119 +99,126 @@ class Pipeline:
             progress=progress,
         )
 
+    @classmethod
+    def from_pretrained(
+        cls, source: str | Path, *, backend: str = "auto", progress: Progress = silent, **named: Any
+    ) -> Pipeline:
+        """Open a bundle, or a checkpoint (diffusers folder, hub id, file), which is exported into the cache first.
+
+        For programs that change one import: `torch_dtype`, `variant`, `revision` and `safety_checker=None` mean what
+        they mean in diffusers, `vae` and `tokenizer` are names or folders, and what has no equivalent is refused. The
+        other keywords are those of `open`. Raises as `export_checkpoint` and `open` do.
+        """
+        bundle, options = bundle_of(source, named, progress)
+        return cls.open(bundle, backend, progress=progress, **options)
+
     @overload
     def __call__(
         self,
-        prompt: str | Sequence[str],
+        prompt: str | Sequence[str] | None = ...,
         negative_prompt: str | Sequence[str] | None = ...,
         *,
         output_type: Literal["pil"] = ...,
+        return_dict: Literal[True] = ...,
         **arguments: Unpack[RequestArguments],
     ) -> GenerationResult[list[Image.Image]]: ...
 
     @overload
     def __call__(
         self,
-        prompt: str | Sequence[str],
+        prompt: str | Sequence[str] | None = ...,
         negative_prompt: str | Sequence[str] | None = ...,
         *,
         output_type: Literal["np", "latent"],
+        return_dict: Literal[True] = ...,
         **arguments: Unpack[RequestArguments],
     ) -> GenerationResult[npt.NDArray[np.float32]]: ...
 
+    @overload
     def __call__(
         self,
-        prompt: str | Sequence[str],
+        prompt: str | Sequence[str] | None = ...,
+        negative_prompt: str | Sequence[str] | None = ...,
+        *,
+        output_type: OutputType = ...,
+        return_dict: Literal[False],
+        **arguments: Unpack[RequestArguments],
+    ) -> tuple[Any, None]: ...
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str] | None = None,
         negative_prompt: str | Sequence[str] | None = None,
         *,
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int | None = None,
+        timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
         guidance_scale: float | None = None,
         num_images_per_prompt: int = 1,
-        seed: int | None = None,
+        seed: int | Sequence[int] | None = None,
+        generator: Any = None,
+        latents: Any = None,
+        prompt_embeds: Any = None,
+        negative_prompt_embeds: Any = None,
+        prompt_syntax: PromptSyntax | None = None,
         sampler: str | None = None,
         eta: float = 0.0,
         image: Any = None,
         mask_image: Any = None,
+        padding_mask_crop: int | None = None,
         strength: float | None = None,
         output_type: OutputType = "pil",
+        return_dict: bool = True,
         callback_on_step_end: StepCallback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        callback: LegacyCallback | None = None,
+        callback_steps: int | None = None,
         on_batch: BatchCallback | None = None,
         keep_images: bool = True,
         progress: Progress = silent,
-    ) -> GenerationResult[Any]:
+        **others: Any,
+    ) -> GenerationResult[Any] | tuple[Any, None]:
         """Turn prompts into pictures.
 
-        `image` (a path, PIL picture or array) starts from a picture, kept the more the lower `strength` is (default
-        0.8); `mask_image` repaints only its white area (default strength 1). Sizes are pixels; `None` means the
-        bundle's default. `callback_on_step_end(pipe, step, timestep, {"latents": array})` may return replaced latents,
-        show `pipe.decode(latents)`, or raise to cancel; with it no more than a step is captured.
-        `on_batch(request, first, images)` gets the pictures of each batch before the next batch starts; without
-        `keep_images` they are let go after it, so that memory does not grow with the number of prompts. Raises
-        `RequestError` for anything that cannot be served as given. A call waits for those of other threads.
+        `image` (a path, PIL picture or array, or one for each image) starts from a picture, kept the more the lower
+        `strength` is (default 0.8); `mask_image` repaints only its white area (default strength 1), and
+        `padding_mask_crop` draws that part alone, with so many pixels around it, at the request's size. Sizes are
+        pixels; `None` means the bundle's default. `seed` is that of the first image, and others follow it, or one for
+        each; `generator` takes torch generators. `prompt_embeds` [prompts, L, E] stand in place of prompts, `latents`
+        [images, C, h, w] in place of the first noise, `timesteps` or `sigmas` in place of a number of steps.
+        `prompt_syntax` reads weights in prompts, and prompts of any length; without it a prompt is what it says.
+
+        `callback_on_step_end(pipe, step, timestep, {"latents": array})` may return replaced latents, show
+        `pipe.decode(latents)`, end the request with `pipe.stop()`, or raise to cancel; with it no more than a step is
+        captured. `on_batch(request, first, images)` gets the pictures of each batch before the next batch starts;
+        without `keep_images` they are let go after it, so that memory does not grow with the number of prompts.
+        `others` are arguments of diffusers that latentrt refuses, with the reason. Raises `RequestError` for anything
+        that cannot be served as given. A call waits for those of other threads.
         """
+        given = {name: value for name, value in locals().items() if name != "self"}
         start = time.perf_counter()
-        if output_type not in get_args(OutputType):
-            raise RequestError(f"output_type is {output_type!r}: choose pil, np or latent")
-        picture, mask = load_pictures(image, mask_image, strength)
-        request = GenerationRequest.of(
-            prompt=prompt,
-            negative_prompt=negative_prompt,
-            height=height,
-            width=width,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            num_images_per_prompt=num_images_per_prompt,
-            seed=seed,
-            sampler=sampler,
-            eta=eta,
-            strength=strength if strength is not None else 0.8 if picture and not mask else 1.0,
-        )
-        request = request.with_defaults(self.bundle.manifest, picture.size if picture else None)
-        table = self._table_for(request, chosen=sampler is not None)
-        finished: GenerationResult[Any] = GenerationResult(
-            [], [seed for _, _, seed in request.images], Timings(), request=request
-        )
-        asked = (width, height)
-        if picture is not None and any(
-            given is None and own != drawn
-            for given, own, drawn in zip(asked, picture.size, (request.width, request.height), strict=True)
-        ):
-            finished.warn(
-                f"the initial picture is {picture.width}x{picture.height}: it is resized to "
-                f"{request.width}x{request.height}, multiples of {self.bundle.manifest.latent.size_multiple}"
-            )
-        if request.eta and not takes_eta(request.sampler or "", self.bundle.manifest.scheduler):
-            finished.warn(f"eta is {request.eta:g}: sampler {request.sampler} has no such option, it is not used")
-        step = None if callback_on_step_end is None else partial(callback_on_step_end, self)
-        if picture and not self.bundle.has_graph("image_encoder"):
-            raise RequestError(f"bundle {self.bundle.path} has no image_encoder: it cannot start from a picture")
+        call = Call.of(self.bundle, self._manifest, given)
+        request, manifest = call.request, self._manifest
+        table = self._table_for(request, chosen=sampler is not None or timesteps is not None or sigmas is not None)
+        eta_taken = takes_eta(request.sampler or "", manifest.scheduler)
+        finished = call.result((width, height), eta_taken, manifest.latent.size_multiple)
+        calls = calls_of_a_step(request.sampler or "", manifest.scheduler)
+        legacy = legacy_callback(callback, callback_steps, len(table), request, calls)
+        step = None if callback_on_step_end is None else partial(self._heard, callback_on_step_end)
+        listeners = Listeners(step, legacy, progress, lambda: self._interrupt)
         with self.session.request():
-            initial = None
-            for batch in self._batches.split(request, table, self.session, self.max_batch, picture=bool(picture)):
-                count = len(batch.images)
-                if picture and initial is None:
-                    initial = self._initial(request, picture, mask)
-                inputs, arrays = self._batches.arrays(request, batch, table, initial, finished)
-                workspace = self.session.workspace(inputs, arrays)
-                workspace.load(inputs, arrays, self.session.stream)
-                on_step = step_hook(workspace, table, self.session.stream, step, progress, count)
-                decode = output_type != "latent"
-                trace = workspace.run(len(table), self.session.stream, mode=self.mode, decode=decode, on_step=on_step)
-                last = workspace.pictures[PICTURES[output_type]] if decode else workspace.loop.latents(len(table))
-                output = last.read(self.session.stream)[:count]
-                check_finite(workspace, len(table), output, decode, self.session.stream)
-                finished.add(trace, len(table))
-                pictures = list(map(Image.fromarray, output) if output_type == "pil" else output)
+            self._guidance_scale, self._num_timesteps, self._interrupt = request.guidance_scale, len(table), False
+            for first, pictures in self._draw(call, table, listeners, finished):
                 if keep_images:
                     finished.images.extend(pictures)
                 if on_batch is not None:
-                    on_batch(request, batch.first, pictures)
+                    on_batch(request, first, pictures)
         if output_type != "pil" and keep_images:
             finished.images = np.stack(finished.images)
         finished.timings.total = time.perf_counter() - start
-        return finished
+        return finished if return_dict else (finished.images, None)
 
     def decode(self, latents: Array) -> list[Image.Image]:
         """Return the pictures of latents [B, C, h, w] as they are: a preview, inside a step's callback or outside."""
@@ -252,19 +254,14 @@ class Pipeline:
         }
         warm_up(self, sizes or [(latent.default_width, latent.default_height)], batches, pictures, arguments)
 
-    def _initial(self, request: GenerationRequest, picture: Image.Image, mask: Image.Image | None) -> InitialImage:
-        """Encode the initial picture to latent moments, and bring the mask to latent size."""
-        height, width = request.height or 0, request.width or 0
-        moments = self.session.encode_picture(image_pixels(picture, height, width)[None])
-        cells = None if mask is None else latent_mask(mask, height, width, self.bundle.manifest.latent.downscale)
-        return InitialImage(moments["latents_mean"], moments["latents_std"], cells)
-
     def _table_for(self, request: GenerationRequest, chosen: bool) -> StepTable:
         """Return the step table; a scheduler that cannot be one is the request's fault when the request chose it."""
-        size = (request.width or 0, request.height or 0) if self.bundle.manifest.schedule else None
+        size = (request.width or 0, request.height or 0) if self._manifest.schedule else None
         try:
             chosen_by = {"sampler": request.sampler, "strength": request.strength, "eta": request.eta}
-            return self._table(request.num_inference_steps or 1, size=size, **chosen_by)
+            custom = {"timesteps": request.timesteps, "sigmas": request.sigmas}
+            steps = None if any(custom.values()) else request.num_inference_steps
+            return self._table(steps, size=size, **custom, **chosen_by)
         except SchedulerError as error:
             raise (RequestError(str(error)) if chosen else error) from error
 
@@ -280,7 +277,3 @@ class Pipeline:
 
     def __repr__(self) -> str:
         return f"Pipeline({str(self.bundle.path)!r}, backend={self.backend.name!r}, mode={self.mode!r})"
-
-
-PICTURES = {"pil": "image", "np": "pixels"}
-"""The decoder's output for each type of picture."""

@@ -5,16 +5,28 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Any, TypedDict
+from typing import Annotated, Any, TypedDict
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from ..engines.bundle import Manifest
 from ..engines.errors import RequestError
+from .prompt.syntax import PromptSyntax
 from .sizes import check_size
 
 MAX_SEED = 2**64 - 1
 MAX_SIZE = 8192
+
+_SEED = TypeAdapter(Annotated[int, Field(ge=0, le=MAX_SEED)])
 
 
 class RequestArguments(TypedDict, total=False):
@@ -23,15 +35,26 @@ class RequestArguments(TypedDict, total=False):
     height: int | None
     width: int | None
     num_inference_steps: int | None
+    timesteps: Sequence[float] | None
+    sigmas: Sequence[float] | None
     guidance_scale: float | None
     num_images_per_prompt: int
-    seed: int | None
+    seed: int | Sequence[int] | None
+    generator: Any
+    latents: Any
+    prompt_embeds: Any
+    negative_prompt_embeds: Any
+    prompt_syntax: PromptSyntax | None
     sampler: str | None
     eta: float
     image: Any
     mask_image: Any
+    padding_mask_crop: int | None
     strength: float | None
     callback_on_step_end: Callable[[Any, int, float, dict[str, Any]], dict[str, Any] | None] | None
+    callback_on_step_end_tensor_inputs: Sequence[str]
+    callback: Callable[[int, float, Any], Any] | None
+    callback_steps: int | None
     on_batch: Callable[[GenerationRequest, int, Sequence[Any]], None] | None
     keep_images: bool
     progress: Callable[[str, int, int], None]
@@ -41,19 +64,23 @@ class GenerationRequest(BaseModel):
     """One request: prompts, and everything that shapes their pictures.
 
     `None` stands for the bundle's own default (size, steps, guidance, sampler) or for a random seed. Image i of a
-    request uses seed + i, counted over all prompts.
+    request uses seed + i, counted over all prompts, or seed i of several. Prompts are empty where their embeddings were
+    given. `timesteps` or `sigmas` stand for a number of steps.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     prompt: tuple[str, ...] = Field(min_length=1)
     negative_prompt: tuple[str, ...] = ("",)
+    prompt_syntax: PromptSyntax | None = None
     height: int | None = Field(default=None, gt=0, le=MAX_SIZE)
     width: int | None = Field(default=None, gt=0, le=MAX_SIZE)
     num_inference_steps: int | None = Field(default=None, ge=1)
     guidance_scale: float | None = Field(default=None, ge=0, le=1000, allow_inf_nan=False)
     num_images_per_prompt: int = Field(default=1, ge=1, le=1024)
-    seed: int = Field(default_factory=lambda: secrets.randbits(32), ge=0, le=MAX_SEED)
+    timesteps: tuple[float, ...] | None = None
+    sigmas: tuple[float, ...] | None = None
+    seed: int | tuple[int, ...] = Field(default_factory=lambda: secrets.randbits(32))
     sampler: str | None = None
     eta: float = Field(default=0.0, ge=0, le=1)
     strength: float = Field(default=1.0, gt=0, le=1)
@@ -64,6 +91,11 @@ class GenerationRequest(BaseModel):
         if value is None and info.field_name == "negative_prompt":
             return ("",)
         return (value,) if isinstance(value, str) else value
+
+    @field_validator("timesteps", "sigmas", mode="before")
+    @classmethod
+    def _numbers(cls, value: Any) -> Any:
+        return value.tolist() if hasattr(value, "tolist") else value
 
     @field_validator("prompt", "negative_prompt")
     @classmethod
@@ -77,11 +109,28 @@ class GenerationRequest(BaseModel):
                 ) from error
         return value
 
+    @field_validator("seed", mode="plain")
+    @classmethod
+    def _one_or_many_seeds(cls, value: Any) -> int | tuple[int, ...]:
+        try:
+            if isinstance(value, list | tuple):
+                return tuple(map(_SEED.validate_python, value))
+            return _SEED.validate_python(value)
+        except ValidationError as error:
+            raise ValueError(error.errors()[0]["msg"]) from error
+
     @model_validator(mode="after")
     def _matching(self) -> GenerationRequest:
         if len(self.negative_prompt) not in (1, len(self.prompt)):
             count = len(self.negative_prompt)
             raise ValueError(f"{count} negative prompts for {len(self.prompt)} prompts: give one, or one for each")
+        images = len(self.prompt) * self.num_images_per_prompt
+        if isinstance(self.seed, tuple) and len(self.seed) != images:
+            raise ValueError(
+                f"seed is a list of {len(self.seed)}: give one seed, or one for each of the {images} images"
+            )
+        if self.timesteps is not None and self.sigmas is not None:
+            raise ValueError("timesteps and sigmas are given: give one of them")
         return self
 
     @classmethod
@@ -107,11 +156,14 @@ class GenerationRequest(BaseModel):
         if picture_size is not None:
             multiple = manifest.latent.size_multiple
             width, height = (max(multiple, side // multiple * multiple) for side in picture_size)
+        custom = self.timesteps or self.sigmas
         complete = {
             **self.model_dump(),
             "width": self.width or width,
             "height": self.height or height,
-            "num_inference_steps": self.num_inference_steps or manifest.default_num_inference_steps,
+            "num_inference_steps": len(custom)
+            if custom
+            else self.num_inference_steps or manifest.default_num_inference_steps,
             "guidance_scale": manifest.default_guidance_scale if self.guidance_scale is None else self.guidance_scale,
             "sampler": self.sampler or manifest.scheduler.get("_class_name"),
         }
@@ -128,6 +180,8 @@ class GenerationRequest(BaseModel):
         """Prompt, negative prompt and seed of every image, in order."""
         negatives = self.negative_prompt * (len(self.prompt) if len(self.negative_prompt) == 1 else 1)
         pairs = [p for p in zip(self.prompt, negatives, strict=True) for _ in range(self.num_images_per_prompt)]
+        if isinstance(self.seed, tuple):
+            return [(*pair, seed) for pair, seed in zip(pairs, self.seed, strict=True)]
         return [(prompt, negative, (self.seed + i) % (MAX_SEED + 1)) for i, (prompt, negative) in enumerate(pairs)]
 
 

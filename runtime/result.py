@@ -49,6 +49,9 @@ class GenerationResult(Generic[Images]):
     request: GenerationRequest | None = None
     """The request with every default filled in."""
 
+    nsfw_content_detected: None = None
+    """Always None, as in diffusers without a safety checker: bundles hold none."""
+
     def warn(self, message: str) -> None:
         """Add a warning once, and log it."""
         if message not in self.warnings:

@@ -120,7 +120,9 @@ def _recorded(bundle: Bundle, graph: GraphInfo, ranges: Ranges | None) -> Iterat
 def _takes(graph: GraphInfo, sizes: Sizes, ranges: Ranges | None, *, affordable: bool) -> bool:
     """Tell whether an engine is checked at these sizes."""
     if ranges is None:
-        return affordable or math.prod(sizes.get(letter, 1) for letter in (batch_symbol(graph), "h", "w")) <= CELLS
+        return (
+            affordable or math.prod(sizes.get(letter, 1) for letter in (batch_symbol(graph) or "", "h", "w")) <= CELLS
+        )
     return all(
         all(a <= n <= b for a, n, b in zip(low, shape_of(spec, sizes), high, strict=True))
         for spec, low, high in ((spec, ranges[0][spec.name], ranges[1][spec.name]) for spec in graph.inputs)

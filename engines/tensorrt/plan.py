@@ -194,6 +194,9 @@ def build_command(bundle: Bundle, backend: str, sizes: Sizes, options: Mapping[s
     command += f" --batch {batch}"
     if rows > batch and not guided:
         command += " --guidance 1 --guidance 2"
+    length = bundle.manifest.tokenizers[0].max_length if bundle.manifest.tokenizers else 1
+    if sizes.get("L", length) > length:
+        command += f" --prompt-parts {sizes['L'] // length}"
     for name, value in options.items():
         if name == "weight_streaming" and value:
             command += " --option weights_on_gpu=0"

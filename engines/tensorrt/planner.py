@@ -140,9 +140,14 @@ class Planner:
 
 
 def sizes_of(bundle: Bundle, shapes: Mapping[str, Shapes]) -> Sizes:
-    """Return the sizes of a request from the shapes of its graphs; a picture is encoded alone, whatever the batch."""
+    """Return the sizes of a request from the shapes of its graphs.
+
+    Letters are a graph's own, and the last graph that has one counts: networks come after graphs that come from no
+    module, and a picture is encoded alone, whatever the batch.
+    """
     sizes: Sizes = {}
-    for graph in sorted((bundle.graph(name) for name in shapes), key=lambda graph: graph.stage != "image"):
+    graphs = (bundle.graph(name) for name in shapes)
+    for graph in sorted(graphs, key=lambda graph: (graph.stage != "image", graph.parity is not None)):
         sizes |= solve_sizes({spec.name: spec for spec in graph.inputs}, shapes[graph.name])
     return sizes
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -9,15 +10,24 @@ from tokenizers import Tokenizer
 from ...engines.bundle import TokenizerInfo
 from ...engines.errors import CheckpointError
 from .configs import said_by, shown
+from .textual_inversion import LearnedWord, add_words
 
 
 def write_tokenizer(
-    folder: Path, file: Path, *, max_length: int, vocab_size: int, pad_id: int | None = None, output: str = "token_ids"
+    folder: Path,
+    file: Path,
+    *,
+    max_length: int,
+    vocab_size: int,
+    pad_id: int | None = None,
+    output: str = "token_ids",
+    words: Sequence[LearnedWord] = (),
 ) -> TokenizerInfo:
     """Write the tokenizer of a checkpoint's `tokenizer` folder and return the contract of its text encoder.
 
     Reads `tokenizer.json`, or `vocab.json` with `merges.txt`. `pad_id` replaces the tokenizer's own padding token, as
     `pad_token` in its config does: the token becomes a special one. `output` is the graph input that the ids feed.
+    `words` are added behind all other tokens.
     Raises `CheckpointError` when the files cannot be read or have more tokens than the encoder's `vocab_size`.
     """
     from transformers import CLIPTokenizerFast
@@ -35,12 +45,13 @@ def write_tokenizer(
     longest = source.model_max_length
     if isinstance(longest, bool) or not isinstance(longest, int | float) or not longest > 2:
         raise CheckpointError(f"{folder}: model_max_length is {shown(longest)}; give a number of tokens, such as 77")
+    largest = max(source.get_vocab().values())
+    if largest >= vocab_size:
+        raise CheckpointError(f"{folder} has token id {largest} where the text encoder knows {vocab_size} tokens")
+    add_words(source, words)
     tokenizer = Tokenizer.from_str(source.backend_tokenizer.to_str())
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    largest = max(tokenizer.get_vocab().values())
-    if largest >= vocab_size:
-        raise CheckpointError(f"{folder} has token id {largest} where the text encoder knows {vocab_size} tokens")
     tokenizer.save(str(file))
     return TokenizerInfo(
         file=file.name,

@@ -11,12 +11,14 @@ from torch import Tensor, nn
 from ...engines.bundle import LatentInfo, Precision, TensorInfo
 from ...engines.errors import CheckpointError, UnsupportedModelError
 from ..autoencoder import AUTOENCODER_KL, decoder_graph, image_encoder_graph, vae_factor
-from ..checkpoints.checkpoint import Checkpoint, Part
+from ..checkpoints.checkpoint import Checkpoint, Component, Origin, Part
+from ..checkpoints.configs import NULL, PAIR, WHOLE, WHOLES, WORDS, shown
 from ..checkpoints.mended import mended_sample_size, mended_scheduler
 from ..checkpoints.weights import Weights
 from ..clip import CLIP_TEXT, text_encoder_graph
 from ..graph import Graph, network_dtype
-from ..single_files.stable_diffusion import open_single_file
+from ..reference import reference_pipeline
+from ..single_files.stable_diffusion import open_single_file, open_vae_file
 from .base import Family, FindTokenizer
 
 ORDINARY_UNET = {  # config keys that change what a U-Net takes in, with the values that leave it alone
@@ -43,6 +45,17 @@ UNET = Part(
     "diffusion_pytorch_model",
     configured=_unet_class,
     build=lambda config: _unet_class().from_config(dict(config)),
+    kinds={
+        "in_channels": WHOLE,
+        "out_channels": WHOLE,
+        "block_out_channels": WHOLES,
+        "down_block_types": WORDS,
+        "up_block_types": WORDS,
+        "layers_per_block": WHOLE | WHOLES,
+        "cross_attention_dim": WHOLE | WHOLES,
+        "sample_size": WHOLE | PAIR | NULL,
+    },
+    depth=("layers_per_block", "transformer_layers_per_block"),
 )
 
 
@@ -88,11 +101,12 @@ def denoiser_graph(unet: Any, length: int, precision: Precision) -> Graph:
         (
             TensorInfo(name="model_input", dtype=dtype, shape=latents),
             TensorInfo(name="timestep", dtype="float32", shape=("R",)),
-            TensorInfo(name="context", dtype=dtype, shape=("R", length, config.cross_attention_dim)),
+            TensorInfo(name="context", dtype=dtype, shape=("R", "L", config.cross_attention_dim)),
         ),
         (TensorInfo(name="prediction", dtype=dtype, shape=latents),),
         limits={"timestep": 1000},
         smallest=dict.fromkeys("hw", 2 ** (len(config.block_out_channels) - 1) + 1),  # 2 cells or more in every level
+        usual={"L": length},
     )
 
 
@@ -105,10 +119,19 @@ class StableDiffusion(Family):
     parts: ClassVar[Mapping[str, Part]] = {"text_encoder": CLIP_TEXT, "unet": UNET, "vae": AUTOENCODER_KL}
 
     def open_file(
-        self, file: Path, weights: Weights, tokenizer: FindTokenizer, prediction_type: str | None
+        self,
+        file: Path,
+        weights: Weights,
+        tokenizer: FindTokenizer,
+        prediction_type: str | None,
+        replaced: Mapping[str, Origin],
     ) -> Checkpoint | None:
         """Open a single file of the original layout."""
-        return open_single_file(file, weights, self.name, self.parts, tokenizer, prediction_type)
+        return open_single_file(file, weights, self.name, self.parts, tokenizer, prediction_type, replaced)
+
+    def open_vae_file(self, file: Path, weights: Weights) -> Component | None:
+        """Open a VAE's own file, in the original or in diffusers' layout."""
+        return open_vae_file(file, weights, self.parts["vae"])
 
     def check(self, checkpoint: Checkpoint) -> None:
         """Raise `UnsupportedModelError` for U-Nets with other inputs than latents, timestep and text."""
@@ -117,19 +140,30 @@ class StableDiffusion(Family):
         for key, ordinary in ORDINARY_UNET.items():
             if unet.get(key) not in ordinary:
                 raise UnsupportedModelError(
-                    f"{where}: U-Net option {key}={unet[key]!r} is not supported; "
+                    f"{where}: U-Net option {key}={shown(unet[key])} is not supported; "
                     "Stable Diffusion 1.x and 2.x text-to-image checkpoints are"
                 )
+        if vae.get("shift_factor"):
+            raise UnsupportedModelError(
+                f"{checkpoint.components['vae'].where}: shift_factor is {shown(vae['shift_factor'])}, which Stable "
+                "Diffusion 1.x and 2.x do not know: give a VAE of these versions"
+            )
+        text = checkpoint.components["text_encoder"]
+        if text.config.get("use_attention_mask"):
+            raise UnsupportedModelError(
+                f"{text.where}: use_attention_mask is {shown(text.config['use_attention_mask'])}; text encoders that "
+                "mask the padding of a prompt are not supported"
+            )
         latent, channels = vae["latent_channels"], (unet["in_channels"], unet["out_channels"])
         if channels != (latent, latent):
             raise UnsupportedModelError(
                 f"{where}: the U-Net takes {channels[0]} and gives {channels[1]} channels where the VAE has "
                 f"{latent}: inpainting, depth and upscaling checkpoints are not supported, use the ordinary one"
             )
-        width = checkpoint.config("text_encoder")["hidden_size"]
+        width = text.config["hidden_size"]
         if width != unet["cross_attention_dim"]:
             raise CheckpointError(
-                f"{where}: cross_attention_dim is {unet['cross_attention_dim']!r} where the text encoder "
+                f"{where}: cross_attention_dim is {shown(unet['cross_attention_dim'])} where the text encoder "
                 f"gives {width}: the parts belong to different checkpoints"
             )
 
@@ -163,32 +197,8 @@ class StableDiffusion(Family):
         return mended_scheduler(checkpoint.scheduler, checkpoint.pipeline)
 
     def pipeline(self, checkpoint: Checkpoint) -> Any:
-        """Return a `StableDiffusionPipeline` whose scheduler the checkpoint's own pipeline class has opened."""
-        import diffusers
-        from transformers import CLIPTokenizerFast
-
-        source = checkpoint.tokenizers["tokenizer"]
-        tokenizer = CLIPTokenizerFast.from_pretrained(str(source.folder), local_files_only=True)
-        if source.pad_id is not None:
-            tokenizer.pad_token_id = source.pad_id
-        config = dict(checkpoint.scheduler)
-        parts = {
-            "vae": checkpoint.load("vae"),
-            "text_encoder": checkpoint.load("text_encoder"),
-            "tokenizer": tokenizer,
-            "unet": checkpoint.load("unet"),
-            "safety_checker": None,
-            "feature_extractor": None,
-            "requires_safety_checker": False,
-        }
-
-        def opened(pipeline: str) -> Any:
-            scheduler = getattr(diffusers, config["_class_name"]).from_config(config)
-            return getattr(diffusers, pipeline)(**parts, scheduler=scheduler)
-
-        pipeline = opened("StableDiffusionPipeline")
-        pipeline.scheduler = opened(checkpoint.pipeline).scheduler
-        return pipeline
+        """Return a `StableDiffusionPipeline` that diffusers has opened, its scheduler as the checkpoint's own class."""
+        return reference_pipeline(checkpoint, "StableDiffusionPipeline")
 
 
 FAMILY = StableDiffusion()

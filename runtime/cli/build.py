@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -54,6 +55,12 @@ def build(
             "--guidance", "-g", min=0, help="Guidance scale to be used; may be repeated (default: the bundle's, and 1)."
         ),
     ] = None,
+    prompt_parts: Annotated[
+        list[int] | None,
+        typer.Option(
+            "--prompt-parts", min=1, max=100, help="Parts of 75 tokens that prompts have; may be repeated (default: 1)."
+        ),
+    ] = None,
     warm: Annotated[
         bool,
         typer.Option("--warm", help="Then draw once with each, so that engines are loaded here and known to work."),
@@ -72,10 +79,11 @@ def build(
     opened = opened_bundle(bundle)
     sizes, batches = [_size(opened, text) for text in size or [""]], batch or [1]
     scales = _scales(opened, guidance)
-    requests = [_Request(*size, images, scale) for size in sizes for images in batches for scale in scales]
-    if dynamic and len(sizes) * len(batches) == 1:
+    parts = prompt_parts or [1]
+    requests = [_Request(*each) for each in product(sizes, batches, scales, parts)]
+    if dynamic and len(sizes) * len(batches) * len(parts) == 1:
         raise RequestError("--dynamic needs a range: give --size or --batch at least twice, the most used one first")
-    shapes = [requested_shapes(opened, r.width, r.height, r.images, r.guidance) for r in requests]
+    shapes = [requested_shapes(opened, *r.size, r.images, r.guidance, r.parts) for r in requests]
     found: list[dict[str, Any]] = []
     built: Iterator[_Built]
     with progress_bar("building") as progress:
@@ -122,13 +130,14 @@ class _Built:
 
 @dataclass(frozen=True)
 class _Request:
-    width: int
-    height: int
+    size: tuple[int, int]
     images: int
     guidance: float
+    parts: int
 
     def __str__(self) -> str:
-        return f"{self.width}x{self.height} batch {self.images} guidance {self.guidance:g}"
+        parts = f" prompt parts {self.parts}" if self.parts > 1 else ""
+        return f"{self.size[0]}x{self.size[1]} batch {self.images} guidance {self.guidance:g}{parts}"
 
 
 def _scales(bundle: Bundle, given: Sequence[float] | None) -> list[float]:

@@ -38,6 +38,12 @@ def export(
         str | None, typer.Option(help="VAE in place of the checkpoint's: folder, .safetensors file or hub id.")
     ] = None,
     variant: Annotated[str | None, typer.Option(help="Variant of the weights, such as fp16 or non_ema.")] = None,
+    textual_inversion: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--textual-inversion", metavar="[TOKEN=]FILE", help="File with a learned word to add; may be repeated."
+        ),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")] = False,
 ) -> None:
     """Turn a checkpoint into a bundle of ONNX graphs (needs the export extra)."""
@@ -56,6 +62,7 @@ def export(
             prediction_type=prediction_type,
             vae=vae,
             variant=variant,
+            textual_inversion=textual_inversion or (),
             progress=progress,
         )
     typer.echo(f"{path}: {readable_size(sum(f.size for f in Bundle.open(path).manifest.files.values()))}")

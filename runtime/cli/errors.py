@@ -24,6 +24,7 @@ OPTION_NAMES = {
     "negative_prompt": "--negative",
     "prediction_type": "--prediction-type",
     "mask_image": "--mask",
+    "padding_mask_crop": "--mask-padding",
     "memory_budget": "--memory-budget",
 }
 """What the Python API calls an argument, and the option that gives it: anywhere in a message."""
@@ -32,6 +33,8 @@ SUBJECTS = {
     "image": "--init-image",
     "strength": "--strength",
     "seed": "--seed",
+    "timesteps": "--timesteps",
+    "sigmas": "--sigmas",
     "eta": "--eta",
     "size": "--size",
     "width": "the width of --size",

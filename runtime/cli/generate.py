@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -23,6 +25,16 @@ if TYPE_CHECKING:
     from .pictures import PictureWriter, Target
 
 
+class SyntaxChoice(str, Enum):
+    """Prompt syntaxes that the command line offers."""
+
+    a1111 = "a1111"
+    compel = "compel"
+
+
+Number = TypeVar("Number", int, float)
+
+
 def generate(
     prompts: Annotated[
         list[str] | None,
@@ -33,10 +45,23 @@ def generate(
     ] = None,
     prompt_file: Annotated[Path | None, typer.Option("--prompts", help="File with one prompt a line.")] = None,
     negative: Annotated[str, typer.Option("--negative", "-n", help="What the picture should not show.")] = "",
+    prompt_syntax: Annotated[
+        SyntaxChoice | None,
+        typer.Option(
+            "--prompt-syntax", help="Read weights and prompts of any length (default: prompts are plain text)."
+        ),
+    ] = None,
     seed: Annotated[
-        int | None, typer.Option("--seed", "-s", help="Seed of the first picture (default: random).")
+        str | None,
+        typer.Option("--seed", "-s", help="Seed of the first picture, or one for each as 7,3 (default: random)."),
     ] = None,
     steps: Annotated[int | None, typer.Option("--steps", help="Denoising steps (default: the bundle's).")] = None,
+    timesteps: Annotated[
+        str | None, typer.Option("--timesteps", help="Timesteps to use in place of --steps, such as 999,499.")
+    ] = None,
+    sigmas: Annotated[
+        str | None, typer.Option("--sigmas", help="Sigmas to use in place of --steps, such as 14.6,2.1,0.")
+    ] = None,
     sampler: Annotated[str | None, typer.Option("--sampler", help="Sampler; `latentrt samplers` lists them.")] = None,
     guidance: Annotated[float | None, typer.Option("--guidance", "-g", help="Guidance scale.")] = None,
     eta: Annotated[float, typer.Option("--eta", help="Noise of the DDIM sampler, 0 to 1.")] = 0.0,
@@ -44,6 +69,10 @@ def generate(
     count: Annotated[int, typer.Option("--count", "-c", help="Pictures per prompt.")] = 1,
     init_image: Annotated[Path | None, typer.Option("--init-image", help="Picture to start from.")] = None,
     mask: Annotated[Path | None, typer.Option("--mask", help="Repaint only the white area of this picture.")] = None,
+    padding: Annotated[
+        int | None,
+        typer.Option("--mask-padding", help="Draw only the mask with so many pixels around it, at the picture size."),
+    ] = None,
     strength: Annotated[float | None, typer.Option("--strength", help="How far to leave the initial picture.")] = None,
     output: Annotated[
         Path, typer.Option("--output", "-o", help="A .png file for one picture, a folder, or - for standard output.")
@@ -78,19 +107,40 @@ def generate(
         "height": height,
         "width": width,
         "num_inference_steps": steps,
+        "timesteps": _numbers("--timesteps", timesteps, float),
+        "sigmas": _numbers("--sigmas", sigmas, float),
         "guidance_scale": guidance,
         "num_images_per_prompt": count,
-        "seed": seed,
+        "prompt_syntax": None if prompt_syntax is None else prompt_syntax.value,
+        "seed": _seeds(seed),
         "sampler": sampler,
         "eta": eta,
         "image": init_image,
         "mask_image": mask,
+        "padding_mask_crop": padding,
         "strength": strength,
     }
     budget = bytes_of("--memory-budget", memory_budget)
     settings = {"low_memory": low_memory, "memory_budget": budget, **backend_options(backend, options, threads=threads)}
     drawn = _draw(bundle, backend, settings, (texts, negative), request, target, as_json, keep=grid is not None)
     _finish(drawn, grid, listed=not target.is_stdout, as_json=as_json)
+
+
+def _seeds(text: str | None) -> int | list[int] | None:
+    """Return one seed, or a list of those between commas."""
+    numbers = _numbers("--seed", text, int)
+    return numbers[0] if numbers is not None and "," not in (text or "") else numbers
+
+
+def _numbers(option: str, text: str | None, kind: Callable[[str], Number]) -> list[Number] | None:
+    """Return the numbers of an option, between commas; raises `RequestError` for anything else."""
+    if text is None:
+        return None
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError as error:
+        sort = "whole numbers" if kind is int else "numbers"
+        raise RequestError(f"{option} is {text!r}: give {sort} with commas between them") from error
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import typer
 
-from ...engines.progress import Progress, silent
+from ...engines.progress import Progress, silent, terminal_bar
 
 PATIENCE = 5.0
 """Seconds of work before its stages are said where there is no terminal."""
@@ -41,7 +41,7 @@ def progress_bar(what: str) -> Iterator[Progress]:
     if not log.isEnabledFor(logging.WARNING):
         yield silent
     elif sys.stderr.isatty():
-        with _bar(what) as update:
+        with terminal_bar(what) as update:
             yield update
     else:
         lines = _Lines(what)
@@ -49,21 +49,6 @@ def progress_bar(what: str) -> Iterator[Progress]:
             yield lines
         finally:
             lines.close()
-
-
-@contextmanager
-def _bar(what: str) -> Iterator[Progress]:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(what, total=None)
-
-        def update(stage: str, done: int, total: int) -> None:
-            progress.update(task, description=f"{what}: {stage}" if stage else what, completed=done, total=total)
-
-        yield update
 
 
 class _Lines:

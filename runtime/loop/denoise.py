@@ -56,7 +56,7 @@ class DenoiseLoop:
             self._prediction = allocate(device, arrays["model_input"].shape, dtype, memory)
             self._memory = memory.pop_all()
         self.steps_done = 0
-        """Steps of the running request, or of the last one, that have been enqueued one by one."""
+        """Steps of the running request, or of the last one, that have been enqueued."""
         self._unchanged: dict[str, Array] = {}
         self._bound: list[tuple[BoundEngine, BoundEngine]] = []
         self._captured = CapturedWork()
@@ -106,14 +106,16 @@ class DenoiseLoop:
         state["model_input"].write(rows.astype(state["model_input"].dtype), stream)
 
     def run(
-        self, steps: int, stream: Stream, *, mode: Mode = "step", on_step: Callable[[int], None] | None = None
+        self, steps: int, stream: Stream, *, mode: Mode = "step", on_step: Callable[[int], bool | None] | None = None
     ) -> Tensor:
         """Enqueue `steps` steps and return the tensor of the final latents; nothing waits unless `on_step` does.
 
-        `on_step(i)` is called after step i was enqueued; with it, nothing larger than a step is captured.
+        `on_step(i)` is called after step i was enqueued, and ends the run there when it returns true; with it, nothing
+        larger than a step is captured.
         """
         if mode == "loop" and on_step is None:
             self._captured.run(steps, partial(self.enqueue, steps), stream)
+            self.steps_done = steps
             return self.latents(steps)
         for index in range(steps):
             key, enqueue = self._steps[index % 2]
@@ -122,9 +124,9 @@ class DenoiseLoop:
             else:
                 self._captured.run(key, enqueue, stream)
             self.steps_done = index + 1
-            if on_step is not None:
-                on_step(index)
-        return self.latents(steps)
+            if on_step is not None and on_step(index):
+                break
+        return self.latents(self.steps_done)
 
     def enqueue(self, steps: int, stream: Stream) -> None:
         """Enqueue `steps` steps, engine by engine."""

@@ -10,13 +10,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
 from ...engines.device import Array
-from ...engines.errors import RequestError
-from ..pictures.load import load_image
 from ..sampling.noise import Generator
 from ..sampling.step_table import StepTable, pack
+from . import generators
 
 Latents = npt.NDArray[np.float32]
 
@@ -28,21 +26,37 @@ ROW_BUCKET, DRAW_BUCKET = 64, 16
 
 @dataclass(frozen=True)
 class InitialImage:
-    """A picture to start from: its latent moments [1, C, h, w], and where to repaint it, [1, h, w] or None."""
+    """Pictures to start from: their latent moments [n, C, h, w], and where to repaint them, [m, h, w] or None.
+
+    Image i of a request starts from picture i, modulo n, and its mask is i, modulo m.
+    """
 
     mean: Latents
     std: Latents
     mask: npt.NDArray[np.bool_] | None = None
 
+    @property
+    def encoded(self) -> int:
+        """How many masked pictures diffusers encodes, as inpainting checkpoints read them."""
+        return 0 if self.mask is None else max(len(self.mean), len(self.mask))
 
-def load_pictures(image: Any, mask: Any, strength: float | None) -> tuple[Image.Image | None, Image.Image | None]:
-    """Load the initial picture and the mask; raises `RequestError` for what makes no sense without a picture."""
-    if image is None:
-        for name, value in (("mask_image", mask), ("strength", strength)):
-            if value is not None:
-                raise RequestError(f"{name} was given without image: give the picture to start from as well")
-        return None, None
-    return load_image(image), None if mask is None else load_image(mask, "mask_image")
+
+@dataclass(frozen=True)
+class Draws:
+    """What images draw: noise of the encoder [n, C, h, w], the first noise [n, C, h, w], and that of steps [n, K, ...].
+
+    The encoder's is None without initial pictures, that of the steps where no step draws.
+    """
+
+    encoder: Latents | None
+    first: Latents
+    steps: Latents | None
+
+    def rows(self, first: int, count: int, padded: int) -> Draws:
+        """Return the draws of `count` images, the last one repeated until there are `padded`."""
+        index = np.minimum(np.arange(first, first + padded), first + count - 1)
+        encoder, steps = (None if part is None else part[index] for part in (self.encoder, self.steps))
+        return Draws(encoder, self.first[index], steps)
 
 
 def blank_arrays(
@@ -73,38 +87,89 @@ def blank_arrays(
     }
 
 
-def loop_arrays(
-    blank: Mapping[str, Array],
+def draw_each(
+    sources: Sequence[Any],
     table: StepTable,
-    seeds: Sequence[int],
-    *,
+    shape: tuple[int, ...],
     initial: InitialImage | None = None,
-    repaint_all: bool = False,
-) -> dict[str, Array]:
-    """Return the arrays of one batch by the names of the loop's tensors: the blank ones with what is drawn for it.
+    given: Latents | None = None,
+) -> Draws:
+    """Draw for images [C, h, w] with a source each, in the order in which diffusers draws for a batch of one.
 
-    Image i draws all its noise from its own generator, in the order in which diffusers draws it for a batch of one.
-    `repaint_all` starts from pure noise although there is an initial image (inpainting at full strength).
+    `given` [n, C, h, w] stands in for the first noise, which is then not drawn.
     """
-    count, shape = len(seeds), blank["latents"].shape[1:]
-    noise = np.empty((count, *shape), np.float32)
-    drawn = np.zeros(blank["noise"].shape, np.float32) if table.draw_count else blank["noise"]
-    start = np.zeros((count, *shape), np.float32)
+    count = len(sources)
+    encoder = None if initial is None else np.empty((count, *shape), np.float32)
+    first = np.empty((count, *shape), np.float32) if given is None else given
+    steps = np.empty((count, table.draw_count, *shape), np.float32) if table.draw_count else None
     generator = _generator()
-    for i, seed in enumerate(seeds):
-        generator.restart(seed)
-        if initial is not None:
-            start[i] = initial.mean[0] + initial.std[0] * generator.randn(shape)
-        noise[i] = generator.randn(shape)
+    for i, source in enumerate(sources):
+        generators.start(generator, source)
+        if encoder is not None:
+            encoder[i] = generator.randn(shape)
+        if given is None:
+            first[i] = generator.randn(shape)
         if initial is not None and initial.mask is not None:
             generator.randn(shape)  # diffusers also encodes the masked picture, which only inpainting checkpoints read
         for slot in range(table.draw_count):
-            drawn[i, slot] = generator.randn(shape)
-    if initial is None or repaint_all:
+            assert steps is not None
+            steps[i, slot] = generator.randn(shape)
+        generators.stop(generator, source)
+    return Draws(encoder, first, steps)
+
+
+def draw_together(
+    source: Any,
+    table: StepTable,
+    shape: tuple[int, ...],
+    initial: InitialImage | None = None,
+    given: Latents | None = None,
+) -> Draws:
+    """Draw for the images [n, C, h, w] of a whole request from one source, in diffusers' order; see `draw_each`."""
+    generator, count = _generator(), shape[0]
+    generators.start(generator, source)
+    encoder = None
+    if initial is not None:
+        pictures = generator.randn((len(initial.mean), *shape[1:]))
+        encoder = pictures[np.arange(count) % len(pictures)]
+    first = generator.randn(shape) if given is None else given
+    if initial is not None and initial.encoded:
+        generator.randn((initial.encoded, *shape[1:]))
+    drawn = [generator.randn(shape) for _ in range(table.draw_count)]
+    generators.stop(generator, source)
+    return Draws(encoder, first, np.stack(drawn, axis=1) if drawn else None)
+
+
+def loop_arrays(
+    blank: Mapping[str, Array],
+    table: StepTable,
+    draws: Draws,
+    *,
+    initial: InitialImage | None = None,
+    first_image: int = 0,
+    from_noise: bool = False,
+) -> dict[str, Array]:
+    """Return the arrays of one batch by the names of the loop's tensors: the blank ones with what is drawn for it.
+
+    `first_image` is the index of the batch's first image in its request. `from_noise` starts from pure noise although
+    there is an initial picture (inpainting at full strength, or from latents).
+    """
+    noise = draws.first
+    count, shape = len(noise), noise.shape[1:]
+    images = first_image + np.arange(count)
+    start = np.zeros((count, *shape), np.float32)
+    if initial is not None and draws.encoder is not None:
+        which = images % len(initial.mean)
+        start = initial.mean[which] + initial.std[which] * draws.encoder
+    if initial is None or from_noise:
         latents = noise * np.float32(table.init_noise_sigma)
     else:
         signal, sigma = table.original[0].astype(np.float32)
         latents = signal * start + sigma * noise
+    drawn = blank["noise"]
+    if draws.steps is not None:
+        drawn = np.zeros(blank["noise"].shape, np.float32)
+        drawn[:, : table.draw_count] = draws.steps
     model_input = (blank["input_scales"][blank["row"]] * latents).astype(blank["model_input"].dtype)
     arrays = {
         **blank,
@@ -115,7 +180,7 @@ def loop_arrays(
     }
     if initial is not None and initial.mask is not None:
         arrays["original"] = np.stack([start, noise], axis=1)
-        arrays["mask"] = np.repeat(initial.mask[None], count, axis=0)
+        arrays["mask"] = initial.mask[images % len(initial.mask)][:, None]
     return arrays
 
 

@@ -110,10 +110,21 @@ class Session:
 
     def encode_picture(self, pixels: Array) -> dict[str, Array]:
         """Return the latent moments of a picture [1, H, W, 3]; the encoder stays bound while a workspace uses it."""
-        inputs = {"image": pixels}
+        return self._run_bound("image_encoder", {"image": pixels})
+
+    def encode_prompt(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Return, on the host, what the graphs of the stage "prompt" write for token ids and numbers [n, ...]."""
+        tensors = dict(inputs)
+        for graph in self.bundle.manifest.graphs:
+            if graph.stage == "prompt":
+                tensors |= self._run_bound(graph.name, {spec.name: tensors[spec.name] for spec in graph.inputs})
+        return tensors
+
+    def _run_bound(self, name: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Run one graph on host arrays; it stays bound while the running request's workspace is kept."""
         if self.low_memory:
-            return self._run("image_encoder", inputs)
-        bound, keys = self._shared.bound(self.bundle.graph("image_encoder"), inputs)
+            return self._run(name, inputs)
+        bound, keys = self._shared.bound(self.bundle.graph(name), inputs)
         self._wanted |= keys
         return bound.run(inputs, self.stream)
 

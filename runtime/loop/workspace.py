@@ -75,6 +75,8 @@ class Trace:
     events: list[Event] = field(default_factory=list)
     memory: dict[str, int] = field(default_factory=dict)
     """Bytes of the device's memory in use when the stage's work had been enqueued, its engines still open."""
+    steps: int = 0
+    """Steps that were run: fewer than there are when the request was interrupted."""
 
     def seconds(self) -> list[float]:
         """Return how long each stage took; waits for the last."""
@@ -99,7 +101,9 @@ class Workspace:
     ) -> None:
         """Allocate all tensors and, unless engines are released after each stage, bind them."""
         self._device, self._bundle, self._open, self._release = device, bundle, open_engine, release
-        self._prompt_graphs = [graph for graph in bundle.manifest.graphs if graph.stage == "prompt"]
+        prompt_graphs = [graph for graph in bundle.manifest.graphs if graph.stage == "prompt"]
+        # what is given in place of all that a graph writes is not computed
+        self._prompt_graphs = [g for g in prompt_graphs if not all(spec.name in inputs for spec in g.outputs)]
         self._prompt: list[BoundEngine] = []
         self._decoders: list[BoundEngine] = []
         self._requests = CapturedWork()
@@ -128,7 +132,7 @@ class Workspace:
         self.loop.load(arrays, stream)
 
     def run(
-        self, steps: int, stream: Stream, *, mode: Mode, decode: bool, on_step: Callable[[int], None] | None
+        self, steps: int, stream: Stream, *, mode: Mode, decode: bool, on_step: Callable[[int], bool | None] | None
     ) -> Trace:
         """Enqueue a loaded request and return where its stages begin and end in the stream.
 
@@ -145,7 +149,7 @@ class Workspace:
 
             self._requests.run((steps, decode), enqueue, stream)
             after = stream.record()
-            return Trace([before, before, after, after], {"denoise": self._device.bytes_taken()})
+            return Trace([before, before, after, after], {"denoise": self._device.bytes_taken()}, steps)
         trace = Trace([stream.record()])
         try:
             self._bind_prompt()
@@ -153,10 +157,11 @@ class Workspace:
             self._done("encode", "prompt", trace, stream)
             self._bind_loop()
             self.loop.run(steps, stream, mode=mode, on_step=on_step)
+            trace.steps = self.loop.steps_done
             self._done("denoise", "step", trace, stream)
             if decode:
                 self._bind_decoder()
-                self._decoders[steps % 2].enqueue(stream)
+                self._decoders[trace.steps % 2].enqueue(stream)
                 self._done("decode", "end", trace, stream)
             else:
                 trace.events.append(stream.record())

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from operator import index
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,6 +38,16 @@ class Generator:
         self.seed = checked_seed(seed)
         self._mt19937.seed(self.seed & 0xFFFFFFFF)
         self._spare: float | None = None
+
+    def resume(self, seed: int, words: NDArray[np.uint32], position: int, spare: float | None) -> None:
+        """Go on from a state of the Mersenne Twister: its 624 words, the next one to use, a normal left over."""
+        self.seed, self._spare = seed, spare
+        self._mt19937.set_state(("MT19937", words, position, 0, 0.0))
+
+    def state(self) -> tuple[NDArray[np.uint32], int, float | None]:
+        """Return what `resume` takes: the words, the next one to use, and a normal left over."""
+        state: Any = self._mt19937.get_state(legacy=False)["state"]
+        return state["key"], int(state["pos"]), self._spare
 
     def randn(self, shape: Sequence[int]) -> NDArray[np.float32]:
         """Draw standard normals, float32, of the given shape; agrees with torch to 1e-6."""

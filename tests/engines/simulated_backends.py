@@ -37,7 +37,7 @@ class Session:
 
     def __init__(self, model: str | bytes, stream: int | None, driver: SimulatedDriver) -> None:
         self.driver, self.stream = driver, stream
-        self.real = _loaded(model) if isinstance(model, bytes) else _opened(model)
+        self.real = _loaded(model, InferenceSession) if isinstance(model, bytes) else _opened(model)
         self.dtypes = {i.name: _dtype(i.type) for i in (*self.real.get_inputs(), *self.real.get_outputs())}
         self.inputs = [i.name for i in self.real.get_inputs()]
         self.outputs = [o.name for o in self.real.get_outputs()]
@@ -152,7 +152,7 @@ def tensorrt_backend(
         thread.start()
         thread.join()
         shutil.copy(graph, output)
-        session = _loaded(graph.read_bytes())
+        session = _loaded(graph.read_bytes(), InferenceSession)
         infos = [("input", i) for i in session.get_inputs()] + [("output", o) for o in session.get_outputs()]
         tensors = [
             {"name": i.name, "mode": mode, "dtype": _dtype(i.type).name, "shape": list(i.shape)} for mode, i in infos
@@ -203,8 +203,11 @@ def _opened(model: str | bytes) -> Any:
 
 
 @lru_cache(maxsize=16)
-def _loaded(model: bytes) -> Any:
-    """Return the session of a plan; sessions hold no state, and opening one takes longer than most tests."""
+def _loaded(model: bytes, kind: Any) -> Any:
+    """Return the session of a plan; sessions hold no state, and opening one takes longer than most tests.
+
+    `kind` is what opens it at the moment, which a test may replace.
+    """
     return _opened(model)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import random
+from collections.abc import Callable
 from pathlib import Path
 
 import filelock
@@ -13,6 +15,7 @@ from latentrt.engines.errors import EngineError, StorageError, is_out_of_memory,
 from latentrt.engines.files import (
     LOCK,
     OLD,
+    flush_folder,
     locked,
     storage_error,
     sweep,
@@ -183,3 +186,42 @@ def test_other_reasons_stand_as_they_are() -> None:
     assert reason(RuntimeError("no kernel\nat line 3")) == "no kernel"
     assert reason(EngineError("the GPU is out of memory (1 of 2 MiB are free)")).startswith("the GPU is out")
     assert "use a smaller" not in str(storage_error(Path("a"), OSError(errno.ENOSPC, "full")))
+
+
+@pytest.mark.parametrize("write", [write_atomically, write_new])
+def test_a_file_is_on_the_disk_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[[Path, bytes], object]
+) -> None:
+    flush, flushed = os.fsync, []
+
+    def watched(handle: int) -> None:
+        flush(handle)
+        flushed.append((os.fstat(handle).st_ino, os.fstat(handle).st_size, (tmp_path / "a.png").exists()))
+
+    monkeypatch.setattr(os, "fsync", watched)
+    write(tmp_path / "a.png", b"whole")
+    assert flushed == [((tmp_path / "a.png").stat().st_ino, 5, False)]
+
+
+def test_a_folder_is_flushed_with_all_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "inner").mkdir()
+    files = [tmp_path / name for name in "ab"]
+    for file in files:
+        file.write_bytes(b"x")
+    flushed: list[int] = []
+    monkeypatch.setattr(os, "fsync", lambda handle: flushed.append(os.fstat(handle).st_ino))
+    flush_folder(tmp_path)
+    assert sorted(flushed) == sorted(path.stat().st_ino for path in (*files, tmp_path))
+    flushed.clear()
+    flush_folder(tmp_path, files=False)
+    assert flushed == [tmp_path.stat().st_ino]
+
+
+def test_nobody_can_guess_the_name_of_what_is_being_written(tmp_path: Path) -> None:
+    names = set()
+    for _ in range(8):
+        random.seed(1)
+        with temporary_beside(tmp_path / "a.png") as path:
+            names.add(path.name)
+            assert files.WINDOWS or path.stat().st_mode & 0o077 == 0
+    assert len(names) == 8

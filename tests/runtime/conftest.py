@@ -11,14 +11,21 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from latentrt.runtime.sampling import step_table
+from latentrt.runtime.sampling import Churn, step_table
 from latentrt.runtime.sampling.noise import Generator
+
+from . import loops
 
 SHAPE = (1, 4, 4, 4)
 SEED = 9
 START = Generator(5).randn(SHAPE)
 IMAGE = Generator(6).randn(SHAPE)
 MASK = Generator(7).randn((1, 1, 4, 4)) > 0
+FLOATS = (
+    *("sigmas", "sigmas_interpol", "sigmas_up", "sigmas_down"),
+    *("alphas_cumprod", "final_alpha_cumprod", "initial_alpha_cumprod", "alphas", "betas", "s", "_init_alpha_cumprod"),
+)
+"""What a scheduler computes with, when its arithmetic is to be float64."""
 STABLE_DIFFUSION = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 
 
@@ -60,21 +67,32 @@ class Schedulers:
         mu: float | None = None,
         single: bool = False,
         scheduler: Any = None,
+        timesteps: Any = None,
+        sigmas: Any = None,
+        churn: Churn | None = None,
     ) -> Any:
         """Return the final latents of diffusers, float64; `single` leaves all arithmetic in float32."""
         import torch
 
         torch.set_num_threads(1)
         scheduler = scheduler or self.new(config)
-        scheduler.set_timesteps(steps, **({} if mu is None else {"mu": mu}))
+        given = {"mu": mu, "timesteps": timesteps, "sigmas": sigmas}
+        keywords = {key: value for key, value in given.items() if value is not None} | loops.schedule(scheduler, steps)
+        if "UniPC" in config["_class_name"] and sigmas is not None:
+            keywords["sigmas"] = np.array(sigmas)
+        scheduler.set_timesteps(steps if timesteps is None and sigmas is None else None, **keywords)
         dtype = torch.float32 if single else torch.float64
-        for name in ("sigmas", "alphas_cumprod", "final_alpha_cumprod", "sigmas_interpol", "sigmas_up", "sigmas_down"):
-            if hasattr(scheduler, name):
+        for name in FLOATS:
+            if isinstance(getattr(scheduler, name, None), torch.Tensor):
                 setattr(scheduler, name, getattr(scheduler, name).to(dtype))
         start, image = torch.from_numpy(START).to(dtype), torch.from_numpy(IMAGE).to(dtype)
+        custom = timesteps if timesteps is not None else sigmas
+        if custom is not None:
+            last_ends = loops.ends(scheduler) or (sigmas is not None and type(scheduler).__name__.startswith("EulerD"))
+            steps = len(custom) - last_ends
         flow = hasattr(scheduler, "scale_noise")
         first = int(max(steps - min(steps * strength, steps), 0)) if flow else steps - min(int(steps * strength), steps)
-        timesteps = scheduler.timesteps[first * scheduler.order :]
+        timesteps = scheduler.timesteps[first * scheduler.order : -1 if loops.ends(scheduler) else None]
         if hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(first * scheduler.order)
 
@@ -82,13 +100,14 @@ class Schedulers:
             return scheduler.scale_noise(image, t, start) if flow else scheduler.add_noise(image, start, t)
 
         latents = with_noise(timesteps[:1]) if strength < 1 else start * getattr(scheduler, "init_noise_sigma", 1.0)
-        keywords = {"generator": torch.Generator().manual_seed(SEED), "eta": eta}
+        keywords = {"generator": torch.Generator().manual_seed(SEED), "eta": eta, **(churn._asdict() if churn else {})}
         keywords = {key: keywords[key] for key in keywords if key in inspect.signature(scheduler.step).parameters}
+        step = loops.step(scheduler, timesteps, keywords)
         with mock.patch.dict(vars(inspect.getmodule(type(scheduler))), randn_tensor=_float32_draws):
             for i, t in enumerate(timesteps):
                 scaled = scheduler.scale_model_input(latents, t) if hasattr(scheduler, "scale_model_input") else latents
                 prediction = torch.from_numpy(denoiser(scaled.double().numpy(), float(t))).to(dtype)
-                latents = scheduler.step(prediction, t, latents, return_dict=False, **keywords)[0].to(dtype)
+                latents = step(i, prediction, latents).to(dtype)
                 if inpaint:
                     given = with_noise(timesteps[i + 1 : i + 2]) if i + 1 < len(timesteps) else image
                     latents = torch.where(torch.from_numpy(MASK), latents, given)
@@ -104,7 +123,9 @@ class Schedulers:
         history = [np.zeros(SHAPE)] * table.history
         for i in range(len(table)):
             prediction = denoiser(table.input_scales[i] * latents, float(table.timesteps[i]))
-            noise = generator.randn(SHAPE) if table.draws[i] else 0.0
+            noise = 0.0
+            for _ in range(table.draws[i]):
+                noise = generator.randn(SHAPE)
             latents, history = table.apply(i, latents, prediction, history, noise)
             if inpaint:
                 latents = np.where(MASK, latents, table.original[i + 1, 0] * IMAGE + table.original[i + 1, 1] * START)

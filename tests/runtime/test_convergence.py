@@ -145,7 +145,7 @@ DESCRIBED = [sampler for sampler in describe() if sampler.order is not None]
 
 @pytest.mark.parametrize("sampler", DESCRIBED, ids=[sampler.name for sampler in DESCRIBED])
 def test_samplers_have_at_least_the_order_that_is_told_of_them(sampler: SamplerDescription) -> None:
-    name, forced, _ = SHORT_NAMES[sampler.name]
+    name, forced = sampler.class_name, SHORT_NAMES[sampler.name].sets
     config = TRAILING
     if "use_exponential_sigmas" in SAMPLERS[name].defaults:
         config = EXPONENTIAL | {"lower_order_final": True}

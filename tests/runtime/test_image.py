@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from latentrt.engines.errors import StorageError
 from latentrt.engines.files import write_atomically
+from latentrt.runtime.cli import pictures
 from latentrt.runtime.cli.pictures import write_numbered
 from latentrt.runtime.pictures.load import image_pixels, latent_mask, load_image
 from latentrt.runtime.pictures.png import TEXT_KEY, encode_png, grid
@@ -61,14 +62,14 @@ def test_new_pictures_never_take_an_old_name(tmp_path: Path) -> None:
 
 
 def test_two_processes_never_write_the_same_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    touch, quicker = Path.touch, tmp_path / "latentrt-0001-seed5.png"
+    write, quicker = pictures.write_new, tmp_path / "latentrt-0001-seed5.png"
 
-    def late(path: Path, **options: bool) -> None:
+    def late(path: Path, data: bytes) -> bool:
         if path == quicker:
             quicker.write_bytes(b"theirs")
-        touch(path, **options)  # type: ignore[arg-type]
+        return write(path, data)
 
-    monkeypatch.setattr(Path, "touch", late)
+    monkeypatch.setattr(pictures, "write_new", late)
     assert write_numbered(tmp_path, 5, b"ours").name == "latentrt-0002-seed5.png"
     assert quicker.read_bytes() == b"theirs" and len(list(tmp_path.iterdir())) == 2
 

@@ -10,7 +10,7 @@ from latentrt.engines.errors import LatentRTError, RequestError, SchedulerError
 from latentrt.runtime.sampling import names, step_table
 from latentrt.runtime.sampling.catalog import SAMPLERS
 
-DIFFUSION = [name for name in SAMPLERS if name != "FlowMatchEulerDiscreteScheduler"]
+DIFFUSION = [name for name in SAMPLERS if "beta_schedule" in SAMPLERS[name].defaults and name != "UnCLIPScheduler"]
 PLAIN = {"clip_sample": False, "skip_prk_steps": True}
 SPACINGS = ("leading", "trailing", "linspace")
 TO_MINIMUM = {"final_sigmas_type": "sigma_min"}
@@ -60,6 +60,8 @@ def test_prediction_types(cls: str, prediction: str, schedulers: Any) -> None:
         with pytest.raises(LatentRTError, match="prediction_type='sample'"):
             step_table(config, 5)
         return
+    if cls == "DDIMInverseScheduler" and prediction == "sample":
+        config["set_alpha_to_one"] = False  # a clean picture has no noise to tell
     for steps in (5, 20):
         schedulers.assert_same(config, steps)
 
@@ -161,6 +163,12 @@ def test_trailing_spacing_yields_as_many_steps_as_asked_for(schedulers: Any) -> 
 @pytest.mark.parametrize("config", [SD15, SD21, SDXL, DPM], ids=["SD1.5", "SD2.1", "SDXL", "DPM"])
 @pytest.mark.parametrize("cls", DIFFUSION)
 def test_a_class_name_switches_as_from_config_does(config: dict[str, Any], cls: str, schedulers: Any) -> None:
+    if cls == "SASolverScheduler" and config is DPM:
+        with pytest.raises(NotImplementedError):  # the solvers' algorithms are not its own
+            schedulers.scheduler_class(cls).from_config(config)
+        with pytest.raises(SchedulerError, match="use 'data_prediction', 'noise_prediction'"):
+            step_table(config, 20, sampler=cls)
+        return
     switched = schedulers.scheduler_class(cls).from_config(config)
     reference = schedulers.run(config, 20, scheduler=switched)
     error = np.abs(schedulers.run_table(config, 20, sampler=cls) - reference).max()
@@ -209,7 +217,12 @@ def test_short_names_leave_latents_unclipped_where_the_config_is_silent() -> Non
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (SD15 | {"_class_name": "DDIMInverseScheduler"}, "'DDIMInverseScheduler' is not known: use one of ddim, "),
+        (SD15 | {"_class_name": "DDIMReverseScheduler"}, "is not known: near are DDIMInverseScheduler, "),
+        (
+            SD15 | {"_class_name": "DPMSolverSDEScheduler"},
+            "a Brownian tree, drawn by torchsde; the nearest sampler is dpm",
+        ),
+        (SD15 | {"_class_name": "VQDiffusionScheduler"}, "it steps through tokens, not latents"),
         (SD15 | {"_class_name": "DDIMScheduler", "thresholding": True}, "thresholding=True is not supported"),
         (SD15 | {"_class_name": "DDPMScheduler", "variance_type": "learned"}, "variance_type='learned'"),
         (SD15 | {"prediction_type": "sample"}, "prediction_type='sample' is not supported: use 'epsilon', 'v_pred"),
@@ -217,15 +230,18 @@ def test_short_names_leave_latents_unclipped_where_the_config_is_silent() -> Non
         (SD15 | {"timestep_spacing": "odd"}, "timestep_spacing 'odd' is not known"),
         (SD15 | {"beta_start": "small"}, "beta_start='small' is not supported: give a value like 0.0001"),
         (SDXL | {"use_karras_sigmas": True, "use_beta_sigmas": True}, "karras and beta sigmas at once"),
-        (DPM | {"use_flow_sigmas": True}, "karras and flow sigmas at once"),
+        (DPM | {"use_flow_sigmas": True}, "karras spacing and use_flow_sigmas exclude each other"),
         (DPM | {"solver_order": 4}, "solver_order=4"),
         (DPM | {"algorithm_type": "dpmsolver"}, "set final_sigmas_type='sigma_min'"),
         (DPM | {"prediction_type": "flow_prediction"}, "set use_flow_sigmas"),
         (DPM | {"final_sigmas_type": "one"}, "final_sigmas_type='one'"),
-        (DPM | {"use_lu_lambdas": True}, "use_lu_lambdas=True"),
-        (DPM | {"use_dynamic_shifting": True}, "use_dynamic_shifting=True"),
-        ({"_class_name": "FlowMatchEulerDiscreteScheduler", "invert_sigmas": True}, "invert_sigmas=True"),
-        ({}, "'' is not known"),
+        (DPM | {"use_lu_lambdas": True}, "karras and lu sigmas at once"),
+        (DPM | {"variance_type": "learned_range"}, "no step table holds learned variances"),
+        ({"_class_name": "UniPCMultistepScheduler", "use_dynamic_shifting": True} | FLOW, "pass mu, the shift"),
+        ({"_class_name": "FlowMatchLCMScheduler", "scale_factors": [0.5, 1.0]}, "scale_factors=[0.5, 1.0]"),
+        ({"_class_name": "IPNDMScheduler", "trained_betas": [0.1] * 5}, "trained_betas=[0.1, 0.1"),
+        ({"_class_name": "EDMEulerScheduler", "sigma_min": -1.0}, "sigmas from 80.0 to -1.0"),
+        ({}, "names no class (_class_name)"),
     ],
 )
 def test_what_a_table_cannot_do_is_refused_by_name(config: dict[str, Any], message: str) -> None:
@@ -233,6 +249,29 @@ def test_what_a_table_cannot_do_is_refused_by_name(config: dict[str, Any], messa
         step_table(config, 10)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("dpmp_2m_karas", "near are dpmpp_2m_karras, "),
+        ("DDIM", "near are ddim"),
+        ("EulerScheduler", "EulerDiscreteScheduler, "),
+        ("ddim_karras", "ddim has no sigmas to space"),
+        ("euler_lu", "euler takes _karras, _exponential, _beta"),
+        ("x" * 5000, "see latentrt samplers"),
+    ],
+)
+def test_an_unknown_name_gets_the_nearest_and_where_to_see_all(name: str, message: str) -> None:
+    with pytest.raises(SchedulerError) as caught:
+        step_table(SD15, 5, sampler=name)
+    assert message in str(caught.value) and len(str(caught.value)) < 200
+
+
+def test_a_long_value_is_not_printed() -> None:
+    with pytest.raises(SchedulerError) as caught:
+        step_table(DPM | {"solver_type": np.ones(1000)}, 5)
+    assert len(str(caught.value)) < 200 and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -258,12 +297,23 @@ def test_numbers_out_of_range(arguments: dict[str, Any], message: str) -> None:
 
 @pytest.mark.parametrize("name", names())
 def test_every_step_count_from_one_on(name: str) -> None:
-    config = SD15 | {"timestep_spacing": "linspace"}
+    config = SD15 | {"timestep_spacing": "leading" if name == "ddim_inverse" else "linspace"}
     for steps in (1, 2, 3, 4, 7, 50):
         table = step_table(config, steps, sampler=name)
         assert steps <= len(table) <= 2 * steps
         assert np.array_equal(table.original[-1], [1, 0])
         assert table.weights.shape == (len(table), 1 + table.history, 4 + table.history)
+
+
+@pytest.mark.parametrize("cls", ["DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "SASolverScheduler"])
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_small_log", "fixed_large"])
+def test_solvers_take_a_config_with_the_variance_of_ddpm(variance: str, cls: str, schedulers: Any) -> None:
+    config = SD15 | {"_class_name": "DDPMScheduler", "variance_type": variance, "clip_sample": False}
+    switched = schedulers.scheduler_class(cls).from_config(config)
+    for steps in (1, 4, 20, 50):
+        reference = schedulers.run(config | {"_class_name": cls}, steps, scheduler=switched)
+        ours = schedulers.run_table(config, steps, sampler=cls)
+        assert np.abs(ours - reference).max() <= 5e-6 * np.abs(reference).max()
 
 
 def test_ddpm_takes_the_unset_variance_type_of_a_dpm_solver_config_as_fixed_small() -> None:

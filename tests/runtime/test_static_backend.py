@@ -155,6 +155,7 @@ def test_what_no_step_plan_takes_is_one_clear_line(pipe: Pipeline, monkeypatch: 
         (7.5, {"width": 64}),
         (7.5, {"prompt": ["a", "b"], "guidance_scale": 1.0, "image": PICTURE}),
         (1.0, {"guidance_scale": 7.5}),
+        (7.5, {"prompt": "a BREAK cat", "prompt_syntax": "a1111"}),
     ],
     ids=str,
 )

@@ -1,0 +1,181 @@
+"""One call of a pipeline: what it asks for, checked and complete, before an engine runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from ..engines.bundle import Bundle, Manifest
+from ..engines.errors import RequestError
+from .arguments import check_tensor_inputs, refuse
+from .callbacks import LegacyCallback
+from .loop.generators import Noise, noise_of
+from .loop.inputs import Latents
+from .pictures.initial import Pictures, load_pictures
+from .prompt.embeddings import Embeddings, embeddings_of, float_array
+from .request import GenerationRequest
+from .result import GenerationResult, Timings
+from .sampling.resolve import resolved
+
+OutputType = Literal["pil", "np", "latent"]
+
+FIELDS = (
+    "negative_prompt",
+    "prompt_syntax",
+    "height",
+    "width",
+    "num_inference_steps",
+    "timesteps",
+    "sigmas",
+    "guidance_scale",
+    "num_images_per_prompt",
+    "sampler",
+    "eta",
+)
+"""Arguments that are fields of the request as they are."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """A request with everything that is no text or number: pictures, arrays, sources of noise."""
+
+    request: GenerationRequest
+    pictures: Pictures | None
+    noise: Noise
+    latents: Latents | None
+    """The first noise of all images [n, C, h, w], or None to draw it."""
+    embeddings: Embeddings | None
+    output_type: OutputType
+
+    @classmethod
+    def of(cls, bundle: Bundle, manifest: Manifest, given: Mapping[str, Any]) -> Call:
+        """Return the call of some arguments; `manifest` has the defaults. Raises `RequestError`."""
+        refuse(given["others"])
+        output_type = given["output_type"]
+        if output_type not in get_args(OutputType):
+            why = "; pt needs PyTorch, which torch.from_numpy makes of np" if output_type == "pt" else ""
+            raise RequestError(f"output_type is {output_type!r}: choose pil, np or latent{why}")
+        check_tensor_inputs(given["callback_on_step_end_tensor_inputs"])
+        check_tensor_inputs(getattr(given["callback_on_step_end"], "tensor_inputs", ()))
+        pictures = load_pictures(given["image"], given["mask_image"], given["strength"], given["padding_mask_crop"])
+        if pictures and pictures.padding is not None and output_type != "pil":
+            raise RequestError(f"output_type is {output_type!r}: padding_mask_crop pastes into a picture, give pil")
+        if pictures and not bundle.has_graph("image_encoder"):
+            raise RequestError(f"bundle {bundle.path} has no image_encoder: it cannot start from a picture")
+        embeddings = embeddings_of(bundle, given)
+        if embeddings is not None and given["prompt_syntax"] is not None:
+            raise RequestError("prompt_syntax and embeddings of a prompt are given: give texts alone, or no syntax")
+        latents = None if given["latents"] is None else float_array(given["latents"], "latents")
+        request = _request(manifest, given, pictures, embeddings, latents)
+        if pictures:
+            pictures.check(len(request.images))
+        if latents is not None:
+            _check_latents(latents, request, manifest, pictures)
+        generator = given["generator"]
+        if generator is None or _is_seed(generator):
+            noise = Noise(tuple(seed for *_, seed in request.images))
+        else:
+            noise = noise_of(generator, len(request.images))
+            seeds = noise.seeds * (len(request.images) if noise.shared else 1)
+            request = GenerationRequest.of(**{**request.model_dump(), "seed": tuple(seeds)})
+        return cls(request, pictures, noise, latents, embeddings, output_type)
+
+    def result(self, asked: tuple[int | None, int | None], takes_eta: bool, multiple: int) -> GenerationResult[Any]:
+        """Return an empty result, with what to know about the request; `asked` are the caller's width and height."""
+        request, pictures = self.request, self.pictures
+        seeds = [seed for *_, seed in request.images]
+        finished: GenerationResult[Any] = GenerationResult([], seeds, Timings(), request=request)
+        if pictures is not None and pictures.padding is None:
+            size, drawn = pictures.size, (request.width, request.height)
+            if any(given is None and own != to for given, own, to in zip(asked, size, drawn, strict=True)):
+                finished.warn(
+                    f"the initial picture is {size[0]}x{size[1]}: it is resized to "
+                    f"{request.width}x{request.height}, multiples of {multiple}"
+                )
+        if request.eta and not takes_eta:
+            finished.warn(f"eta is {request.eta:g}: sampler {request.sampler} has no such option, it is not used")
+        return finished
+
+
+def _request(
+    manifest: Manifest,
+    given: Mapping[str, Any],
+    pictures: Pictures | None,
+    embeddings: Embeddings | None,
+    latents: Latents | None,
+) -> GenerationRequest:
+    """Return the complete request of a call."""
+    fields = {name: given[name] for name in FIELDS}
+    fields["prompt"], strength = given["prompt"], given["strength"]
+    if embeddings is not None and embeddings.prompt is not None:
+        fields["prompt"] = ("",) * len(embeddings.prompt)
+    fields["strength"] = strength if strength is not None else 0.8 if pictures and not pictures.masks else 1.0
+    fields["seed"] = _seed(given["seed"], given["generator"])
+    if latents is not None and latents.ndim == 4:
+        for name, cells in (("height", latents.shape[2]), ("width", latents.shape[3])):
+            fields[name] = cells * manifest.latent.downscale if fields[name] is None else fields[name]
+    request = GenerationRequest.of(**fields)
+    if embeddings is not None and embeddings.negative is not None and len(embeddings.negative) != len(request.prompt):
+        raise RequestError(
+            f"negative_prompt_embeds is for {len(embeddings.negative)} prompts, and there are {len(request.prompt)}: "
+            "give one for each"
+        )
+    whole = pictures is not None and pictures.padding is None and latents is None
+    return request.with_defaults(manifest, pictures.size if pictures and whole else None)
+
+
+def _is_seed(generator: Any) -> bool:
+    """Tell whether `generator` is a seed or a list of seeds."""
+    each = generator if isinstance(generator, list | tuple) else (generator,)
+    return bool(each) and all(hasattr(seed, "__index__") for seed in each)
+
+
+def _seed(seed: Any, generator: Any) -> Any:
+    """Return what the request holds as its seed; raises `RequestError` when a generator is given beside one."""
+    if generator is None:
+        return seed
+    if seed is not None:
+        raise RequestError("seed and generator are given: give one of them")
+    return generator if _is_seed(generator) else None
+
+
+def _check_latents(latents: Latents, request: GenerationRequest, manifest: Manifest, pictures: Pictures | None) -> None:
+    """Raise `RequestError` for latents that do not fit a request."""
+    if pictures and not pictures.masks:
+        raise RequestError(
+            "latents and image are given: a picture's own latents are started from; leave one of them out"
+        )
+    latent = manifest.latent
+    cells = ((request.height or 0) // latent.downscale, (request.width or 0) // latent.downscale)
+    wanted = (len(request.images), latent.channels, *cells)
+    if latents.shape != wanted:
+        raise RequestError(f"latents is of shape {list(latents.shape)}: this request takes {list(wanted)}")
+
+
+def calls_of_a_step(sampler: str, scheduler: Mapping[str, Any]) -> int:
+    """Return how often a sampler asks the denoiser in a step of its own (diffusers' scheduler.order)."""
+    name = resolved(scheduler, sampler)[0]
+    return 2 if "Heun" in name or "KDPM2" in name else 1
+
+
+def legacy_callback(
+    callback: LegacyCallback | None, every: Any, evaluations: int, request: GenerationRequest, calls: int
+) -> LegacyCallback | None:
+    """Return a function that calls diffusers' older callback(step, timestep, latents) at the steps that are its own.
+
+    `calls` are the denoiser's evaluations in a step of the sampler, `evaluations` those of the run.
+    """
+    if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
+        raise RequestError(f"callback_steps is {every!r}: give a whole number, 1 or more")
+    if callback is None:
+        return None
+    steps = request.num_inference_steps or 1
+    first = evaluations - int(steps * request.strength) * calls  # where the sampler warms up
+
+    def call(index: int, timestep: float, latents: Any) -> None:
+        whole = index + 1 > first and (index + 1) % calls == 0
+        if (whole or index == evaluations - 1) and index % (every or 1) == 0:
+            callback(index // calls, timestep, latents)
+
+    return call

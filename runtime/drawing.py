@@ -1,0 +1,168 @@
+"""The drawing of a call: embeddings and pictures encoded, then batch after batch denoised and decoded."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from functools import lru_cache, partial
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ..engines.bundle import Manifest
+from ..engines.device import Array
+from ..engines.errors import RequestError, SchedulerError
+from .batches import Batches
+from .call import Call
+from .callbacks import Listeners, StepCallback, StepValues, step_hook
+from .finite import check_finite
+from .habits import DiffusersHabits, SchedulerConfig
+from .loop.denoise import Mode
+from .loop.inputs import InitialImage
+from .loop.session import Session
+from .pictures.initial import Pictures
+from .pictures.load import image_pixels, latent_mask
+from .prompt.conditioning import WeightedPrompts
+from .prompt.embeddings import Conditioning, Embeddings, conditioning_tensor
+from .prompt.numbers import number_inputs
+from .request import GenerationRequest
+from .result import GenerationResult
+from .sampling import step_table
+from .sampling.registry import TYPICAL_STEPS
+from .sampling.step_table import StepTable
+
+MAX_TABLES = 32
+"""Combinations of sampler, steps, strength and eta whose tables are kept."""
+
+PICTURES = {"pil": "image", "np": "pixels"}
+"""The decoder's output for each type of picture."""
+
+
+class Drawing(DiffusersHabits):
+    """The part of a pipeline that draws."""
+
+    session: Session
+    mode: Mode
+    max_batch: int
+    _batches: Batches
+
+    @property
+    def scheduler(self) -> Any:
+        """What stands for diffusers' scheduler: an object whose `config` another scheduler can be made from.
+
+        Setting it replaces the bundle's own scheduler for the requests that follow, by the class and `config` of the
+        new one, as diffusers does; it is not otherwise used. Raises `RequestError` for one that no step table holds.
+        """
+        return SchedulerConfig(dict(self._manifest.scheduler))
+
+    @scheduler.setter
+    def scheduler(self, scheduler: Any) -> None:
+        config = getattr(scheduler, "config", None)
+        if not isinstance(config, Mapping):
+            raise RequestError(
+                f"scheduler is a {type(scheduler).__name__}: give an object with a config, such as "
+                "X.from_config(pipe.scheduler.config), or sampler= in the call"
+            )
+        config = {**config, "_class_name": config.get("_class_name") or type(scheduler).__name__}
+        latent, rule = self._manifest.latent, self._manifest.schedule
+        try:
+            step_table(config, TYPICAL_STEPS, rule=rule, size=(latent.default_width, latent.default_height))
+        except SchedulerError as error:
+            raise RequestError(f"scheduler cannot be used: {error}") from error
+        self._use(self._manifest.model_copy(update={"scheduler": config}))
+
+    def _use(self, manifest: Manifest) -> None:
+        self._manifest = manifest
+        self._table = lru_cache(MAX_TABLES)(partial(step_table, manifest.scheduler, rule=manifest.schedule))
+
+    def _draw(
+        self, call: Call, table: StepTable, listeners: Listeners, finished: GenerationResult[Any]
+    ) -> Iterator[tuple[int, list[Any]]]:
+        """Draw batch after batch, and yield each one's first index and images; end early when told to."""
+        request, stream, conditioning = call.request, self.session.stream, None
+        if call.embeddings is not None:
+            conditioning = self._conditioning(call.embeddings, request)
+        prompts = None
+        if request.prompt_syntax is not None:
+            prompts = WeightedPrompts(self.bundle, request, self._batches.tokenizers)
+            conditioning = prompts.blank
+        batches = self._batches.split(
+            request, table, self.session, self.max_batch, picture=bool(call.pictures), conditioning=conditioning
+        )
+        initial = None
+        for batch in batches:
+            count = len(batch.images)
+            if prompts is not None and conditioning is prompts.blank:
+                conditioning = self._weighted(prompts, call, batch.rows * request.branches, finished)
+            if call.pictures and initial is None:
+                initial = self._initial(request, call.pictures)
+            inputs, arrays = self._batches.arrays(
+                request,
+                batch,
+                table,
+                initial,
+                finished,
+                noise=call.noise,
+                latents=call.latents,
+                conditioning=conditioning,
+            )
+            workspace = self.session.workspace(inputs, arrays)
+            workspace.load(inputs, arrays, stream)
+            on_step = step_hook(workspace, table, stream, listeners, count, self.mode)
+            decode = call.output_type != "latent"
+            trace = workspace.run(len(table), stream, mode=self.mode, decode=decode, on_step=on_step)
+            last = workspace.pictures[PICTURES[call.output_type]] if decode else workspace.loop.latents(trace.steps)
+            output = last.read(stream)[:count]
+            check_finite(workspace, trace.steps, output, decode, stream)
+            finished.add(trace, trace.steps)
+            if call.output_type == "pil":
+                drawn = [Image.fromarray(each) for each in output]
+                yield batch.first, [call.pictures.put_back(each) for each in drawn] if call.pictures else drawn
+            else:
+                yield batch.first, list(output)
+            if self._interrupt:
+                return
+
+    def _heard(self, callback: StepCallback, step: int, timestep: float, values: StepValues) -> StepValues | None:
+        """Call a step's callback; raises `RequestError` when it has changed what only the next request can change."""
+        before = self._guidance_scale
+        returned = callback(self, step, timestep, values)
+        if self._guidance_scale != before:
+            self._guidance_scale = before
+            raise RequestError(
+                "callback_on_step_end changed _guidance_scale: it is fixed for a request, give guidance_scale"
+            )
+        return returned
+
+    def _conditioning(self, embeddings: Embeddings, request: GenerationRequest) -> Conditioning:
+        """Return the conditioning of a request of which embeddings were given, and encode what was given as text."""
+        spec = conditioning_tensor(self.bundle)
+
+        def encode(text: str) -> Array:
+            numbers = number_inputs(self.bundle, request, 1)
+            return self.session.encode_prompt({**self._batches.tokens(text), **numbers})[spec.name]
+
+        negatives = request.negative_prompt
+        images = request.num_images_per_prompt
+        guided = request.branches == 2
+        return embeddings.conditioning(spec, request.prompt, negatives, images, encode, guided=guided)
+
+    def _weighted(
+        self, prompts: WeightedPrompts, call: Call, rows: int, finished: GenerationResult[Any]
+    ) -> Conditioning:
+        """Return the conditioning of prompts with weights or more than one part, encoded so many rows at a time."""
+        began = time.perf_counter()
+        numbers = number_inputs(self.bundle, call.request, rows)
+        conditioning = prompts.conditioning(rows, lambda ids: self.session.encode_prompt({**ids, **numbers}))
+        finished.timings.encode += time.perf_counter() - began
+        return conditioning
+
+    def _initial(self, request: GenerationRequest, pictures: Pictures) -> InitialImage:
+        """Encode the initial pictures to latent moments, one by one, and bring the masks to latent size."""
+        height, width, downscale = request.height or 0, request.width or 0, self.bundle.manifest.latent.downscale
+        cut = pictures.cut(width, height)
+        encoded = [self.session.encode_picture(image_pixels(image, height, width)[None]) for image in cut.images]
+        mean, std = (np.concatenate([each[name] for each in encoded]) for name in ("latents_mean", "latents_std"))
+        masks = [latent_mask(mask, height, width, downscale) for mask in cut.masks]
+        return InitialImage(mean, std, np.concatenate(masks) if masks else None)
