@@ -58,9 +58,9 @@ def layer_errors(bundle: Bundle, graph: str, backend: str, seed: int = 0) -> lis
 
 
 def random_feed(info: GraphInfo, latent: LatentInfo, seed: int) -> dict[str, Array]:
-    """Return random inputs for a graph: two rows, two size multiples on a side, token ids and timesteps in range."""
+    """Return random inputs for a graph: two rows, two size multiples on a side, eight tokens; ids, times in range."""
     cells = 2 * latent.size_multiple // latent.downscale
-    sizes = {"B": 1, "R": 2, "h": cells, "w": cells}
+    sizes = {"B": 1, "R": 2, "h": cells, "w": cells, "L": 8}
     generator = np.random.default_rng(seed)
     feed: dict[str, Array] = {}
     for spec in info.inputs:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import re
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -31,6 +32,15 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LATENTRT_HOME", str(tmp_path_factory.mktemp("home")))
         yield
+
+
+@pytest.fixture(autouse=True)
+def own_levels() -> Iterator[None]:
+    """Give loggers their levels back, which the command line sets for its process: tests may run in any order."""
+    levels = [(logger, logger.level) for logger in (logging.getLogger(), logging.getLogger("latentrt"))]
+    yield
+    for logger, level in levels:
+        logger.setLevel(level)
 
 
 @pytest.fixture(scope="session")

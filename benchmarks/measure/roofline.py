@@ -17,8 +17,8 @@ import onnx
 from onnx.reference import ReferenceEvaluator
 
 from ...engines.bundle import Bundle
-from ...engines.engine import shape_of
 from ...engines.errors import BundleError
+from ...runtime.shapes import requested_shapes
 
 Shape = tuple[int, ...]
 
@@ -37,9 +37,8 @@ class Cost:
 
 def graph_cost(bundle: Bundle, name: str, *, batch: int, branches: int, height: int, width: int) -> Cost:
     """Count one graph of a bundle for a request; sizes in pixels. Weights are not read."""
-    graph, latent = bundle.graph(name), bundle.manifest.latent
-    sizes = {"B": batch, "R": batch * branches, "h": height // latent.downscale, "w": width // latent.downscale}
-    return count(bundle.path / graph.files[0], {spec.name: shape_of(spec, sizes) for spec in graph.inputs})
+    shapes = requested_shapes(bundle, width, height, batch, guidance_scale=2.0 if branches == 2 else 1.0)
+    return count(bundle.path / bundle.graph(name).files[0], {k: tuple(shape) for k, shape in shapes[name].items()})
 
 
 def count(file: Path, inputs: Mapping[str, Shape]) -> Cost:

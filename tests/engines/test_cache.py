@@ -4,7 +4,9 @@ import errno
 import json
 import multiprocessing
 import os
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +126,28 @@ def _count_build(root: str, log: str) -> None:
         return build(folder)
 
     EngineCache(Path(root)).get("denoiser", KEY, counted)
+
+
+def test_two_threads_build_once(tmp_path: Path) -> None:
+    cache, started, again, go = EngineCache(tmp_path), *(threading.Event() for _ in range(3))
+
+    def first(folder: Path) -> dict[str, Any]:
+        started.set()
+        assert go.wait(30)
+        return build(folder)
+
+    def second(folder: Path) -> dict[str, Any]:
+        again.set()
+        return build(folder)
+
+    with ThreadPoolExecutor(2) as pool:
+        found = [pool.submit(cache.get, "denoiser", KEY, first)]
+        assert started.wait(30)
+        found.append(pool.submit(cache.get, "denoiser", KEY, second))
+        assert not again.wait(0.3)  # it waits for the first
+        go.set()
+        assert found[0].result() == found[1].result()
+    assert not again.is_set()
 
 
 @NEEDS_FORK

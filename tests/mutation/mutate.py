@@ -42,7 +42,7 @@ MUTATED = ("engines", "runtime")
 TESTS = ("tests/engines/", "tests/runtime/")
 LEFT_OUT = ("tests/runtime/test_killed.py", "tests/runtime/test_interrupts.py")
 """Tests whose work is done in other processes, which nobody traces."""
-SECONDS = 15.0
+SECONDS = 30.0
 """Of tests that are run for one fault, as they were traced: enough for all but those that every test runs."""
 ENOUGH = 0.9
 
@@ -212,15 +212,13 @@ def function_at(source: str, line: int) -> str | None:
 def concerned(tests: dict[str, Any], source: str, mutant: Mutant) -> list[str]:
     """Return the tests that run the changed function, or the changed module where no function holds the change."""
     function = function_at(source, mutant.line)
-    wanted = f"{mutant.path}:{function or ''}"
-    found = [
-        (len(facts["ran"]), name)
-        for name, facts in tests.items()
-        if facts["passed"]
-        and (wanted in facts["ran"] if function else any(place.startswith(wanted) for place in facts["ran"]))
-    ]
+    found = []
+    for name, facts in tests.items():
+        inside = [place for place in facts["ran"] if place.startswith(f"{mutant.path}:")]
+        if facts["passed"] and (f"{mutant.path}:{function}" in inside if function else inside):
+            found.append((facts["seconds"] * len(facts["ran"]) / len(inside), name))
     chosen, total = [], 0.0
-    for _, name in sorted(found):  # what runs least is nearest to what was changed
+    for _, name in sorted(found):  # quick ones first that run little else
         total += tests[name]["seconds"]
         if chosen and total > SECONDS:
             break

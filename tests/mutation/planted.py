@@ -232,12 +232,7 @@ PLANTED: list[tuple[str, str, str, str]] = [
     ("guidance from one on", REQUEST, "self.guidance_scale > 1 else 1", "self.guidance_scale >= 1 else 1"),
     ("eta dropped", PIPELINE, ', "eta": request.eta}', "}"),
     ("strength dropped", PIPELINE, ', "strength": request.strength', ""),
-    (
-        "eta dropped in silence",
-        PIPELINE,
-        "        if request.eta and not takes_eta(",
-        "        if False and not takes_eta(",
-    ),
+    ("eta dropped in silence", "runtime/call.py", "        if request.eta and not takes_eta:", "        if False:"),
     ("latents not checked for NaN", FINITE, "    if not np.isfinite(latents).all():", "    if False:"),
     ("pixels not checked for NaN", FINITE, "        if not np.isfinite(pixels).all():", "        if False:"),
     ("on_batch pictures kept", PIPELINE, "                if keep_images:\n", "                if True:\n"),
@@ -259,7 +254,12 @@ PLANTED: list[tuple[str, str, str, str]] = [
         '        state["model_input"].write(rows.astype(state["model_input"].dtype), stream)',
         "        pass",
     ),
-    ("replaced latents not checked", CALLBACKS, " or not np.isfinite(latents_after).all():", ":"),
+    (
+        "replaced latents not checked",
+        CALLBACKS,
+        "    if latents.shape != shape or not np.isfinite(latents).all():",
+        "    if latents.shape != shape:",
+    ),
     (
         "stale tables",
         DENOISE,
@@ -273,13 +273,13 @@ PLANTED: list[tuple[str, str, str, str]] = [
         "            generator.randn(shape)  # diffusers also",
         "            pass  # diffusers also",
     ),
+    ("picture's deviation dropped", INPUTS, "initial.std[which] * draws.encoder", "0 * draws.encoder"),
     (
-        "picture's deviation dropped",
+        "one noise for all images",
         INPUTS,
-        "initial.mean[0] + initial.std[0] * generator.randn(shape)",
-        "initial.mean[0] + 0 * generator.randn(shape)",
+        "        generators.start(generator, source)\n        if encoder",
+        "        generators.start(generator, sources[0])\n        if encoder",
     ),
-    ("one noise for all images", INPUTS, "        generator.restart(seed)\n", "        generator.restart(seeds[0])\n"),
     # pictures
     ("EXIF ignored", LOAD, "ImageOps.exif_transpose(image)", "image"),
     (
