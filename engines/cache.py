@@ -80,7 +80,7 @@ class EngineCache:
             self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
             check_trusted(self.root)
             self.sweep()
-            if True:
+            with self._lock(entry):
                 if found := self.find(name, key):  # built by another process while this one waited
                     return found
                 working = self.root / ".building" / entry
