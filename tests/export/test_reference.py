@@ -78,7 +78,7 @@ def test_a_single_file_verifies(
 
 def test_a_bundle_says_whose_vae_it_has(tiny_sd15_checkpoint: Path, tiny_sd21_checkpoint: Path) -> None:
     opened = open_checkpoint(tiny_sd15_checkpoint, vae=tiny_sd21_checkpoint / "vae")
-    source: dict[str, Any] = _provenance(opened)
+    source: dict[str, Any] = _provenance(opened, ())
     weights = tiny_sd21_checkpoint / "vae/diffusion_pytorch_model.safetensors"
     assert source["replaced"] == {"vae": {"name": "vae", "revision": None}}
     assert source["files"]["vae/diffusion_pytorch_model.safetensors"] == sha256_of(weights)

@@ -33,5 +33,5 @@ def test_unknown_names_are_refused() -> None:
 
 def test_typed_arguments_are_those_of_a_call() -> None:
     parameters = inspect.signature(Pipeline.__call__).parameters
-    keywords = {name for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY} - {"output_type"}
+    keywords = {name for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY} - {"output_type", "return_dict"}
     assert set(RequestArguments.__annotations__) == keywords
