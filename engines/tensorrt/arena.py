@@ -8,10 +8,12 @@ needs more, a new block is made for it, and the old one lives on until the last 
 from __future__ import annotations
 
 import weakref
+from contextlib import suppress
 
 import numpy as np
 
-from ..device import Device
+from ..device import Device, Tensor
+from ..errors import EngineError
 
 
 class ArenaBlock:
@@ -20,7 +22,13 @@ class ArenaBlock:
     def __init__(self, device: Device, nbytes: int) -> None:
         tensor = device.empty((nbytes,), np.uint8)
         self.pointer, self.nbytes = tensor.pointer, nbytes
-        weakref.finalize(self, tensor.close).atexit = False  # the driver goes with the process
+        weakref.finalize(self, _drop, tensor).atexit = False  # the driver goes with the process
+
+
+def _drop(tensor: Tensor) -> None:
+    """Free a block that nobody holds any more; a driver that fails then has nobody to tell."""
+    with suppress(EngineError):
+        tensor.close()
 
 
 class Arena:

@@ -177,7 +177,7 @@ class TensorRtBinding:
         loaded.arena.reserve(self._scratch)
         self._block: ArenaBlock | None = None
         loaded.bindings.add(self)
-        self._free = weakref.finalize(self, _free, loaded.device, [self._context], tuple(unwanted.values()))
+        self._free = weakref.finalize(self, _drop, loaded.device, [self._context], tuple(unwanted.values()))
         self._free.atexit = False  # the driver goes with the process
 
     def enqueue(self, stream: Stream) -> None:
@@ -201,7 +201,8 @@ class TensorRtBinding:
     def close(self) -> None:
         """Let go of the execution context and the scratch memory; calling it again does nothing."""
         self._context = self._block = None
-        self._free()
+        if held := self._free.detach():
+            _free(*held[2])
 
 
 def _free(device: CudaDevice, contexts: list[Any], tensors: Sequence[CudaTensor]) -> None:
@@ -210,6 +211,12 @@ def _free(device: CudaDevice, contexts: list[Any], tensors: Sequence[CudaTensor]
         for tensor in tensors:
             undo.callback(tensor.close)
         device.release(lambda _: _let_go(contexts))
+
+
+def _drop(device: CudaDevice, contexts: list[Any], tensors: Sequence[CudaTensor]) -> None:
+    """Free what a forgotten binding made; a driver that fails then has nobody to tell."""
+    with suppress(EngineError):
+        _free(device, contexts, tensors)
 
 
 def _let_go(objects: list[Any]) -> None:

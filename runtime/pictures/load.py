@@ -36,22 +36,23 @@ def load_image(source: Any, what: str = "image") -> Image.Image:
     if not isinstance(source, str | os.PathLike) and not hasattr(source, "read"):
         kind = f"{type(source).__module__}.{type(source).__name__}"
         raise RequestError(f"{what} is a {kind}: give a path, a PIL picture or a numpy array")
+    name = f"{what} {source}" if str(source).isprintable() else f"{what} {str(source)!r}"
     try:
         with Image.open(source) as image:
             if image.width * image.height > MAX_PIXELS:
                 size = f"{image.width}x{image.height}"
-                raise RequestError(f"{what} {source} is {size}: at most {MAX_PIXELS >> 20} Mpixels are read; shrink it")
+                raise RequestError(f"{name} is {size}: at most {MAX_PIXELS >> 20} Mpixels are read; shrink it")
             if (frames := getattr(image, "n_frames", 1)) > 1:
-                raise RequestError(f"{what} {source} has {frames} frames: save the one that you mean as a picture")
-            return _rgb(ImageOps.exif_transpose(image), f"{what} {source}")
+                raise RequestError(f"{name} has {frames} frames: save the one that you mean as a picture")
+            return _rgb(ImageOps.exif_transpose(image), name)
     except (RequestError, MemoryError):
         raise
     except FileNotFoundError as error:
-        raise RequestError(f"{what} {source} does not exist: {FORMATS}") from error
+        raise RequestError(f"{name} does not exist: {FORMATS}") from error
     except (UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise RequestError(f"{what} {source} cannot be read as a picture: {FORMATS}") from error
+        raise RequestError(f"{name} cannot be read as a picture: {FORMATS}") from error
     except Exception as error:  # decoders of damaged files raise many kinds
-        raise RequestError(f"{what} {source} cannot be read as a picture ({reason(error)}): {FORMATS}") from error
+        raise RequestError(f"{name} cannot be read as a picture ({reason(error)}): {FORMATS}") from error
 
 
 def _from_array(array: Array, what: str) -> Image.Image:

@@ -229,6 +229,26 @@ def test_a_binding_that_fails_half_way_gives_back_what_it_made(
     assert held(driver) == before  # and a binding that is dropped gives its own back
 
 
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_a_driver_that_fails_while_a_binding_is_forgotten_says_nothing(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    driver = SimulatedDriver()
+    backend = tensorrt_backend(monkeypatch, EngineCache(tmp_path / "cache"), driver)
+    engine, stream = backend.open(bundle, bundle.graph("first"), {"x": (2, 8)}), backend.device.stream()
+    unheard: list[object] = []
+    monkeypatch.setattr("sys.unraisablehook", unheard.append)
+    x = backend.device.empty((2, 8), np.float32)
+    bound = engine.bind({"x": x})
+    bound.enqueue(stream)
+    stream.synchronize()
+    with monkeypatch.context() as patch:
+        failing(patch, driver, "cuMemFree", at=at)  # two outputs that nobody wants, and scratch
+        del bound
+        gc.collect()
+    assert not unheard
+
+
 def test_what_cannot_be_opened_keeps_no_context(monkeypatch: pytest.MonkeyPatch) -> None:
     driver = SimulatedDriver()
     for call, opens in (

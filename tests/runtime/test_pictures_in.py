@@ -54,3 +54,9 @@ def test_a_cell_is_repainted_where_diffusers_would_repaint_it(place: tuple[int, 
 @pytest.mark.parametrize(("level", "white"), [(127, False), (128, True)])
 def test_a_mask_is_white_from_the_middle_on(level: int, white: bool) -> None:
     assert latent_mask(Image.new("L", (16, 16), level), 16, 16, 8).all() == white
+
+
+def test_a_name_that_would_break_the_line_is_quoted(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match=r"^image 'no\\nsuch\.png' does not exist: ") as error:
+        load_image("no\nsuch.png")
+    assert "\n" not in str(error.value)
