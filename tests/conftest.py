@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
 import re
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: over tiny models threads wait for each other
 
 IN_EXTRAS = ("diffusers", "huggingface_hub", "matplotlib", "psutil", "safetensors", "torch", "transformers")
 
