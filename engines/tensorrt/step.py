@@ -1,7 +1,7 @@
 """The range of the step graph's plans: one for each size and batch serves every sampler, number of steps and guidance.
 
-A step is a few small operations on tables, so a range costs it nothing that can be measured, and what a request does
-not use is not computed: sizes inside the range are those of its own tables.
+What a request does not use is not computed: sizes inside the range are those of its own tables. What a range costs a step
+on a GPU, beside fixed shapes, has not been measured.
 """
 
 from __future__ import annotations
