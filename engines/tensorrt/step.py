@@ -1,7 +1,7 @@
 """The range of the step graph's plans: one for each size and batch serves every sampler, number of steps and guidance.
 
-What a request does not use is not computed: sizes inside the range are those of its own tables. What a range costs a step
-on a GPU, beside fixed shapes, has not been measured.
+What a request does not use is not computed: sizes inside the range are those of its own tables. What a range costs a
+step on a GPU, beside fixed shapes, has not been measured.
 """
 
 from __future__ import annotations
