@@ -128,8 +128,8 @@ PLANTED: list[tuple[str, str, str, str]] = [
     (
         "binding closes nothing",
         ENGINE,
-        "        self._context = self._block = None\n        self._free()",
-        "        self._context = self._block = None",
+        "        if held := self._free.detach():\n            _free(*held[2])\n\n\ndef _free",
+        "        self._free.detach()\n\n\ndef _free",
     ),
     ("TF32 inverted in sessions", CUDA, '"1" if tf32 else "0"', '"0" if tf32 else "1"'),
     (
