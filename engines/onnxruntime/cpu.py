@@ -25,7 +25,7 @@ from ..onnx_graph import follow_links, graph_files, load_graph
 from ..selfcheck import Place, accept, out_of_memory
 from .session import OnnxRuntimeEngine
 
-BUILDER = 1
+BUILDER = 2
 """Raised when what `_build` does to a graph changes, so that engines built before are not reused."""
 
 log = logging.getLogger(__name__)
@@ -146,7 +146,7 @@ class OnnxRuntimeCpu:
         options = self._options()
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.add_session_config_entry("session.disable_prepacking", "1")
-        if graph.stage == "step" and not any(t.name == "context" for t in graph.inputs):
+        if graph.stage == "step" and graph.parity is None:  # of no module: it updates latents
             options.intra_op_num_threads = 1  # a few small element-wise nodes: waking a second thread costs more
         try:
             return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

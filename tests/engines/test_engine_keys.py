@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from latentrt.engines.bundle import Bundle, describe_files, write_manifest
+from latentrt.engines.bundle import Bundle, Parity, describe_files, write_manifest
 from latentrt.engines.cache import SIDECAR, EngineCache
 from latentrt.engines.onnxruntime import cpu
 from latentrt.engines.onnxruntime.cpu import OnnxRuntimeCpu
@@ -70,3 +70,13 @@ def test_an_engine_in_the_place_of_another_is_a_miss(bundle: Bundle, tmp_path: P
     sidecar = json.loads((folder / SIDECAR).read_text(encoding="utf-8"))
     (folder / SIDECAR).write_text(json.dumps({**sidecar, "key": {**key, "cpu": "another"}}), encoding="utf-8")
     assert cache.find("first", key) is None
+
+
+def test_only_a_step_graph_of_no_module_runs_in_one_thread(bundle: Bundle, tmp_path: Path) -> None:
+    backend, first = OnnxRuntimeCpu(cache=EngineCache(tmp_path / "engines")), bundle.graph("first")
+    backend.threads = 3
+    networks = Parity(max_abs_error=0, relative_error=0)
+    for stage, parity, threads in (("step", None, 1), ("step", networks, 3), ("end", None, 3)):
+        graph = first.model_copy(update={"stage": stage, "parity": parity})
+        _, session = backend._loaded(bundle, graph)
+        assert session.get_session_options().intra_op_num_threads == threads, (stage, parity)
