@@ -96,9 +96,7 @@ class TensorRt:
         with ExitStack() as undo:
             undo.callback(self.device.close)
             target = target_of_device(name, self.device, options)
-            self.planner = Planner(
-                name, target, cache=cache, options=options, progress=progress, activate=self.device.activate
-            )
+            self.planner = Planner(name, target, cache=cache, options=options, progress=progress, gpu=gpu)
             undo.pop_all()
         self._arena = Arena(self.device)
         self._weights_on_gpu = weights_on_gpu

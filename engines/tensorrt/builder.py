@@ -6,7 +6,6 @@ TensorRT-RTX needs none and builds for a compute capability.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -39,8 +38,7 @@ def build_plan(
     """Build the plan of an ONNX file (external data beside it) into `output` and return facts for its sidecar.
 
     `compute_capability` is the architecture that an RTX plan is for. `activate` makes the GPU that builds current in
-    the calling thread; without it CUDA takes the first. Ctrl-C stops the build at the next step that the
-    library reports. Raises `EngineError` with the library's own first errors.
+    the calling thread; without it CUDA takes the first. Raises `EngineError` with the library's own first errors.
     """
     trt = library.trt
     library.errors.clear()
@@ -61,7 +59,7 @@ def build_plan(
     if not fits:
         raise library.failure(f"graph {graph.name} does not take the shapes {profile}")
     timings = _load_timing_cache(library, config, timing_cache)
-    plan = _build(library, builder, network, config, graph.name, progress, activate)
+    plan = _build(library, builder, network, config, graph.name, progress)
     output.write_bytes(memoryview(plan))
     if timings is not None and timing_cache is not None:
         write_atomically(timing_cache, bytes(memoryview(config.get_timing_cache().serialize())))
@@ -120,51 +118,21 @@ def _configure(library: Library, config: Any, options: PlanOptions, compute_capa
         config.set_compute_capability(known.get(compute_capability, trt.ComputeCapability.CURRENT), 0)
 
 
-def _build(
-    library: Library,
-    builder: Any,
-    network: Any,
-    config: Any,
-    name: str,
-    progress: Progress | None,
-    activate: Activate | None = None,
-) -> Any:
-    """Build in a thread, so that Ctrl-C arrives here at once and can stop the builder at its next step.
-
-    An event says when the thread is done: `Thread.join` returns too early once Ctrl-C has interrupted it.
-    """
-    stop, done = threading.Event(), threading.Event()
-    if hasattr(library.trt, "IProgressMonitor"):
-        monitor = _monitor(library.trt, stop, progress)  # the config does not keep it alive
+def _build(library: Library, builder: Any, network: Any, config: Any, name: str, progress: Progress | None) -> Any:
+    if progress is not None and hasattr(library.trt, "IProgressMonitor"):
+        monitor = _monitor(library.trt, progress)  # the config does not keep it alive
         config.progress_monitor = monitor
-    built: list[Any] = []
-
-    def work() -> None:
-        try:
-            if activate is not None:
-                activate()  # a new thread has no current GPU, and CUDA would take the first
-            built.append(builder.build_serialized_network(network, config))
-        except Exception as error:  # the bindings raise RuntimeError and ValueError, the driver EngineError
-            library.errors.append(str(error))
-        finally:
-            done.set()
-
-    thread = threading.Thread(target=work, name=f"build {name}", daemon=True)
     try:
-        thread.start()
-        while not done.wait(0.1):
-            pass
-    except BaseException:
-        stop.set()
-        if thread.ident is not None:
-            done.wait()
-        raise
-    if not built or built[0] is None:
+        plan = builder.build_serialized_network(network, config)
+    except Exception as error:  # the bindings raise RuntimeError and ValueError
+        library.errors.append(str(error))
+        plan = None
+    if plan is None:
         raise library.failure(f"{library.backend} cannot build {name}")
-    return built[0]
+    return plan
 
 
-def _monitor(trt: Any, stop: threading.Event, progress: Progress | None) -> Any:
+def _monitor(trt: Any, progress: Progress) -> Any:
     class Monitor(trt.IProgressMonitor):
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
@@ -174,9 +142,8 @@ def _monitor(trt: Any, stop: threading.Event, progress: Progress | None) -> Any:
             self.phases[name] = steps
 
         def step_complete(self, name: str, step: int) -> bool:
-            if progress is not None and not stop.is_set():
-                progress(name, step + 1, self.phases.get(name, step + 1))
-            return not stop.is_set()
+            progress(name, step + 1, self.phases.get(name, step + 1))
+            return True
 
         def phase_finish(self, name: str) -> None:
             self.phases.pop(name, None)

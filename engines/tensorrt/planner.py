@@ -14,7 +14,7 @@ from ..engine import Shapes, Sizes, solve_sizes
 from ..errors import EngineError, RequestError
 from ..onnx_graph import graph_files
 from ..progress import Progress
-from .builder import Activate, build_plan
+from .child import build_in_child
 from .library import EXTRAS, load_library
 from .plan import PLAN, Plan, PlanOptions, Profile, find_dynamic, missing_plan, plan_key, profile_for
 
@@ -53,11 +53,11 @@ class Planner:
         cache: EngineCache | None = None,
         options: PlanOptions | None = None,
         progress: Progress | None = None,
-        activate: Activate | None = None,
+        gpu: int | None = None,
     ) -> None:
         """Load the library; raises `BackendUnavailableError` when it cannot be imported.
 
-        `activate` makes the GPU that builds current, where there is one.
+        `gpu` is the number of the GPU that builds, where there is one.
         """
         if backend == "tensorrt-rtx" and options is not None and options.hardware:
             raise RequestError("tensorrt-rtx has no option hardware: its plans run on every GPU of an architecture")
@@ -67,7 +67,7 @@ class Planner:
         self.cache = cache or EngineCache()
         self.options = options or PlanOptions()
         self._progress = progress
-        self._activate = activate
+        self._gpu = gpu
 
     def plan(
         self, bundle: Bundle, graph: GraphInfo, shapes: Shapes, *, build: bool = True, request: Sizes | None = None
@@ -99,7 +99,7 @@ class Planner:
         def work(folder: Path) -> dict[str, Any]:
             start = time.perf_counter()
             files = graph_files(bundle, graph, EXTRAS[self.backend])
-            facts = build_plan(
+            facts = build_in_child(
                 self.library,
                 files[0],
                 folder / PLAN,
@@ -108,7 +108,7 @@ class Planner:
                 compute_capability=self.target.get("compute_capability") if self.backend == "tensorrt-rtx" else None,
                 timing_cache=self.cache.root / f"timings-{self.library.version}-{self._name()}.cache",
                 progress=None if self._progress is None else self._named(graph.name),
-                activate=self._activate,
+                gpu=self._gpu,
             )
             check_tensors(graph, facts["tensors"])
             return {**facts, "build_seconds": round(time.perf_counter() - start, 3)}

@@ -10,7 +10,6 @@ import ctypes
 import shutil
 from functools import lru_cache
 from pathlib import Path
-from threading import Thread
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,6 +24,7 @@ from latentrt.engines.errors import EngineError
 from latentrt.engines.onnxruntime import cuda as onnxruntime_cuda
 from latentrt.engines.tensorrt import backend as tensorrt
 from latentrt.engines.tensorrt import planner
+from latentrt.engines.tensorrt.builder import build_plan
 
 from .simulated_cuda import SimulatedDriver
 
@@ -140,6 +140,15 @@ class Library:
         return EngineError("; ".join([what, *self.errors]))
 
 
+def build_here(patch: pytest.MonkeyPatch) -> None:
+    """Let plans be built in this process, by libraries that exist nowhere else."""
+
+    def build(library: Any, graph: Path, output: Path, *what: Any, gpu: int | None, **how: Any) -> dict[str, Any]:
+        return build_plan(library, graph, output, *what, **how)
+
+    patch.setattr(planner, "build_in_child", build)
+
+
 def tensorrt_backend(
     patch: pytest.MonkeyPatch, cache: EngineCache, driver: SimulatedDriver | None = None, **options: Any
 ) -> tensorrt.TensorRt:
@@ -147,10 +156,9 @@ def tensorrt_backend(
     driver = driver or SimulatedDriver()
     library = Library(driver)
 
-    def build(library: Any, graph: Path, output: Path, *_: Any, **how: Any) -> dict[str, Any]:
-        thread = Thread(target=lambda: driver.built_on.append((how["activate"](), driver.gpu())[1]))
-        thread.start()
-        thread.join()
+    def build(library: Any, graph: Path, output: Path, *_: Any, gpu: int | None, **how: Any) -> dict[str, Any]:
+        assert gpu is not None
+        driver.built_on.append(gpu)
         shutil.copy(graph, output)
         session = _loaded(graph.read_bytes(), InferenceSession)
         infos = [("input", i) for i in session.get_inputs()] + [("output", o) for o in session.get_outputs()]
@@ -162,7 +170,7 @@ def tensorrt_backend(
     patch.setattr(tensorrt, "unavailable_reason", lambda name: None)
     patch.setattr(tensorrt, "CudaDevice", lambda gpu: CudaDevice(gpu, Driver(driver)))
     patch.setattr(planner, "load_library", lambda name: library)
-    patch.setattr(planner, "build_plan", build)
+    patch.setattr(planner, "build_in_child", build)
     return tensorrt.TensorRt("tensorrt", cache=cache, **options)
 
 

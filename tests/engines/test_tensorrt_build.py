@@ -5,7 +5,6 @@ from __future__ import annotations
 import _thread
 import json
 import signal
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -150,21 +149,33 @@ def test_options_reach_the_library(tmp_path: Path) -> None:
         tensorrt_builder._configure(old, config, PlanOptions(hardware="same_compute_capability"), None)  # type: ignore[arg-type]
 
 
-def test_tf32_and_the_gpu_reach_the_builder_and_the_key(tmp_path: Path) -> None:
+def test_tf32_reaches_the_key_and_the_gpu_is_current_before_the_library_is_used(tmp_path: Path) -> None:
     bundle = write_bundle(tmp_path / "bundle", vision_graph("float32"))
-    threads: list[str] = []
-    plans = []
-    for tf32 in (False, True):
-        builder = Planner(
-            RTX,
-            target_of_compute_capability(RTX, "8.6"),
-            cache=EngineCache(tmp_path / "cache"),
-            options=plan_options(tf32=tf32),
-            activate=lambda: threads.append(threading.current_thread().name),
+    plans = [
+        planner(tmp_path / "cache", options=plan_options(tf32=tf32)).build(
+            bundle, bundle.graph("vision"), Profile.of(shapes(2, 16))
         )
-        plans.append(builder.build(bundle, bundle.graph("vision"), Profile.of(shapes(2, 16))))
+        for tf32 in (False, True)
+    ]
     assert plans[0].folder != plans[1].folder
-    assert threads == ["MainThread", "build vision.onnx"] * 2  # in every thread that calls the library
+    order: list[str] = []
+    real = load_library(RTX)
+    trt = SimpleNamespace(**{**vars(real.trt), "Builder": lambda logger: (order.append("builder"), stop())})
+    library = SimpleNamespace(trt=trt, logger=real.logger, errors=[])
+
+    def stop() -> None:
+        raise EngineError("far enough")
+
+    with pytest.raises(EngineError, match="far enough"):
+        build_plan(
+            library,  # type: ignore[arg-type]
+            tmp_path / "bundle/vision.onnx",
+            tmp_path / "plan",
+            Profile.of(shapes(2, 16)),
+            PlanOptions(),
+            activate=lambda: order.append("gpu"),
+        )
+    assert order == ["gpu", "builder"]
 
 
 def test_what_cannot_be_built_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from latentrt.engines.tensorrt.library import Library
 from latentrt.engines.tensorrt.plan import PlanOptions, Profile
 from latentrt.engines.tensorrt.planner import Planner
 
-from .simulated_backends import Context, Session, tensorrt_backend
+from .simulated_backends import Context, Session, build_here, tensorrt_backend
 from .simulated_cuda import SimulatedDriver
 from .small_bundles import WEIGHT, random
 
@@ -106,6 +106,7 @@ def library(version: str, networks: list[int]) -> Any:
 def build(bundle: Bundle, cache: EngineCache, patch: pytest.MonkeyPatch, version: str, gpu: str, rows: int) -> bytes:
     """Build a plan for a number of rows and return it."""
     networks: list[int] = []
+    build_here(patch)
     patch.setattr(planner, "load_library", lambda name: library(version, networks))
     profile = Profile.of({"x": (rows, 8)})
     made = Planner("tensorrt", {"gpu": gpu}, cache=cache, options=PlanOptions())
