@@ -48,7 +48,7 @@ def rewrite(model: ModelProto, *, fuse: bool = False, expand: bool = False) -> N
     for node in model.graph.node:
         if node.op_type != "Attention":
             nodes.append(node)
-        elif fuse and _fusible(node):
+        elif fuse and _fusible(node, kinds):
             _fuse(node)
             nodes.append(node)
         elif expand and _expandable(node, kinds):
@@ -63,7 +63,11 @@ def rewrite(model: ModelProto, *, fuse: bool = False, expand: bool = False) -> N
         model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
 
 
-def _fusible(node: NodeProto) -> bool:
+def _fusible(node: NodeProto, kinds: Mapping[str, _Kind]) -> bool:
+    from onnx import TensorProto
+
+    if node.input[0] in kinds and kinds[node.input[0]].element == TensorProto.BFLOAT16:
+        return False  # `MultiHeadAttention` has no such kernels
     attributes = _attributes(node)
     heads = attributes.get("q_num_heads")
     one = len(node.input) == 3 and not any(node.output[1:])

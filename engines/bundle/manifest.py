@@ -13,7 +13,8 @@ FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 MAX_PATH = 200
 
-Precision = Literal["fp32", "fp16"]
+Precision = Literal["fp32", "fp16", "bf16"]
+"""A number format that networks compute in. The inputs and outputs of a bf16 graph are float32, as numpy lacks bf16."""
 Stage = Literal["prompt", "image", "step", "end"]
 """When a graph runs: once per prompt, per initial image, per step, or at the end."""
 STAGES: tuple[Stage, ...] = get_args(Stage)
@@ -49,6 +50,8 @@ class Parity(_Strict):
     max_abs_error: float
     relative_error: float
     """Root-mean-square of the difference over root-mean-square of the reference."""
+    layers: int | None = Field(default=None, ge=1)
+    """How many of a network's layers were compared, the first and the last with their true weights; None: all."""
 
 
 Letter = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,31}$")]
@@ -201,7 +204,7 @@ class Manifest(_Strict):
     family: str = Field(max_length=100)
     """The exporter's family; the runtime does not ask."""
     precision: Precision
-    """Number format of the networks."""
+    """Number format of the networks; a graph's own stands with it."""
     graphs: tuple[GraphInfo, ...] = Field(max_length=100)
     """In the order in which a request runs them."""
     tokenizers: tuple[TokenizerInfo, ...] = Field(max_length=16)

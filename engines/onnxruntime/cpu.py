@@ -66,10 +66,13 @@ class OnnxRuntimeCpu:
         self._cache = cache or EngineCache()
 
     def prepare(self, bundle: Bundle, shapes: Mapping[str, Shapes]) -> None:
-        """Do nothing: one engine serves every shape."""
+        """Build nothing, as one engine serves every shape; raises `EngineError` for graphs that cannot run here."""
+        for name in shapes:
+            _check_precision(bundle.graph(name))
 
     def open(self, bundle: Bundle, graph: GraphInfo, shapes: Shapes | None = None) -> OnnxRuntimeEngine:
         """Open one graph of a bundle, building its engine first when the cache has none, and check a new engine."""
+        _check_precision(graph)
         folder, session = self._loaded(bundle, graph)
         engine = OnnxRuntimeEngine(graph, session, OnnxRuntimeBinding)
         with self.lock:
@@ -169,6 +172,15 @@ class OnnxRuntimeBinding:
 
     def _run(self) -> None:
         self._engine.run(self._addresses)
+
+
+def _check_precision(graph: GraphInfo) -> None:
+    """Raise `EngineError` for a graph in a number format that ONNX Runtime has no CPU kernels for."""
+    if graph.precision == "bf16":
+        raise EngineError(
+            f"graph {graph.name} computes in bf16, which onnxruntime-cpu cannot: export the checkpoint in fp32, "
+            "or use tensorrt, tensorrt-rtx or onnxruntime-cuda"
+        )
 
 
 def _graph_for_cpu(files: Sequence[Path]) -> tuple[bytes, Path]:

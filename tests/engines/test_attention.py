@@ -181,6 +181,11 @@ def test_bfloat16_is_expanded_in_its_own_type() -> None:
     rewrite(graph, expand=True)
     onnx.checker.check_model(graph, full_check=True)
     assert "Attention" not in operators(graph)
+    graph = model(flat=True, kind=TensorProto.BFLOAT16)
+    rewrite(graph, fuse=True)  # there is no such kernel of MultiHeadAttention
+    assert operators(graph) == ["Attention"]
+    rewrite(graph, fuse=True, expand=True)
+    assert operators(graph).count("Softmax") == 1
 
 
 def test_a_mask_may_be_a_constant_of_the_graph_and_halves_do_not_overflow() -> None:
