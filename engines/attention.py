@@ -27,7 +27,7 @@ class _Kind(NamedTuple):
     sizes: tuple[int | str, ...] | None
 
 
-def rewrite(model: ModelProto, *, fuse: bool = False, expand: bool = False) -> None:
+def rewrite(model: ModelProto, *, fuse: bool = False, expand: bool = False, expand_masked_causal: bool = False) -> None:
     """Replace the `Attention` nodes of a graph; a form that neither way covers stays as it is.
 
     `fuse`: unmasked attention on [B, L, heads·size] becomes ONNX Runtime's `MultiHeadAttention`. Its kernels are
@@ -38,6 +38,8 @@ def rewrite(model: ModelProto, *, fuse: bool = False, expand: bool = False) -> N
     fuses this pattern. Covered are the forms that the exporter writes: [B, L, heads·size] with the numbers of heads, or
     [B, heads, L, size] with static heads, the keys' dividing the queries'; with or without a mask that broadcasts to
     the scores; causal or not, whatever the lengths. Without `scale` the size of a head must be static too.
+
+    `expand_masked_causal`: one that is causal and has a mask as well does so. TensorRT takes one of the two.
     """
     from onnx import helper
 
@@ -51,7 +53,7 @@ def rewrite(model: ModelProto, *, fuse: bool = False, expand: bool = False) -> N
         elif fuse and _fusible(node, kinds):
             _fuse(node)
             nodes.append(node)
-        elif expand and _expandable(node, kinds):
+        elif (expand or (expand_masked_causal and _masked_causal(node))) and _expandable(node, kinds):
             nodes.extend(_expanded(node, kinds))
         elif fuse and _mask_is_narrow(node, kinds):
             nodes.extend(_with_wide_mask(node))
@@ -84,6 +86,10 @@ def _fuse(node: NodeProto) -> None:
     node.op_type, node.domain = "MultiHeadAttention", "com.microsoft"
     del node.attribute[:]
     node.attribute.extend(helper.make_attribute(name, value) for name, value in kept.items())
+
+
+def _masked_causal(node: NodeProto) -> bool:
+    return any(node.input[3:4]) and "is_causal" in _attributes(node)
 
 
 def _mask_is_narrow(node: NodeProto, kinds: Mapping[str, _Kind]) -> bool:

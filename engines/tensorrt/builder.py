@@ -71,13 +71,13 @@ def _parse(library: Library, builder: Any, graph: Path) -> Any:
     strongly_typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     network = builder.create_network(0 if strongly_typed is None else 1 << int(strongly_typed))
     parser = trt.OnnxParser(network, library.logger)
+    model = load_graph(graph, EXTRAS[library.backend])
     if library.reads_attention:
-        parsed = parser.parse_from_file(str(graph))
+        rewrite(model, expand_masked_causal=True)
     else:
-        model = load_graph(graph, EXTRAS[library.backend])
         rewrite(model, expand=True)
         lower_opset(model, OLD_OPSET)
-        parsed = parser.parse(model.SerializeToString(), str(graph))
+    parsed = parser.parse(model.SerializeToString(), str(graph))
     if not parsed:
         errors = [parser.get_error(i) for i in range(parser.num_errors)]
         library.errors[:0] = [f"node {error.node_name()}: {error.desc()}" for error in errors]

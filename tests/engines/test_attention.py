@@ -176,6 +176,13 @@ def test_a_mask_of_another_type_than_the_scores_is_converted() -> None:
     np.testing.assert_allclose(run(graph, values), written_out(mask=SEEN), atol=4e-3)
 
 
+def test_what_is_both_causal_and_masked_can_be_expanded_alone() -> None:
+    for name, case in CASES.items():
+        graph = model(**case)
+        rewrite(graph, expand_masked_causal=True)
+        assert ("Attention" in operators(graph)) == (not name.startswith("causal, and"))
+
+
 def test_bfloat16_is_expanded_in_its_own_type() -> None:
     graph = model(mask=SEEN, kind=TensorProto.BFLOAT16, is_causal=1, kv_heads=2)
     rewrite(graph, expand=True)
@@ -241,15 +248,16 @@ def test_heads_that_are_not_known_are_not_guessed(input: int) -> None:
     assert operators(graph) == ["Attention"]
 
 
-def test_the_parser_of_a_library_that_does_not_know_the_operator_reads_every_form(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("knows", [True, False])
+def test_tensorrt_reads_every_form_whether_it_knows_the_operator_or_not(
+    knows: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
     from latentrt.engines.tensorrt.builder import _parse
     from latentrt.engines.tensorrt.library import load_library
 
     library = load_library("tensorrt-rtx")
-    monkeypatch.setattr(library, "reads_attention", False)
+    monkeypatch.setattr(library, "reads_attention", knows)
     for kind in (HALF, TensorProto.BFLOAT16):
         for case in (*CASES.values(), *NARROW.values()):
             onnx.save(model(**case | {"size": SIZE}, kind=kind, sizes="free"), tmp_path / "graph.onnx")

@@ -89,7 +89,7 @@ def library(version: str, networks: list[int]) -> Any:
         NetworkDefinitionCreationFlag=SimpleNamespace(STRONGLY_TYPED=3),
         LayerType=SimpleNamespace(),
         BuilderFlag=SimpleNamespace(TF32="TF32"),
-        OnnxParser=lambda network, logger: SimpleNamespace(parse_from_file=lambda path: True),
+        OnnxParser=lambda network, logger: SimpleNamespace(parse=lambda data, path: True),
         Builder=lambda logger: Builder(version.encode(), network, networks),
     )
     return SimpleNamespace(
