@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 import torch
+from onnx_ir.passes.common import CheckerPass, RemoveUnusedNodesPass
 from onnxscript import opset23 as op
 
 from ..engines.errors import ExportError, reason
+from .checkpoints.streamed import Stored, blanked
 from .graph import Graph, split_size
-from .passes.attention import set_whole_attention
+from .passes.attention import attention, join_heads
 from .passes.clean import clean
+from .passes.exact import exact_constants
 from .passes.group_norm import group_norm
+from .passes.weights import attach, transpose
 
 OPSET = 23
 """The first with `Attention` as one node, which an engine can fuse or expand as it likes."""
@@ -36,17 +40,18 @@ log = logging.getLogger(__name__)
 
 
 def onnx_model(graph: Graph) -> ir.Model:
-    """Trace a graph's module and return it as ONNX, shapes named as in the contract.
+    """Trace a graph's module and return it as ONNX, shapes named as in the contract; the module is used up.
 
-    Raises `ExportError` when tracing fails or a size that must be symbolic came out fixed.
+    Weights that the module has in files stay there until the model is saved. Raises `ExportError` when tracing fails
+    or a size that must be symbolic came out fixed.
     """
-    set_whole_attention(graph.module)
+    stored = blanked(graph.module)
     try:
-        model = _converted(graph, shortcut=True)
+        model = _converted(graph, stored, shortcut=True)
     except Exception as error:  # the exporter's errors share no base class
         log.info("graph %s needs the full decomposition (%s)", graph.name, _innermost(error))
         try:
-            model = _converted(graph, shortcut=False)
+            model = _converted(graph, stored, shortcut=False)
         except Exception as error:
             raise ExportError(f"graph {graph.name} cannot be traced ({_innermost(error)})") from error
     if model.opset_imports[""] != OPSET:
@@ -58,29 +63,26 @@ def onnx_model(graph: Graph) -> ir.Model:
 
 
 def save_model(model: ir.Model, file: Path) -> list[Path]:
-    """Write an ONNX model and return its files, the external data last when there is any; the model is used up."""
-    weights = list(model.graph.initializers.values())
+    """Write an ONNX model and return its files, the external data last when there is any."""
+    weights = model.graph.initializers.values()
     files = [file]
     if sum(value.const_value.nbytes for value in weights if value.const_value) > EXTERNAL_BYTES:
         files.append(file.with_name(file.name + ".data"))
     ir.save(model, file, external_data=files[1].name if files[1:] else None)
-    _forget(weights)
     return files
 
 
-def _converted(graph: Graph, *, shortcut: bool) -> ir.Model:
+def _converted(graph: Graph, stored: Mapping[int, Stored], *, shortcut: bool) -> ir.Model:
     """Trace and convert a module.
 
     The exporter's own way is to trace the program a second time to decompose it, which takes as long as the first.
-    All it has left to decompose for these networks is `to`: with `shortcut` that gets a translation and the second
-    pass is left out.
+    All it has left to decompose for many networks is `to`: with `shortcut` that gets a translation and the second
+    pass is left out. What comes out is refused where an operator's inputs are of several types.
     """
     inputs = graph.random_inputs(graph.sizes(TRACE_SIZES), seed=0)
-    with torch.no_grad(), _quiet():
+    with torch.no_grad(), _quiet(), exact_constants():
         program = torch.export.export(graph.module, (), inputs, dynamic_shapes=_dynamic_shapes(graph), strict=False)
-        for node in program.graph.find_nodes(op="call_function", target=torch.ops.aten._assert_tensor_metadata.default):
-            program.graph.erase_node(node)
-        program.graph.eliminate_dead_code()
+        _erase(program.graph)
         if shortcut:
             program.run_decompositions = lambda *_: program
         converted = torch.onnx.export(
@@ -94,17 +96,31 @@ def _converted(graph: Graph, *, shortcut: bool) -> ir.Model:
             optimize=False,
         )
         assert converted is not None
-        weights = list(converted.model.graph.initializers.values())
+        attach(converted.model, stored)
+        transpose(converted.model)
         converted.optimize()
-    kept = set(converted.model.graph.initializers.values())
-    _forget(value for value in weights if value not in kept)
+        join_heads(converted.model)
+        RemoveUnusedNodesPass()(converted.model)
+        if shortcut:
+            CheckerPass(full_check=True)(converted.model)
     return converted.model
 
 
-def _forget(values: Iterable[ir.Value]) -> None:
-    """Drop weights that are not needed any more: the optimizer's rules remember the last graph, gigabytes with it."""
-    for value in values:
-        value.const_value = None
+def _erase(traced: torch.fx.Graph) -> None:
+    """Take out of a traced program what is no part of the network's numbers."""
+    for node in traced.find_nodes(op="call_function", target=torch.ops.aten._assert_tensor_metadata.default):
+        traced.erase_node(node)
+    for node in traced.find_nodes(op="call_function", target=torch.ops.aten.squeeze.dim):
+        source, axis = node.args
+        if not _is_one(source.meta["val"].shape[axis]):  # PyTorch leaves the axis then, and ONNX cannot know
+            node.replace_all_uses_with(source)
+            traced.erase_node(node)
+    with suppress(SystemError, KeyError):  # PyTorch's own fails on programs whose last layers nobody reads
+        traced.eliminate_dead_code()
+
+
+def _is_one(size: Any) -> bool:
+    return isinstance(size, int) and size == 1
 
 
 def _cast(self: Any, dtype: int, non_blocking: bool = False, copy: bool = False) -> Any:
@@ -140,7 +156,10 @@ def _name_sizes(graph: str, value: ir.Value, shape: tuple[int | str, ...]) -> No
     value.shape = ir.Shape(shape)
 
 
-TRANSLATIONS = {torch.ops.aten.group_norm.default: group_norm}
+TRANSLATIONS: dict[Any, Any] = {
+    torch.ops.aten.group_norm.default: group_norm,
+    torch.ops.aten.scaled_dot_product_attention.default: attention,
+}
 
 
 @contextmanager

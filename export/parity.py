@@ -17,6 +17,7 @@ import torch
 from ..engines.bundle import Parity, Precision, ReferenceInfo
 from ..engines.bundle.references import write_reference
 from ..engines.errors import ExportError
+from .checkpoints.streamed import filled
 from .compare import EXPORT_BOUND, TensorReport, compare
 from .graph import Graph, split_size
 
@@ -64,7 +65,8 @@ def record(graph: Graph, folder: Path, cases: Mapping[str, Case]) -> tuple[Refer
 @torch.no_grad()
 def _case(graph: Graph, sizes: Iterable[int], seed: int) -> Case:
     inputs = graph.random_inputs(sizes, seed)
-    outputs = graph.module(**{k: v.float() if v.is_floating_point() else v for k, v in inputs.items()})
+    with filled(graph.module):
+        outputs = graph.module(**{k: v.float() if v.is_floating_point() else v for k, v in inputs.items()})
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     return inputs, [output.numpy() for output in outputs]
 

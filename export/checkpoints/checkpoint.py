@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from .configs import Kind, check_config, check_depth
-from .weights import Find, Weights, load_module
+from .streamed import Find, load_module
+from .weights import Weights
 
 
 @dataclass(frozen=True)
@@ -75,16 +76,16 @@ class Component:
         return cls(part, where, complete, weights, find or weights.get)
 
     def load(self) -> torch.nn.Module:
-        """Build the network with its weights; raises `CheckpointError` for one that is missing or does not fit."""
+        """Build the network; its weights stay in their files, which `close` unmaps.
+
+        Raises `CheckpointError` for a weight that is missing, damaged or does not fit.
+        """
 
         def find(name: str) -> torch.Tensor | None:
             names = [name, *(rename(name) for rename in self.part.renames)]
             return next((tensor for tensor in map(self.find, names) if tensor is not None), None)
 
-        try:
-            return load_module(lambda: self.part.build(self._options()), find, self.where)
-        finally:
-            self.weights.close()
+        return load_module(lambda: self.part.build(self._options()), find, self.where)
 
     def _options(self) -> dict[str, Any]:
         """Return the config without what its class does not read: where and by what it was written."""
@@ -135,6 +136,8 @@ class Checkpoint:
     """The variant of the weights that was asked for."""
     replaced: Mapping[str, Origin] = field(default_factory=dict)
     """Components that come from somewhere else."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """What `model_index.json` says of the pipeline beside its components."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """Defaults of a request that the bundle's manifest gets, where they are not the usual ones."""
 
@@ -143,5 +146,10 @@ class Checkpoint:
         return self.components[component].config
 
     def load(self, component: str) -> Any:
-        """Return a component's network, in float32 and ready for inference."""
+        """Return a component's network, in float32 and ready for inference, its weights still in their files."""
         return self.components[component].load()
+
+    def close(self) -> None:
+        """Unmap all weight files; reading maps them again."""
+        for component in self.components.values():
+            component.weights.close()

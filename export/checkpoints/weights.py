@@ -1,10 +1,9 @@
-"""Weights, read one tensor at a time, and modules built from them without a second copy."""
+"""The tensors of weight files, read one at a time."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +28,6 @@ PLAIN = (
 )
 """Element types whose numbers are the weights themselves."""
 
-Find = Callable[[str], "torch.Tensor | None"]
-"""Returns the tensor for a parameter name of a module, or None when the checkpoint has none."""
-
 
 class Weights:
     """The tensors of one or several files, memory-mapped and read by name.
@@ -45,6 +41,7 @@ class Weights:
         self.files = tuple(files)
         self._opened: dict[Path, Any] = {}
         self._file_of: dict[str, Path] = {}
+        self._finite: set[str] = set()
         for file in files:
             names = list(self._open(file).keys())
             refuse_quantized(file, names)
@@ -81,6 +78,8 @@ class Weights:
         file, tensor = self._file_of[name], self.raw(name)
         if tensor.dtype not in PLAIN:
             raise UnsupportedModelError(f"{file}: tensor {name!r} is {tensor.dtype}, which is quantized: {REMEDY}")
+        if name in self._finite:
+            return tensor
         numbers = tensor.float() if tensor.element_size() == 1 else tensor
         if not bool((finite := torch.isfinite(numbers)).all()):
             count = finite.numel() - int(finite.sum())
@@ -88,6 +87,7 @@ class Weights:
                 f"{file}: tensor {name!r} holds NaN or infinity in {count} of {finite.numel()} numbers: the weights "
                 "themselves are damaged, in every precision; download or train them again"
             )
+        self._finite.add(name)
         return tensor
 
     def raw(self, name: str) -> torch.Tensor:
@@ -164,35 +164,3 @@ def _load(file: Path) -> Any:
             if "mmap can only be used" not in str(error):
                 raise
             return torch.load(file, map_location="cpu", weights_only=True)  # the format before PyTorch 1.6
-
-
-def load_module(build: Callable[[], torch.nn.Module], find: Find, where: str) -> torch.nn.Module:
-    """Build a module in float32 for inference, its parameters taken from `find`.
-
-    Nothing is initialized or, in float32, copied: parameters begin on the meta device and are replaced. `where` names
-    the source in errors. Raises `CheckpointError` when the module cannot be built, or when a weight is missing or has
-    the wrong shape.
-    """
-    try:
-        with torch.device("meta"):
-            module = build()
-    except Exception as error:  # configs come from outside, and their classes raise every kind
-        raise CheckpointError(
-            f"{where}: its config describes no network that can be built ({said_by(error)})"
-        ) from error
-    state = {}
-    for name, slot in module.state_dict().items():
-        tensor = find(name)
-        if tensor is None:
-            raise CheckpointError(f"{where} has no weight {name!r}: the file is incomplete or does not fit its config")
-        if tensor.shape != slot.shape:
-            raise CheckpointError(
-                f"{where}: weight {name!r} has shape {list(tensor.shape)} where its config asks for {list(slot.shape)}"
-            )
-        state[name] = tensor.to(torch.float32)
-    module.load_state_dict(state, assign=True)
-    for child in module.modules():  # the one buffer that is not in the file
-        with suppress(AttributeError):
-            if (positions := child.get_buffer("position_ids")).is_meta:
-                child.position_ids = torch.arange(positions.shape[-1]).expand(1, -1)
-    return module.eval().requires_grad_(False)

@@ -8,7 +8,7 @@ from onnxscript import opset23 as op
 
 
 def group_norm(
-    self: Any, num_groups: int, weight: Any, bias: Any, eps: float = 1e-5, cudnn_enabled: bool = True
+    self: Any, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5, cudnn_enabled: bool = True
 ) -> Any:
     """Group norm around `InstanceNormalization`.
 
@@ -20,4 +20,5 @@ def group_norm(
     zero = op.CastLike(op.Constant(value_floats=[0.0] * num_groups), self)
     normal = op.Reshape(op.InstanceNormalization(groups, one, zero, epsilon=eps), op.Shape(self))
     axes = op.Constant(value_ints=list(range(1, len(self.shape) - 1)))
-    return op.Add(op.Mul(normal, op.Unsqueeze(weight, axes)), op.Unsqueeze(bias, axes))
+    scaled = normal if weight is None else op.Mul(normal, op.Unsqueeze(weight, axes))
+    return scaled if bias is None else op.Add(scaled, op.Unsqueeze(bias, axes))

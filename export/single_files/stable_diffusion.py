@@ -14,7 +14,8 @@ from typing import Any
 
 from ...engines.errors import CheckpointError, UnsupportedModelError
 from ..checkpoints.checkpoint import Checkpoint, Component, Origin, Part, TokenizerSource
-from ..checkpoints.weights import Find, Weights
+from ..checkpoints.streamed import Find
+from ..checkpoints.weights import Weights
 from .markers import Said, said
 from .names import CLIP, OPEN_CLIP, UNET, VAE, open_clip_tensor, unet_tensor, vae_tensor
 

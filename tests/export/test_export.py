@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -126,7 +127,7 @@ class Fixed(torch.nn.Module):
 def test_a_fixed_batch_is_an_error(tiny_sd15_checkpoint: Path) -> None:
     graph = decoder_graph(open_checkpoint(tiny_sd15_checkpoint).load("vae"))
     with pytest.raises(ExportError, match="decoder"):
-        onnx_writer.onnx_model(exporter.replace_fields(graph, module=Fixed()))
+        onnx_writer.onnx_model(replace(graph, module=Fixed()))
 
 
 def test_a_wrong_number_is_an_error(tiny_sd15_checkpoint: Path, tmp_path: Path) -> None:
