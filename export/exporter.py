@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import replace as replace_fields
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import onnx
-import torch
 
 from ..engines.bundle import (
     FORMAT_VERSION,
@@ -83,6 +80,7 @@ def export(
         for number, (name, build) in enumerate(builders.items(), start=1):
             progress(name.replace("_", " "), number, stages)
             graphs.append(write_graph(build, folder, precision, cells))
+            checkpoint.close()
         graphs.append(write_step_graph(folder, precision, latent.channels))
         progress("hashing", stages - 1, stages)
         write_manifest(
@@ -97,7 +95,8 @@ def export(
                 latent=latent,
                 scheduler=scheduler,
                 schedule=schedule,
-                **checkpoint.defaults,
+                guidance=family.guidance(checkpoint),
+                **(family.defaults(checkpoint) | dict(checkpoint.defaults)),
                 files=describe_files(folder),
                 source=_provenance(checkpoint, words),
                 tools={tool: metadata.version(tool) for tool in TOOLS},
@@ -122,6 +121,7 @@ def write_tokenizers(
             vocab_size=vocab_size,
             pad_id=source.pad_id,
             words=words,
+            kind=family.tokenizers[name],
         )
     return written
 
@@ -131,7 +131,7 @@ def write_graph(build: Callable[[], Graph], folder: Path, precision: Precision, 
 
     Reference rows are recorded at a small size and at `cells`, the latent height and width of the default picture.
 
-    One copy of the weights is alive at a time: the module is gone before the check maps the exported file.
+    Weights are read one at a time from their files, to compute the references and to write the graph's own.
     """
     graph = build()
     log.info("exporting %s", graph.name)
@@ -146,8 +146,6 @@ def write_graph(build: Callable[[], Graph], folder: Path, precision: Precision, 
     kinds = {"small": cases[-1]} if native is None else {"small": cases[-1], "native": native}
     references = record(graph, folder, kinds)
     files = save_model(onnx_model(graph), folder / f"{graph.name}.onnx")
-    graph = replace_fields(graph, module=torch.nn.Identity())
-    gc.collect()
     parity = check_parity(graph.name, files[0], cases, precision)
     log.info("%s: relative error %.2g against its module", graph.name, parity.relative_error)
     return GraphInfo(

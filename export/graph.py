@@ -77,4 +77,14 @@ def split_size(size: int | str) -> tuple[int, str]:
 
 def network_dtype(precision: Precision) -> Any:
     """Return the element type of the border of a network in a precision."""
-    return {"fp32": "float32", "fp16": "float16"}[precision]
+    return {"fp32": "float32", "fp16": "float16", "bf16": "float32"}[precision]
+
+
+def inward(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return an input in a network's own type, where that is bfloat16: no graph has it at its border."""
+    return tensor.to(dtype) if dtype == torch.bfloat16 else tensor
+
+
+def outward(tensor: torch.Tensor) -> torch.Tensor:
+    """Return an output for a graph's border: float32 in place of bfloat16."""
+    return tensor.float() if tensor.dtype == torch.bfloat16 else tensor

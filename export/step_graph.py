@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, checker, helper, numpy_helper
+
+from ..engines.bundle import Precision
 
 __all__ = ["step_graph"]
 
@@ -13,7 +15,7 @@ OPSET = 20
 IR_VERSION = 9
 
 
-def step_graph(precision: Literal["fp32", "fp16"], channels: int) -> ModelProto:
+def step_graph(precision: Precision, channels: int) -> ModelProto:
     """Return the step graph for a network of the given precision and number of latent channels.
 
     B images, G branches, R = B G network rows, T table rows, H history slots, P = 1 + H lines, K = 3 + G + H columns,

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..engines.bundle import Manifest
 from ..engines.errors import RequestError
 
 EVERY = ("text", "image", "inpaint")
@@ -60,6 +61,29 @@ SERVED = {
     "callback_steps": Argument("how often `callback` is called (default: 1)"),
 }
 
+SIZES = "`(height, width)`, or `(top, left)`, in pixels, for bundles that read them"
+
+READ_BY_SOME = {
+    "prompt_2": Argument("for bundles whose second tokenizer reads a text of its own; without it `prompt`"),
+    "prompt_3": Argument("as `prompt_2`, for a third"),
+    "negative_prompt_2": Argument("as `prompt_2`; without it `negative_prompt`"),
+    "negative_prompt_3": Argument("as `negative_prompt_2`, for a third"),
+    "pooled_prompt_embeds": Argument("beside `prompt_embeds`, for denoisers that read both: `[prompts, width]`"),
+    "negative_pooled_prompt_embeds": Argument("as `pooled_prompt_embeds`, beside `negative_prompt_embeds`"),
+    "original_size": Argument(SIZES),
+    "crops_coords_top_left": Argument(SIZES),
+    "target_size": Argument(SIZES),
+    "negative_original_size": Argument(SIZES),
+    "negative_crops_coords_top_left": Argument(SIZES),
+    "negative_target_size": Argument(SIZES),
+    "aesthetic_score": Argument("for bundles that read it"),
+    "negative_aesthetic_score": Argument("for bundles that read it"),
+    "true_cfg_scale": Argument("guidance by a negative prompt, for bundles whose `guidance_scale` is another"),
+    "denoising_start": Argument("a share of the schedule, 0 to 1: `image` is latents that were denoised up to it"),
+    "denoising_end": Argument("a share of the schedule, above 0, below 1: latents are returned as they are by then"),
+}
+"""Arguments of some families' pipelines."""
+
 REFUSED = {
     "guidance_rescale": Argument(
         "it measures each prediction, which no step table holds: use a checkpoint or a sampler without it",
@@ -88,19 +112,41 @@ REFUSED = {
 }
 
 
-def refuse(others: Mapping[str, Any]) -> None:
-    """Raise `RequestError`, with the reason, for arguments that latentrt has no equivalent for.
+def read_by(manifest: Manifest, others: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of some arguments that a bundle reads, without those that are None.
 
-    Their values that ask for nothing, such as diffusers' defaults, are taken. Raises `TypeError` for a name that is no
-    argument at all.
+    Raises `RequestError`, with the reason, for arguments that latentrt has no equivalent for or that this bundle does
+    not read. Values that ask for nothing, such as diffusers' defaults, are taken. Raises `TypeError` for a name that is
+    no argument at all.
     """
+    taken = {name: value for name, value in others.items() if name in READ_BY_SOME and value is not None}
+    for name in taken:
+        if not _reads(manifest, name):
+            raise RequestError(f"{name} is given: this bundle has nothing that reads it, leave it out")
     for name, value in others.items():
+        if name in READ_BY_SOME:
+            continue
         if name not in REFUSED:
             raise TypeError(f"a call of the pipeline has no argument {name!r}: see its documentation for those it has")
         if not any(
             value is idle or (isinstance(value, type(idle)) and value == idle) for idle in REFUSED[name].idle or ()
         ):
             raise RequestError(f"{name} is not supported: {REFUSED[name].meaning}")
+    return taken
+
+
+def _reads(manifest: Manifest, name: str) -> bool:
+    """Tell whether anything of a bundle reads an argument of some families."""
+    if "prompt_embeds" in name or name.startswith("denoising_"):
+        return True
+    if name == manifest.guidance.scale:
+        return True
+    if "prompt" in name:
+        return any(info.source == name.removeprefix("negative_") for info in manifest.tokenizers)
+    start = {"original_size": "original_", "crops_coords_top_left": "crop_", "target_size": "target_"}
+    start |= {f"negative_{key}": f"negative_{value}" for key, value in start.items()}
+    named = {value for info in manifest.inputs for value in (*info.values, *(info.negative or ()))}
+    return any(isinstance(value, str) and value.startswith(start.get(name, name)) for value in named)
 
 
 def check_tensor_inputs(names: Any) -> None:

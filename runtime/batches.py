@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,7 +18,7 @@ from .loop.session import Session
 from .prompt.conditioning import takes_long_prompts
 from .prompt.embeddings import Conditioning
 from .prompt.numbers import number_inputs
-from .prompt.tokenizer import Tokenizer, encode_prompts
+from .prompt.tokenizer import Texts, Tokenizer, encode_prompts, row_lengths
 from .request import GenerationRequest
 from .result import GenerationResult
 from .sampling.step_table import StepTable
@@ -37,6 +37,8 @@ class Batch:
     """Prompt, negative prompt and seed of each."""
     rows: int
     """How many are computed: more than there are where that saves an engine; what is over is thrown away."""
+    lengths: Mapping[str, int]
+    """Tokens of a row, by graph input."""
 
 
 class Batches:
@@ -68,18 +70,28 @@ class Batches:
         there is none.
         """
         images = request.images
+        lengths = {} if conditioning else self._lengths(request)
         counts = [len(images[first : first + max_batch]) for first in range(0, len(images), max_batch)]
         rows = {count: count for count in counts}
         if not session.backend.dynamic:
             encoded = (1, request.height or 0, request.width or 0, 3) if picture else None
-            blank = partial(self.blank, self._bundle, request, table, conditioning=conditioning)
+            blank = partial(self.blank, self._bundle, request, table, conditioning=conditioning, lengths=lengths)
             rows[counts[0]] = self._size(blank, session, range(counts[0], max_batch + 1), encoded)
             last = counts[-1]
             if last < counts[0] and not session.keeps(*blank(last)):
                 rows[last] = rows[counts[0]]
         for number, count in enumerate(counts):
             first = number * max_batch
-            yield Batch(first, images[first : first + count], rows[count])
+            yield Batch(first, images[first : first + count], rows[count], lengths)
+
+    def _lengths(self, request: GenerationRequest) -> dict[str, int]:
+        """Return how many tokens a row of each tokenizer's graph input has in the batches of a request."""
+
+        def texts(source: str) -> set[str]:
+            guided = len(request.weights(self._bundle.manifest.guidance)) == 2
+            return {*request.texts(source), *(request.texts(source, negative=True) if guided else ())}
+
+        return row_lengths(self.tokenizers, texts)
 
     @staticmethod
     def _size(blank: Callable[[int], Arrays], session: Session, counts: range, picture: tuple[int, ...] | None) -> int:
@@ -101,21 +113,28 @@ class Batches:
         table: StepTable,
         count: int,
         conditioning: Conditioning | None = None,
+        lengths: Mapping[str, int] | None = None,
     ) -> Arrays:
-        """Return arrays of the names, types and shapes of a batch of `count` images, before anything is drawn."""
-        latent, rows = bundle.manifest.latent, count * request.branches
-        if conditioning is None:
-            tokens = bundle.manifest.tokenizers
-            inputs: dict[str, Array] = {info.output: np.zeros((rows, info.max_length), np.int64) for info in tokens}
-        else:
-            inputs = {conditioning.name: conditioning.blank(rows)}
-        inputs |= number_inputs(bundle, request, rows)
+        """Return arrays of the names, types and shapes of a batch of `count` images, before anything is drawn.
+
+        `lengths` are the tokens of a row, by graph input, where they are not the most.
+        """
+        latent, mix = bundle.manifest.latent, request.weights(bundle.manifest.guidance)
+        rows, lengths = count * len(mix), lengths or {}
+        inputs: dict[str, Array] = {}
+        for info in bundle.manifest.tokenizers if conditioning is None else ():
+            shape = (rows, lengths.get(info.output, info.max_length))
+            inputs[info.output] = np.zeros(shape, np.int64)
+            if info.mask_output is not None:
+                inputs[info.mask_output] = np.zeros(shape, input_types(bundle)[info.mask_output])
+        if conditioning is not None:
+            inputs |= conditioning.blank(rows)
+        inputs |= number_inputs(bundle, request, count, rows - count)
         arrays = blank_arrays(
             table,
             count,
             (latent.channels, (request.height or 0) // latent.downscale, (request.width or 0) // latent.downscale),
-            guidance_scale=request.guidance_scale or 0.0,
-            branches=request.branches,
+            mix=mix,
             network_dtype=next(t.dtype for t in bundle.graph("denoiser").inputs if t.name == "model_input"),
         )
         return inputs, arrays
@@ -138,12 +157,13 @@ class Batches:
         """
         began = time.perf_counter()
         count, first = len(batch.images), batch.first
-        inputs, blank = self.blank(self._bundle, request, table, batch.rows, conditioning)
+        inputs, blank = self.blank(self._bundle, request, table, batch.rows, conditioning, batch.lengths)
         if conditioning is None:
-            images = [*batch.images, *[batch.images[-1]] * (batch.rows - count)]
-            inputs |= encode_prompts(self.tokenizers, images, request.branches, finished.warn, self._advice)
+            texts: Texts = {each.info.source: self._texts(request, batch, each.info.source) for each in self.tokenizers}
+            types = input_types(self._bundle)
+            inputs |= encode_prompts(self.tokenizers, texts, batch.lengths, types, finished.warn, self._advice)
         else:
-            inputs[conditioning.name] = conditioning.rows(first, count, batch.rows)
+            inputs |= conditioning.rows(first, count, batch.rows)
         tokenized = time.perf_counter()
         shape = blank["latents"].shape[1:]
         if noise.shared:
@@ -163,6 +183,23 @@ class Batches:
         finished.timings.prepare += time.perf_counter() - tokenized
         return inputs, arrays
 
+    def _texts(self, request: GenerationRequest, batch: Batch, source: str) -> tuple[list[str], list[str]]:
+        """Return the negative prompts, none without guidance, and the prompts of a batch's rows."""
+        index = [
+            image // request.num_images_per_prompt for image in range(batch.first, batch.first + len(batch.images))
+        ]
+        index += [index[-1]] * (batch.rows - len(index))
+        guided = len(request.weights(self._bundle.manifest.guidance)) == 2
+        prompts, negatives = request.texts(source), request.texts(source, negative=True) if guided else ()
+        return [negatives[i] for i in index] if guided else [], [prompts[i] for i in index]
+
     def tokens(self, text: str) -> dict[str, Array]:
-        """Return the token ids [1, L] of a text, by graph input."""
-        return {each.info.output: each.encode_negative(text).ids[None] for each in self.tokenizers}
+        """Return the token ids [1, L] of a text, and masks of them, by graph input."""
+        lengths = {each.info.output: each.info.max_length for each in self.tokenizers}
+        texts: Texts = {each.info.source: ((), (text,)) for each in self.tokenizers}
+        return encode_prompts(self.tokenizers, texts, lengths, input_types(self._bundle), lambda _: None)
+
+
+def input_types(bundle: Bundle) -> dict[str, str]:
+    """Return the element type of every graph input."""
+    return {spec.name: spec.dtype for graph in bundle.manifest.graphs for spec in graph.inputs}

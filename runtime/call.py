@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 from ..engines.bundle import Bundle, Manifest
 from ..engines.errors import RequestError
-from .arguments import check_tensor_inputs, refuse
+from .arguments import check_tensor_inputs, read_by
 from .callbacks import LegacyCallback
 from .loop.generators import Noise, noise_of
 from .loop.inputs import Latents
@@ -20,19 +20,9 @@ from .sampling.resolve import resolved
 
 OutputType = Literal["pil", "np", "latent"]
 
-FIELDS = (
-    "negative_prompt",
-    "prompt_syntax",
-    "height",
-    "width",
-    "num_inference_steps",
-    "timesteps",
-    "sigmas",
-    "guidance_scale",
-    "num_images_per_prompt",
-    "sampler",
-    "eta",
-)
+SET_ELSEWHERE = ("prompt", "strength", "seed")
+"""Fields of a request that follow from more than the argument of their name."""
+FIELDS = tuple(name for name in GenerationRequest.model_fields if name not in SET_ELSEWHERE)
 """Arguments that are fields of the request as they are."""
 
 
@@ -51,7 +41,7 @@ class Call:
     @classmethod
     def of(cls, bundle: Bundle, manifest: Manifest, given: Mapping[str, Any]) -> Call:
         """Return the call of some arguments; `manifest` has the defaults. Raises `RequestError`."""
-        refuse(given["others"])
+        given = {**given, **read_by(manifest, given["others"])}
         output_type = given["output_type"]
         if output_type not in get_args(OutputType):
             why = "; pt needs PyTorch, which torch.from_numpy makes of np" if output_type == "pt" else ""
@@ -106,23 +96,24 @@ def _request(
     latents: Latents | None,
 ) -> GenerationRequest:
     """Return the complete request of a call."""
-    fields = {name: given[name] for name in FIELDS}
+    fields = {name: given[name] for name in FIELDS if name in given}
     fields["prompt"], strength = given["prompt"], given["strength"]
-    if embeddings is not None and embeddings.prompt is not None:
-        fields["prompt"] = ("",) * len(embeddings.prompt)
+    if embeddings is not None and embeddings.prompt:
+        fields["prompt"] = ("",) * len(next(iter(embeddings.prompt.values())))
     fields["strength"] = strength if strength is not None else 0.8 if pictures and not pictures.masks else 1.0
     fields["seed"] = _seed(given["seed"], given["generator"])
     if latents is not None and latents.ndim == 4:
         for name, cells in (("height", latents.shape[2]), ("width", latents.shape[3])):
             fields[name] = cells * manifest.latent.downscale if fields[name] is None else fields[name]
     request = GenerationRequest.of(**fields)
-    if embeddings is not None and embeddings.negative is not None and len(embeddings.negative) != len(request.prompt):
+    negatives = 0 if embeddings is None or not embeddings.negative else len(next(iter(embeddings.negative.values())))
+    if negatives not in (0, len(request.prompt)):
         raise RequestError(
-            f"negative_prompt_embeds is for {len(embeddings.negative)} prompts, and there are {len(request.prompt)}: "
-            "give one for each"
+            f"negative_prompt_embeds is for {negatives} prompts, and there are {len(request.prompt)}: give one for each"
         )
     whole = pictures is not None and pictures.padding is None and latents is None
-    return request.with_defaults(manifest, pictures.size if pictures and whole else None)
+    size = pictures.size if pictures and whole else None
+    return request.with_defaults(manifest, size, from_picture=bool(pictures))
 
 
 def _is_seed(generator: Any) -> bool:

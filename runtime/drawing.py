@@ -24,7 +24,7 @@ from .loop.session import Session
 from .pictures.initial import Pictures
 from .pictures.load import image_pixels, latent_mask
 from .prompt.conditioning import WeightedPrompts
-from .prompt.embeddings import Conditioning, Embeddings, conditioning_tensor
+from .prompt.embeddings import Conditioning, Embeddings, conditioning_tensors
 from .prompt.numbers import number_inputs
 from .request import GenerationRequest
 from .result import GenerationResult
@@ -94,7 +94,8 @@ class Drawing(DiffusersHabits):
         for batch in batches:
             count = len(batch.images)
             if prompts is not None and conditioning is prompts.blank:
-                conditioning = self._weighted(prompts, call, batch.rows * request.branches, finished)
+                rows = batch.rows * len(request.weights(self._manifest.guidance))
+                conditioning = self._weighted(prompts, call, rows, finished)
             if call.pictures and initial is None:
                 initial = self._initial(request, call.pictures)
             inputs, arrays = self._batches.arrays(
@@ -137,16 +138,18 @@ class Drawing(DiffusersHabits):
 
     def _conditioning(self, embeddings: Embeddings, request: GenerationRequest) -> Conditioning:
         """Return the conditioning of a request of which embeddings were given, and encode what was given as text."""
-        spec = conditioning_tensor(self.bundle)
 
-        def encode(text: str) -> Array:
-            numbers = number_inputs(self.bundle, request, 1)
-            return self.session.encode_prompt({**self._batches.tokens(text), **numbers})[spec.name]
+        specs = conditioning_tensors(self.bundle)
 
-        negatives = request.negative_prompt
+        def encode(text: str, negative: bool) -> Mapping[str, Array]:
+            numbers = number_inputs(self.bundle, request, int(not negative), int(negative))
+            encoded = self.session.encode_prompt({**self._batches.tokens(text), **numbers})
+            return {spec.name: encoded[spec.name] for spec in specs}
+
+        negatives = request.texts("prompt", negative=True)
         images = request.num_images_per_prompt
-        guided = request.branches == 2
-        return embeddings.conditioning(spec, request.prompt, negatives, images, encode, guided=guided)
+        guided = len(request.weights(self._manifest.guidance)) == 2
+        return embeddings.conditioning(specs, request.prompt, negatives, images, encode, guided=guided)
 
     def _weighted(
         self, prompts: WeightedPrompts, call: Call, rows: int, finished: GenerationResult[Any]

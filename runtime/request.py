@@ -13,18 +13,23 @@ from pydantic import (
     Field,
     TypeAdapter,
     ValidationError,
-    ValidationInfo,
     field_validator,
     model_validator,
 )
 
-from ..engines.bundle import Manifest
+from ..engines.bundle import GuidanceInfo, Manifest
 from ..engines.errors import RequestError
 from .prompt.syntax import PromptSyntax
 from .sizes import check_size
 
 MAX_SEED = 2**64 - 1
 MAX_SIZE = 8192
+
+TEXTS = ("prompt", "negative_prompt", "prompt_2", "negative_prompt_2", "prompt_3", "negative_prompt_3")
+"""Fields that hold texts."""
+
+Pair = tuple[Annotated[int, Field(ge=0, le=2**20)], Annotated[int, Field(ge=0, le=2**20)]]
+"""Height and width, or top and left, in pixels."""
 
 _SEED = TypeAdapter(Annotated[int, Field(ge=0, le=MAX_SEED)])
 
@@ -44,6 +49,23 @@ class RequestArguments(TypedDict, total=False):
     latents: Any
     prompt_embeds: Any
     negative_prompt_embeds: Any
+    prompt_2: str | Sequence[str] | None
+    prompt_3: str | Sequence[str] | None
+    negative_prompt_2: str | Sequence[str] | None
+    negative_prompt_3: str | Sequence[str] | None
+    pooled_prompt_embeds: Any
+    negative_pooled_prompt_embeds: Any
+    original_size: tuple[int, int] | None
+    crops_coords_top_left: tuple[int, int]
+    target_size: tuple[int, int] | None
+    negative_original_size: tuple[int, int] | None
+    negative_crops_coords_top_left: tuple[int, int]
+    negative_target_size: tuple[int, int] | None
+    aesthetic_score: float
+    negative_aesthetic_score: float
+    true_cfg_scale: float
+    denoising_start: float | None
+    denoising_end: float | None
     prompt_syntax: PromptSyntax | None
     sampler: str | None
     eta: float
@@ -71,25 +93,38 @@ class GenerationRequest(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     prompt: tuple[str, ...] = Field(min_length=1)
-    negative_prompt: tuple[str, ...] = ("",)
+    negative_prompt: tuple[str, ...] | None = None
+    prompt_2: tuple[str, ...] | None = None
+    negative_prompt_2: tuple[str, ...] | None = None
+    prompt_3: tuple[str, ...] | None = None
+    negative_prompt_3: tuple[str, ...] | None = None
     prompt_syntax: PromptSyntax | None = None
     height: int | None = Field(default=None, gt=0, le=MAX_SIZE)
     width: int | None = Field(default=None, gt=0, le=MAX_SIZE)
     num_inference_steps: int | None = Field(default=None, ge=1)
     guidance_scale: float | None = Field(default=None, ge=0, le=1000, allow_inf_nan=False)
+    true_cfg_scale: float = Field(default=1.0, ge=0, le=1000, allow_inf_nan=False)
     num_images_per_prompt: int = Field(default=1, ge=1, le=1024)
     timesteps: tuple[float, ...] | None = None
     sigmas: tuple[float, ...] | None = None
+    original_size: Pair | None = None
+    crops_coords_top_left: Pair = (0, 0)
+    target_size: Pair | None = None
+    negative_original_size: Pair | None = None
+    negative_crops_coords_top_left: Pair = (0, 0)
+    negative_target_size: Pair | None = None
+    aesthetic_score: float = Field(default=6.0, ge=0, le=1000, allow_inf_nan=False)
+    negative_aesthetic_score: float = Field(default=2.5, ge=0, le=1000, allow_inf_nan=False)
+    denoising_start: float | None = Field(default=None, ge=0, lt=1)
+    denoising_end: float | None = Field(default=None, gt=0, lt=1)
     seed: int | tuple[int, ...] = Field(default_factory=lambda: secrets.randbits(32))
     sampler: str | None = None
     eta: float = Field(default=0.0, ge=0, le=1)
     strength: float = Field(default=1.0, gt=0, le=1)
 
-    @field_validator("prompt", "negative_prompt", mode="before")
+    @field_validator(*TEXTS, mode="before")
     @classmethod
-    def _one_or_many(cls, value: Any, info: ValidationInfo) -> Any:
-        if value is None and info.field_name == "negative_prompt":
-            return ("",)
+    def _one_or_many(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
 
     @field_validator("timesteps", "sigmas", mode="before")
@@ -97,10 +132,10 @@ class GenerationRequest(BaseModel):
     def _numbers(cls, value: Any) -> Any:
         return value.tolist() if hasattr(value, "tolist") else value
 
-    @field_validator("prompt", "negative_prompt")
+    @field_validator(*TEXTS)
     @classmethod
-    def _is_text(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        for text in value:
+    def _is_text(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        for text in value or ():
             try:
                 text.encode()
             except UnicodeEncodeError as error:
@@ -121,9 +156,11 @@ class GenerationRequest(BaseModel):
 
     @model_validator(mode="after")
     def _matching(self) -> GenerationRequest:
-        if len(self.negative_prompt) not in (1, len(self.prompt)):
-            count = len(self.negative_prompt)
-            raise ValueError(f"{count} negative prompts for {len(self.prompt)} prompts: give one, or one for each")
+        for name in TEXTS[1:]:
+            texts = getattr(self, name)
+            if texts is not None and len(texts) not in (1, len(self.prompt)):
+                what = name.replace("_", " ").replace("prompt", "prompts")
+                raise ValueError(f"{len(texts)} {what} for {len(self.prompt)} prompts: give one, or one for each")
         images = len(self.prompt) * self.num_images_per_prompt
         if isinstance(self.seed, tuple) and len(self.seed) != images:
             raise ValueError(
@@ -146,10 +183,13 @@ class GenerationRequest(BaseModel):
             given = f"{name} is {_short(first['input'])}: " if name else ""
             raise RequestError(f"{given}{message[0].lower() + message[1:]}") from error
 
-    def with_defaults(self, manifest: Manifest, picture_size: tuple[int, int] | None = None) -> GenerationRequest:
+    def with_defaults(
+        self, manifest: Manifest, picture_size: tuple[int, int] | None = None, *, from_picture: bool = False
+    ) -> GenerationRequest:
         """Return the request with the bundle's defaults filled in, validated; an initial picture sets the size.
 
-        A picture whose sides are no multiple of what the bundle needs is cut to the next lower one, as in diffusers.
+        `from_picture`: it starts from one, of whatever size. A picture whose sides are no multiple of what the bundle
+        needs is cut to the next lower one, as in diffusers.
         Raises `RequestError` when the size does not fit the latent geometry.
         """
         width, height = manifest.latent.default_width, manifest.latent.default_height
@@ -168,17 +208,35 @@ class GenerationRequest(BaseModel):
             "sampler": self.sampler or manifest.scheduler.get("_class_name"),
         }
         check_size(complete["width"], complete["height"], manifest.latent)
+        if from_picture:  # diffusers fills these in for its image pipelines alone
+            size = (complete["height"], complete["width"])
+            for name in ("original_size", "target_size"):
+                complete[f"negative_{name}"] = complete[f"negative_{name}"] or complete[name] or size
         return GenerationRequest.of(**complete)
 
     @property
-    def branches(self) -> int:
-        """Guidance branches: 2 (unconditional and conditional) for a scale above 1, as in diffusers, else 1."""
-        return 2 if self.guidance_scale is not None and self.guidance_scale > 1 else 1
+    def negative_given(self) -> bool:
+        """Whether there is a negative prompt, be it an empty one."""
+        return self.negative_prompt is not None
+
+    def weights(self, guidance: GuidanceInfo) -> tuple[float, ...]:
+        """Return the weight of each branch of a bundle's guidance, by the network's rows: two, or one of 1."""
+        scale = self.true_cfg_scale if guidance.scale == "true_cfg_scale" else self.guidance_scale
+        return guidance.weights(scale or 0.0, negative_given=self.negative_given)
+
+    def texts(self, source: str, *, negative: bool = False) -> tuple[str, ...]:
+        """Return the texts of all prompts that a tokenizer of a source reads, or of what they should not show.
+
+        What is not given in a second place is that of the first; no negative prompt is an empty one.
+        """
+        names = (f"negative_{source}", "negative_prompt") if negative else (source, "prompt")
+        texts = next((found for found in (getattr(self, name) for name in names) if found is not None), ("",))
+        return texts * (len(self.prompt) if len(texts) == 1 else 1)
 
     @cached_property
     def images(self) -> list[tuple[str, str, int]]:
         """Prompt, negative prompt and seed of every image, in order."""
-        negatives = self.negative_prompt * (len(self.prompt) if len(self.negative_prompt) == 1 else 1)
+        negatives = self.texts("prompt", negative=True)
         pairs = [p for p in zip(self.prompt, negatives, strict=True) for _ in range(self.num_images_per_prompt)]
         if isinstance(self.seed, tuple):
             return [(*pair, seed) for pair, seed in zip(pairs, self.seed, strict=True)]

@@ -8,28 +8,26 @@ from .manifest import (
     STAGES,
     FileInfo,
     GraphInfo,
-    LatentInfo,
     Manifest,
-    NumbersInput,
     Parity,
     Precision,
     ReferenceInfo,
-    ScheduleRule,
-    ShiftLine,
     Stage,
     TensorInfo,
-    TokenizerInfo,
 )
 from .reader import Bundle
+from .records import Branch, GuidanceInfo, LatentInfo, NumbersInput, ScheduleRule, ShiftLine, TokenizerInfo
 from .writer import atomic_folder, describe_files, write_manifest
 
 __all__ = [
     "FORMAT_VERSION",
     "MANIFEST",
     "STAGES",
+    "Branch",
     "Bundle",
     "FileInfo",
     "GraphInfo",
+    "GuidanceInfo",
     "LatentInfo",
     "Manifest",
     "NumbersInput",

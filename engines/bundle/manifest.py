@@ -7,7 +7,9 @@ from __future__ import annotations
 from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
+
+from .records import GuidanceInfo, LatentInfo, NumbersInput, ScheduleRule, Strict, TensorName, TokenizerInfo
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
@@ -27,16 +29,9 @@ NOT_JSON = {"Infinity": float("inf"), "-Infinity": float("-inf"), "NaN": float("
 Size = Annotated[int, Field(ge=0, le=2**31)]
 Symbol = Annotated[str, Field(pattern=r"^([0-9]{1,6}\*)?[A-Za-z_][A-Za-z0-9_]{0,31}(\+[0-9]{1,6})?$")]
 """A size that changes from request to request, such as `R` or `8*h`."""
-TensorName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_.]{0,63}$")]
-TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 
 
-class _Strict(BaseModel):
-    # Scheduler configs hold infinities. JSON has none, and null would be another value: they are written as words.
-    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
-
-
-class TensorInfo(_Strict):
+class TensorInfo(Strict):
     """One graph input or output: its name, element type and shape; a string is a symbolic size such as `R` or `8*h`."""
 
     name: TensorName
@@ -44,7 +39,7 @@ class TensorInfo(_Strict):
     shape: tuple[Size | Symbol, ...] = Field(max_length=8)
 
 
-class Parity(_Strict):
+class Parity(Strict):
     """How far a graph is from the PyTorch module it came from, on random inputs, as measured at export."""
 
     max_abs_error: float
@@ -57,7 +52,7 @@ class Parity(_Strict):
 Letter = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,31}$")]
 
 
-class ReferenceInfo(_Strict):
+class ReferenceInfo(Strict):
     """Inputs of a graph and the right outputs for them, which an engine must give before it is used.
 
     The file holds nothing but numbers: every input, then every output, in the order of the manifest, in C order and
@@ -69,7 +64,7 @@ class ReferenceInfo(_Strict):
     """The value of every symbol in the shapes of the graph."""
 
 
-class GraphInfo(_Strict):
+class GraphInfo(Strict):
     """One ONNX graph of a bundle; `files` lists the graph file first, then its external data."""
 
     name: str = Field(pattern=r"^[a-z][a-z0-9_]{0,31}$")
@@ -110,93 +105,14 @@ def _letters(specs: tuple[TensorInfo, ...]) -> list[str]:
     return list(dict.fromkeys(size.rpartition("*")[2].partition("+")[0] for size in sizes))
 
 
-class TokenizerInfo(_Strict):
-    """One tokenizer file and the fixed-length contract of the text encoder behind it."""
-
-    file: str
-    max_length: int = Field(gt=2, le=8192)
-    """Tokens of a prompt, begin and end among them."""
-    bos_id: TokenId
-    """Begins every prompt."""
-    eos_id: TokenId
-    """Ends every prompt."""
-    pad_id: TokenId
-    """Fills a prompt up."""
-    output: TensorName = "token_ids"
-    """The graph input that the token ids feed."""
-
-
-RequestField = Literal["height", "width", "num_inference_steps", "guidance_scale"]
-
-
-class NumbersInput(_Strict):
-    """Numbers that graphs read and no graph writes: one row [N] for each row of the network, the same for all.
-
-    A value is a constant or a field of the request, such as `("height", "width", 0, 0)` for size conditioning. The
-    element type is that of the graph input of this name.
-    """
-
-    kind: Literal["numbers"] = "numbers"
-    name: TensorName
-    values: tuple[RequestField | Annotated[float, Field(allow_inf_nan=False)], ...] = Field(min_length=1, max_length=64)
-
-
-class LatentInfo(_Strict):
-    """Latent geometry: pixels per latent cell and side, channels, and the size that the checkpoint was trained for."""
-
-    channels: int = Field(gt=0, le=4096)
-    """Channels of a latent cell."""
-    downscale: int = Field(gt=0, le=256)
-    """Pixels of a latent cell on each side."""
-    size_multiple: int = Field(gt=0, le=4096)
-    """Height and width in pixels must be multiples of this."""
-    default_height: int = Field(gt=0, le=16384)
-    """Pixels, when a request names no size."""
-    default_width: int = Field(gt=0, le=16384)
-    """Pixels, when a request names no size."""
-
-
-class ShiftLine(_Strict):
-    """A line that gives the shift of a schedule for the size of a picture: mu = slope * tokens**power + offset."""
-
-    slope: float = Field(allow_inf_nan=False)
-    """Shift for a token, or for a token to the rule's power."""
-    offset: float = Field(allow_inf_nan=False)
-    """Shift without tokens."""
-    steps: int = Field(default=1, gt=0, le=100_000)
-    """The number of steps that the line is for, where a rule has two."""
-
-
-class ScheduleRule(_Strict):
-    """What the checkpoint's pipeline hands to its scheduler for a number of steps and a size."""
-
-    sigmas: Literal["scheduler", "even", "whole"] = "scheduler"
-    """The scheduler's own; even, from 1 to 1/steps; or whole timesteps, even from the last training timestep to 1."""
-    lines: tuple[ShiftLine, ...] = Field(default=(), max_length=2)
-    """None: no shift. Of two, the shift is linear in the number of steps between them."""
-    power: float = Field(default=1.0, gt=0, le=4)
-    """Of the number of tokens."""
-    pixels_per_token: int = Field(default=16, gt=0, le=4096)
-    """Side of the square of pixels that is one token."""
-    tokens: int | None = Field(default=None, gt=0, le=2**31)
-    """The number of tokens for any size, where the pipeline does not count them."""
-    last_line_above: int | None = Field(default=None, ge=0, le=2**31)
-    """The last line holds alone for more tokens than this."""
-
-    def model_post_init(self, _: Any, /) -> None:
-        """Check that two lines are for different numbers of steps."""
-        if len({line.steps for line in self.lines}) < len(self.lines):
-            raise ValueError("two lines of a schedule are for one number of steps")
-
-
-class FileInfo(_Strict):
+class FileInfo(Strict):
     """Size in bytes and SHA-256 of one file."""
 
     size: int = Field(ge=0, le=2**48)
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
 
 
-class Manifest(_Strict):
+class Manifest(Strict):
     """The contents of `manifest.json`."""
 
     format_version: int
@@ -217,15 +133,17 @@ class Manifest(_Strict):
     """The checkpoint's own diffusers scheduler config, `_class_name` included."""
     schedule: ScheduleRule | None = None
     """What the checkpoint's pipeline hands to its scheduler; null: nothing but the number of steps."""
+    guidance: GuidanceInfo = GuidanceInfo()
+    """How predictions are combined; left out: classifier-free guidance."""
     default_guidance_scale: float = Field(default=7.5, ge=0, le=1000, allow_inf_nan=False)
     """What a request gets that asks for none."""
     default_num_inference_steps: int = Field(default=50, gt=0, le=100_000)
     """What a request gets that asks for none."""
     files: dict[str, FileInfo] = Field(max_length=10_000)
     """Size and hash of every file but the manifest, by its path in the bundle."""
-    source: dict[str, Any] = {}
+    source: dict[str, Any] = Field(default={})
     """Where the checkpoint came from: name, revision, and the SHA-256 of each source file."""
-    tools: dict[str, str] = {}
+    tools: dict[str, str] = Field(default={})
     """Versions of the libraries that wrote the graphs."""
 
     @field_validator("scheduler", mode="before")

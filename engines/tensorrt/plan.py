@@ -185,7 +185,11 @@ def build_command(bundle: Bundle, backend: str, sizes: Sizes, options: Mapping[s
 
     `latentrt build` covers requests without guidance, and for a bundle that is guided by default also those with it.
     """
-    latent, guided = bundle.manifest.latent, bundle.manifest.default_guidance_scale > 1
+    manifest = bundle.manifest
+    latent, guided = (
+        manifest.latent,
+        len(manifest.guidance.weights(manifest.default_guidance_scale, negative_given=False)) > 1,
+    )
     command = f"latentrt build {shlex.quote(str(bundle.path))} --backend {backend}"
     if "h" in sizes and "w" in sizes:
         command += f" --size {sizes['w'] * latent.downscale}x{sizes['h'] * latent.downscale}"

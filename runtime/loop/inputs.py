@@ -64,15 +64,15 @@ def blank_arrays(
     count: int,
     shape: tuple[int, int, int],
     *,
-    guidance_scale: float,
-    branches: int,
+    mix: tuple[float, ...],
     network_dtype: npt.DTypeLike,
 ) -> dict[str, Array]:
     """Return the arrays of a batch before anything is drawn: complete in names, types and shapes, and quickly made.
 
-    All are read-only, and the tables are those of every batch like this one. `shape` is [C, h, w].
+    All are read-only, and the tables are those of every batch like this one. `shape` is [C, h, w], and `mix` the
+    weights of the branches of guidance.
     """
-    packed = _packed(table, count, guidance_scale, branches)
+    packed = _packed(table, count, mix)
     rows = packed["image_of_row"]
     slots = max(1, -(-table.draw_count // DRAW_BUCKET) * DRAW_BUCKET)
     return {
@@ -196,9 +196,9 @@ _thread = threading.local()
 
 
 @lru_cache(maxsize=32)
-def _packed(table: StepTable, count: int, guidance_scale: float, branches: int) -> dict[str, Array]:
+def _packed(table: StepTable, count: int, mix: tuple[float, ...]) -> dict[str, Array]:
     """Return the packed rows of one table for every image of a batch, read-only: most requests share them."""
-    packed: dict[str, Any] = pack([table] * count, [guidance_scale] * count, branches)
+    packed: dict[str, Any] = pack([table] * count, [mix] * count)
     packed |= {name: _padded(packed[name]) for name in ROWS}
     for array in packed.values():
         array.flags.writeable = False

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from ...engines.bundle import TokenizerInfo
 from ...engines.device import Array
 from .tokenizer import Tokenizer
 
@@ -32,12 +33,18 @@ class ParsedPrompt(Protocol):
         """Return the prompt's conditioning [n·L, E] from that of its chunks, each [L, E] in float32."""
 
 
+def takes_chunks(info: TokenizerInfo) -> bool:
+    """Tell whether a text can be encoded in parts between a begin and an end, all of one length."""
+    framed = info.bos_id is not None and info.eos_id is not None
+    return framed and info.template == "{}" and not info.lengths and info.mask_output is None
+
+
 class Tokens:
     """A tokenizer's tokens as syntaxes need them."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self.room = tokenizer.info.max_length - 2
+        self.room = tokenizer.info.room
         """Tokens of a text that a chunk holds."""
         self.comma = tokenizer.token_id(",</w>")
 
@@ -53,6 +60,7 @@ class Tokens:
         """Return the chunk of ids with their weights; what is put around them weighs 1."""
         assert len(ids) <= self.room
         info = self._tokenizer.info
+        assert info.bos_id is not None and info.eos_id is not None
         missing = self.room - len(ids)
         chunk = (info.bos_id, *(number for number, _ in ids), info.eos_id, *[info.pad_id] * missing)
         return Weighted(chunk, (1.0, *(weight for _, weight in ids), *[1.0] * (1 + missing)))

@@ -11,7 +11,7 @@ from ...engines.device import Array
 from ...engines.errors import RequestError
 from ..request import GenerationRequest
 from .a1111 import A1111Prompt
-from .chunks import Chunk, ParsedPrompt, Tokens
+from .chunks import Chunk, ParsedPrompt, Tokens, takes_chunks
 from .compel import CompelPrompt
 from .embeddings import Conditioning, conditioning_tensor
 from .syntax import PromptSyntax
@@ -30,13 +30,14 @@ class WeightedPrompts:
         denoiser cannot take it.
         """
         spec = conditioning_tensor(bundle)
-        if len(tokenizers) != 1 or request.prompt_syntax is None:
+        if len(tokenizers) != 1 or not takes_chunks(tokenizers[0].info) or request.prompt_syntax is None:
             raise RequestError(
-                f"prompt_syntax is {request.prompt_syntax!r}: it is for bundles with one text encoder, and this one "
-                f"has {len(tokenizers)}; leave it out"
+                f"prompt_syntax is {request.prompt_syntax!r}: it is for bundles with one CLIP text encoder, and this "
+                "one has others; leave it out"
             )
         self._request, self._spec, self._input = request, spec, tokenizers[0].info.output
-        self._negatives = request.negative_prompt if request.branches == 2 else ()
+        guided = len(request.weights(bundle.manifest.guidance)) == 2
+        self._negatives = request.texts("prompt", negative=True) if guided else ()
         tokens, syntax = Tokens(tokenizers[0]), SYNTAXES[request.prompt_syntax]
         texts = dict.fromkeys([*request.prompt, *self._negatives])
         self._parsed: dict[str, ParsedPrompt] = {text: syntax(text, tokens) for text in texts}
@@ -65,11 +66,10 @@ class WeightedPrompts:
             encoded |= dict(zip(group, values[: len(group)], strict=True))
         found = {text: self._whole(text, prompt, encoded) for text, prompt in self._parsed.items()}
         prompt, negative = (
-            np.stack([found[text] for text in texts]).astype(self._spec.dtype) if texts else None
+            {self._spec.name: np.stack([found[text] for text in texts]).astype(self._spec.dtype)} if texts else {}
             for texts in (self._request.prompt, self._negatives)
         )
-        assert prompt is not None
-        return Conditioning(self._spec.name, prompt, negative, self._request.num_images_per_prompt)
+        return Conditioning(prompt, negative, self._request.num_images_per_prompt)
 
     def _whole(self, text: str, prompt: ParsedPrompt, encoded: Mapping[Chunk, Array]) -> Array:
         with np.errstate(all="ignore"):  # what is not finite is refused here
@@ -84,7 +84,9 @@ class WeightedPrompts:
 def takes_long_prompts(bundle: Bundle) -> bool:
     """Tell whether prompts of several parts can be drawn: with one text encoder, and a denoiser for every length."""
     read = [spec for spec in bundle.graph("denoiser").inputs if len(spec.shape) == 3]
-    return len(bundle.manifest.tokenizers) == 1 == len(read) and isinstance(read[0].shape[1], str)
+    tokenizers = bundle.manifest.tokenizers
+    whole = len(tokenizers) == 1 == len(read) and takes_chunks(tokenizers[0])
+    return whole and isinstance(read[0].shape[1], str)
 
 
 def blank_parts(bundle: Bundle, count: int) -> Conditioning:
@@ -96,4 +98,4 @@ def blank_parts(bundle: Bundle, count: int) -> Conditioning:
         raise RequestError(f"bundle {bundle.path} takes prompts of one part: export the checkpoint again for more")
     spec = conditioning_tensor(bundle)
     length, width = count * bundle.manifest.tokenizers[0].max_length, int(spec.shape[2])
-    return Conditioning(spec.name, np.zeros((1, length, width), spec.dtype), None, 1)
+    return Conditioning({spec.name: np.zeros((1, length, width), spec.dtype)}, {}, 1)

@@ -13,44 +13,45 @@ from ...engines.bundle import Bundle, TensorInfo
 from ...engines.device import Array
 from ...engines.errors import RequestError
 
-Encode = Callable[[str], Array]
-"""Returns the conditioning [1, L, E] of a text."""
+Encode = Callable[[str, bool], Mapping[str, Array]]
+"""Returns the conditioning [1, …] of a text by tensor; the second argument tells a negative prompt."""
+
+ARGUMENT = {3: "prompt_embeds", 2: "pooled_prompt_embeds"}
+"""What diffusers calls the conditioning of a prompt, by the axes of its tensor."""
 
 
 @dataclass(frozen=True)
 class Conditioning:
-    """The conditioning of a request's prompts, and of what they should not show: [P, L, E] each.
+    """The conditioning of a request's prompts, and of what they should not show: [P, …] each, by tensor.
 
-    It is in place of the prompt graphs, which a request with it does not run. `negative` is None without guidance.
+    It is in place of the prompt graphs, which a request with it does not run. `negative` is empty without guidance.
     """
 
-    name: str
-    """The tensor that the denoiser reads."""
-    prompt: Array
-    negative: Array | None
+    prompt: Mapping[str, Array]
+    negative: Mapping[str, Array]
     images_per_prompt: int
 
-    def rows(self, first: int, count: int, padded: int) -> Array:
-        """Return the rows [R, L, E] of `count` images, the last repeated until there are `padded`; negatives first."""
+    def rows(self, first: int, count: int, padded: int) -> dict[str, Array]:
+        """Return the rows [R, …] of `count` images, the last repeated until there are `padded`; negatives first."""
         images = np.minimum(np.arange(first, first + padded), first + count - 1) // self.images_per_prompt
-        negative = () if self.negative is None else (self.negative[images % len(self.negative)],)
-        return np.concatenate([*negative, self.prompt[images]])
+        sides = (self.negative, self.prompt) if self.negative else (self.prompt,)
+        return {name: np.concatenate([side[name][images % len(side[name])] for side in sides]) for name in self.prompt}
 
-    def blank(self, rows: int) -> Array:
+    def blank(self, rows: int) -> dict[str, Array]:
         """Return zeros of the shape and type of `rows` rows."""
-        return np.zeros((rows, *self.prompt.shape[1:]), self.prompt.dtype)
+        return {name: np.zeros((rows, *each.shape[1:]), each.dtype) for name, each in self.prompt.items()}
 
 
 @dataclass(frozen=True)
 class Embeddings:
-    """What a caller gave in place of prompts, or of negative prompts: [P, L, E], float32."""
+    """What a caller gave in place of prompts, or of negative prompts: [P, …] by tensor, float32; empty for nothing."""
 
-    prompt: Array | None
-    negative: Array | None
+    prompt: Mapping[str, Array]
+    negative: Mapping[str, Array]
 
     def conditioning(
         self,
-        spec: TensorInfo,
+        specs: Sequence[TensorInfo],
         prompts: Sequence[str],
         negatives: Sequence[str],
         images_per_prompt: int,
@@ -59,60 +60,88 @@ class Embeddings:
         guided: bool,
     ) -> Conditioning:
         """Return the conditioning of a request; texts for which nothing was given are encoded, each once."""
-        kind = np.dtype(spec.dtype)
-        prompt = _encoded(prompts, encode) if self.prompt is None else self.prompt
-        negative = None
+        prompt: Mapping[str, Array] = self.prompt or _encoded(prompts, encode, False)
+        negative: Mapping[str, Array] = {}
         if guided:
-            negative = _encoded(negatives, encode) if self.negative is None else self.negative
-            if negative.shape[1:] != prompt.shape[1:]:
-                raise RequestError(
-                    f"prompt_embeds is of shape {list(prompt.shape)}, and the negative prompt of "
-                    f"{list(negative.shape)}: give negative_prompt_embeds of the same length"
-                )
-            negative = negative.astype(kind)
-        return Conditioning(spec.name, prompt.astype(kind), negative, images_per_prompt)
+            negative = self.negative or _encoded(negatives, encode, True)
+            for name in prompt:
+                if negative[name].shape[1:] != prompt[name].shape[1:]:
+                    raise RequestError(
+                        f"prompt_embeds is of shape {list(prompt[name].shape)}, and the negative prompt of "
+                        f"{list(negative[name].shape)}: give negative_prompt_embeds of the same length"
+                    )
+        both = [
+            {spec.name: side[spec.name].astype(spec.dtype) for spec in specs if side} for side in (prompt, negative)
+        ]
+        return Conditioning(both[0], both[1], images_per_prompt)
+
+
+def conditioning_tensors(bundle: Bundle) -> list[TensorInfo]:
+    """Return what the denoiser reads of the graphs that run once for each prompt: rows of tokens, and one of a whole.
+
+    Raises `RequestError` where that is anything else, which a caller could not give.
+    """
+    graphs = [graph for graph in bundle.manifest.graphs if graph.stage == "prompt"]
+    written = {spec.name for graph in graphs for spec in (*graph.inputs, *graph.outputs)}
+    read = [spec for spec in bundle.graph("denoiser").inputs if spec.name in written]
+    if sorted(len(spec.shape) for spec in read) not in ([3], [2, 3]):
+        names = ", ".join(spec.name for spec in read) or "nothing"
+        raise RequestError(f"the denoiser of this bundle reads {names} of a prompt: prompt_embeds cannot stand for it")
+    return sorted(read, key=lambda spec: -len(spec.shape))
 
 
 def conditioning_tensor(bundle: Bundle) -> TensorInfo:
-    """Return what the denoiser reads of the graphs that run once for each prompt.
-
-    Raises `RequestError` where that is not one tensor of rows, which a caller could give.
-    """
-    written = {spec.name for graph in bundle.manifest.graphs if graph.stage == "prompt" for spec in graph.outputs}
-    read = [spec for spec in bundle.graph("denoiser").inputs if spec.name in written]
-    if len(read) != 1 or len(read[0].shape) != 3:
-        names = ", ".join(spec.name for spec in read) or "nothing"
-        raise RequestError(f"the denoiser of this bundle reads {names} of a prompt: prompt_embeds is for one tensor")
+    """Return the one tensor of tokens that the denoiser reads; raises `RequestError` where there is another."""
+    read = conditioning_tensors(bundle)
+    if len(read) > 1:
+        names = ", ".join(spec.name for spec in read)
+        raise RequestError(f"the denoiser of this bundle reads {names} of a prompt: prompt_syntax is for one tensor")
     return read[0]
 
 
 def embeddings_of(bundle: Bundle, given: Mapping[str, Any]) -> Embeddings | None:
     """Return what stands in place of the prompts of a call, checked as diffusers checks it; None where nothing does.
 
-    `given` are the arguments prompt, negative_prompt, prompt_embeds and negative_prompt_embeds.
+    `given` are the arguments prompt, negative_prompt, and those two with _embeds, and pooled_ before that.
     """
     for name in ("prompt", "negative_prompt"):
         if given[name] is not None and given[f"{name}_embeds"] is not None:
             raise RequestError(f"{name} and {name}_embeds are given: give one of them")
     if given["prompt"] is None and given["prompt_embeds"] is None:
         raise RequestError("prompt is None: give a text, several, or prompt_embeds")
-    if given["prompt_embeds"] is None and given["negative_prompt_embeds"] is None:
+    if all(given.get(f"{side}{name}") is None for side in ("", "negative_") for name in ARGUMENT.values()):
         return None
-    spec = conditioning_tensor(bundle)
-    names = ("prompt_embeds", "negative_prompt_embeds")
-    prompt, negative = (None if given[name] is None else _checked(given[name], name, spec) for name in names)
-    if prompt is not None and negative is not None and prompt.shape != negative.shape:
-        shapes = [list(each.shape) for each in (prompt, negative)]
-        raise RequestError(
-            f"prompt_embeds is of shape {shapes[0]} and negative_prompt_embeds of {shapes[1]}: give one shape"
-        )
+    specs = conditioning_tensors(bundle)
+    prompt, negative = (_side(given, side, specs) for side in ("", "negative_"))
+    for name in prompt.keys() & negative.keys():
+        if prompt[name].shape != negative[name].shape:
+            shapes = [list(each[name].shape) for each in (prompt, negative)]
+            raise RequestError(
+                f"prompt_embeds is of shape {shapes[0]} and negative_prompt_embeds of {shapes[1]}: give one shape"
+            )
     return Embeddings(prompt, negative)
+
+
+def _side(given: Mapping[str, Any], side: str, specs: Sequence[TensorInfo]) -> dict[str, Array]:
+    """Return what was given in place of prompts, or of negative prompts, by tensor: all of them or nothing."""
+    names = {spec.name: f"{side}{ARGUMENT[len(spec.shape)]}" for spec in specs}
+    found = [name for name in names.values() if given.get(name) is not None]
+    if found and len(found) < len(names):
+        missing = next(name for name in names.values() if given.get(name) is None)
+        raise RequestError(f"{found[0]} is given without {missing}: this bundle's denoiser reads both")
+    for name in ARGUMENT.values():
+        if given.get(f"{side}{name}") is not None and f"{side}{name}" not in names.values():
+            raise RequestError(f"{side}{name} is given: this bundle's denoiser does not read it, leave it out")
+    arrays = {spec.name: _checked(given[names[spec.name]], names[spec.name], spec) for spec in specs if found}
+    if len({len(array) for array in arrays.values()}) > 1:
+        raise RequestError(f"{' and '.join(names.values())} are for different numbers of prompts: give one for each")
+    return arrays
 
 
 def _checked(value: Any, what: str, spec: TensorInfo) -> Array:
     """Return an array of embeddings, float32, that fits a tensor's shape."""
     array = float_array(value, what)
-    fits = array.ndim == 3 and len(array) > 0
+    fits = array.ndim == len(spec.shape) and len(array) > 0
     if not fits or any(isinstance(n, int) and n != m for n, m in zip(spec.shape[1:], array.shape[1:], strict=True)):
         shape = ", ".join(map(str, spec.shape[1:]))
         raise RequestError(f"{what} is of shape {list(array.shape)}: this bundle takes [prompts, {shape}]")
@@ -142,7 +171,7 @@ def float_array(value: Any, what: str) -> npt.NDArray[np.float32]:
     return np.ascontiguousarray(array)
 
 
-def _encoded(texts: Sequence[str], encode: Encode) -> Array:
+def _encoded(texts: Sequence[str], encode: Encode, negative: bool) -> dict[str, Array]:
     """Return the conditioning of texts, each encoded once."""
-    known = {text: encode(text) for text in dict.fromkeys(texts)}
-    return np.concatenate([known[text] for text in texts])
+    known = {text: encode(text, negative) for text in dict.fromkeys(texts)}
+    return {name: np.concatenate([known[text][name] for text in texts]) for name in known[texts[0]]}

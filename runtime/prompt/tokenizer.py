@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +11,11 @@ import numpy as np
 import numpy.typing as npt
 
 from ...engines.bundle import TokenizerInfo
+from ...engines.device import Array
 from ...engines.errors import BundleError
+
+Texts = Mapping[str, tuple[Sequence[str], Sequence[str]]]
+"""Negative prompts of images, none without guidance, and their prompts, by the source that a tokenizer reads."""
 
 
 class Encoded(NamedTuple):
@@ -19,6 +23,8 @@ class Encoded(NamedTuple):
 
     ids: npt.NDArray[np.int64]  # [L]
     truncated: str
+    used: int
+    """How many ids are tokens; the others fill them up."""
 
 
 class Tokenizer:
@@ -65,11 +71,14 @@ class Tokenizer:
     def encode(self, text: str) -> Encoded:
         """Return begin + text + end, padded to the fixed length; what does not fit is cut and reported."""
         info = self.info
-        room, (all_ids, starts) = info.max_length - 2, self._encoded(text)
-        kept, cut = all_ids[:room], all_ids[room:]
+        before, _, after = info.template.partition("{}")
+        all_ids, starts = self._encoded(f"{before}{text}{after}")
+        kept, cut = all_ids[: info.room], all_ids[info.room :]
+        used = [number for number in (info.bos_id, *kept, info.eos_id) if number is not None]
         ids = np.full(info.max_length, info.pad_id, np.int64)
-        ids[: len(kept) + 2] = [info.bos_id, *kept, info.eos_id]
-        return Encoded(ids, text[starts[room] :] if cut else "")
+        ids[: len(used)] = used
+        left = text[max(0, starts[info.room] - len(before)) :] if cut else ""
+        return Encoded(ids, left, len(used))
 
 
 def _vectors_of_words(tokenizer: Any) -> dict[int, tuple[int, ...]]:
@@ -85,29 +94,47 @@ def _vectors_of_words(tokenizer: Any) -> dict[int, tuple[int, ...]]:
     return longer
 
 
+def row_lengths(tokenizers: Sequence[Tokenizer], texts: Callable[[str], Iterable[str]]) -> dict[str, int]:
+    """Return how long the rows of token ids are in which all texts of a source fit, by graph input."""
+    lengths = {}
+    for tokenizer in tokenizers:
+        info = tokenizer.info
+        longest = info.max_length
+        if info.lengths:
+            longest = max(tokenizer.encode(text).used for text in set(texts(info.source)))
+        lengths[info.output] = next(length for length in (*info.lengths, info.max_length) if length >= longest)
+    return lengths
+
+
 def encode_prompts(
     tokenizers: Sequence[Tokenizer],
-    images: Sequence[tuple[str, str, int]],
-    branches: int,
+    texts: Texts,
+    lengths: Mapping[str, int],
+    types: Mapping[str, npt.DTypeLike],
     warn: Callable[[str], None],
     advice: str = "",
-) -> dict[str, npt.NDArray[np.int64]]:
-    """Return token ids [R, L] by graph input for (prompt, negative prompt, seed) images.
+) -> dict[str, Array]:
+    """Return token ids [R, L] by graph input, and masks of them, for the texts of images.
 
-    With two guidance branches all negative prompts come first. `warn` is told what was cut off, and what to do.
+    Rows are those of the negative prompts, where there is guidance, and then of the prompts. `lengths` are the tokens
+    of a row, `types` those of the arrays, both by graph input. `warn` is told what was cut off, and what to do.
     """
-    texts = [prompt for prompt, _, _ in images]
-    negatives = [negative for _, negative, _ in images] if branches == 2 else []
-    ids = {}
+    arrays: dict[str, Array] = {}
     for tokenizer in tokenizers:
+        info, (negatives, prompts) = tokenizer.info, texts[tokenizer.info.source]
         encoded = {text: tokenizer.encode_negative(text) for text in dict.fromkeys(negatives)}
-        encoded |= {text: tokenizer.encode(text) for text in dict.fromkeys(texts) if text not in encoded}
-        ids[tokenizer.info.output] = np.stack([encoded[text].ids for text in negatives + texts])
-        for text, (_, truncated) in encoded.items():
-            room = tokenizer.info.max_length - 2
-            if truncated:
-                warn(f"prompt {_short(text)} is longer than {room} tokens: {_short(truncated)} is not used{advice}")
-    return ids
+        encoded |= {text: tokenizer.encode(text) for text in dict.fromkeys(prompts) if text not in encoded}
+        rows = [encoded[text] for text in (*negatives, *prompts)]
+        length = lengths[info.output]
+        arrays[info.output] = np.stack([row.ids[:length] for row in rows])
+        if info.mask_output is not None:
+            mask = np.arange(length) < np.array([row.used for row in rows])[:, None]
+            arrays[info.mask_output] = mask.astype(types[info.mask_output])
+        for text, row in encoded.items():
+            if row.truncated:
+                cut = f"{_short(row.truncated)} is not used{advice}"
+                warn(f"prompt {_short(text)} is longer than {info.room} tokens: {cut}")
+    return arrays
 
 
 def _short(text: str) -> str:

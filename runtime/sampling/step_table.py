@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from ...engines.device import Array
 from ...engines.errors import SchedulerError
 
-__all__ = ["StepTable", "TableBuilder", "branch_weights", "pack"]
+__all__ = ["StepTable", "TableBuilder", "pack"]
 
 Form = NDArray[np.float64]  # a linear form over the columns: the coefficients of one quantity
 HISTORY = 4  # index of the first history column
@@ -135,22 +135,12 @@ class TableBuilder:
         return table
 
 
-def branch_weights(guidance: float | tuple[float, float], branches: int) -> list[float]:
-    """Return the factors that combine G guidance branches, unconditional first, into one prediction.
-
-    G = 1: no guidance. G = 2: (1 - g) u + g c (classifier-free guidance, Ho and Salimans 2022). G = 3 with guidance
-    (text, image): u + g_image (i - u) + g_text (c - i), branches u, i, c (Brooks et al. 2023, equation 3).
-    """
-    if branches == 1:
-        return [1.0]
-    text, image = guidance if isinstance(guidance, tuple) else (guidance, guidance)
-    return [1 - text, text] if branches == 2 else [1 - image, image - text, text]
-
-
 def pack(
-    tables: Sequence[StepTable], guidance_scales: Sequence[float | tuple[float, float]], branches: int
+    tables: Sequence[StepTable], mixes: Sequence[Sequence[float]]
 ) -> dict[str, NDArray[np.float32] | NDArray[np.int64]]:
     """Lay the rows of a batch out for the step graph: B images, G branches, T rows, H history slots (at least one).
+
+    `mixes` [B][G] are the weights by which an image's branches become one prediction.
 
     Each image has its own run of rows, closed by a row that holds the latents; its counter starts at `row[b]` and
     follows `next_rows`.
@@ -161,7 +151,7 @@ def pack(
     row [B]   the first row of each image
     rows_of_image [B, G], image_of_row [R]   network rows are branch-major: g * B + b
     """
-    images = len(tables)
+    images, branches = len(tables), len(mixes[0])
     slots = max(1, *(table.history for table in tables))
     columns = 1 + branches + 2 + slots
     first, total = [], 0
@@ -172,18 +162,16 @@ def pack(
     clip_weights = np.zeros((total, 1 + branches))
     original, scales, timesteps = np.zeros((total, 2)), np.ones(total), np.zeros(total)
     next_rows, noise_index = np.arange(total) + 1, np.zeros(total)
-    for start, table, guidance in zip(first, tables, guidance_scales, strict=True):
+    for start, table, mix in zip(first, tables, mixes, strict=True):
         n, lines = len(table), 1 + table.history
         rows, hold = slice(start, start + n), start + n
-        mix = np.array(branch_weights(guidance, branches))
         limits = np.where(table.clip_limits > 0, table.clip_limits, 1.0)
         latents, prediction, noise, clipped, history = np.split(table.weights, [1, 2, 3, HISTORY], axis=2)
-        parts = [latents, prediction * mix, noise, clipped * limits[:, None, None], history]
+        parts = [latents, prediction * np.array(mix), noise, clipped * limits[:, None, None], history]
         weights[rows, :lines, : columns - slots + table.history] = np.concatenate(parts, axis=2)
         weights[hold, 0, 0] = 1
-        clip_weights[rows] = (
-            np.concatenate([table.clip_weights[:, :1], table.clip_weights[:, 1:2] * mix], axis=1) / limits[:, None]
-        )
+        clipped_form = [table.clip_weights[:, :1], table.clip_weights[:, 1:2] * np.array(mix)]
+        clip_weights[rows] = np.concatenate(clipped_form, axis=1) / limits[:, None]
         original[start : hold + 1] = table.original
         scales[rows], scales[hold] = table.input_scales, table.input_scales[-1]
         timesteps[rows], timesteps[hold] = table.timesteps, table.timesteps[-1]

@@ -134,7 +134,7 @@ def test_every_sampler_lies_inside_the_range_of_step_plans(tiny_sd15_bundle: Pat
         orders = {key: max(sampler.choices[key]) for key in sampler.choices if key.endswith("_order")}
         for options in ({}, orders, {"skip_prk_steps": False}, {"skip_prk_steps": True}):
             table = table_of({**scheduler, **options}, 40, sampler=name)
-            arrays = blank_arrays(table, 4, (4, 2, 2), guidance_scale=2.0, branches=2, network_dtype=np.float32)
+            arrays = blank_arrays(table, 4, (4, 2, 2), mix=(-1.0, 2.0), network_dtype=np.float32)
             history.append(arrays["weights"].shape[1] - 1)
             assert history[-1] <= most["H"], name
             longest = 1000 // 40  # a thousand steps are the most that a checkpoint was trained for

@@ -10,7 +10,7 @@ import pytest
 from latentrt.export.step_graph import step_graph
 from latentrt.runtime.sampling import step_table
 from latentrt.runtime.sampling.noise import Generator
-from latentrt.runtime.sampling.step_table import StepTable, branch_weights, pack
+from latentrt.runtime.sampling.step_table import StepTable, pack
 
 CHANNELS, HEIGHT, WIDTH = 4, 6, 5
 IMAGE = (CHANNELS, HEIGHT, WIDTH)
@@ -46,6 +46,17 @@ def denoiser(model_input: Any, timestep: Any, branch: Any) -> Any:
     return np.tanh(0.8 * model_input + np.sin(timestep / 200) + 0.3 * branch)
 
 
+def branch_weights(guidance: Any, branches: int) -> list[float]:
+    """Return the weights of classifier-free guidance, and with three branches of (text, image) guidance.
+
+    The second is Brooks et al. 2023, equation 3.
+    """
+    if branches == 1:
+        return [1.0]
+    text, image = guidance if isinstance(guidance, tuple) else (guidance, guidance)
+    return [1 - text, text] if branches == 2 else [1 - image, image - text, text]
+
+
 class Batch:
     """Images that differ in sampler, number of steps, guidance and noise, run by the graph and one by one in numpy."""
 
@@ -58,7 +69,7 @@ class Batch:
         if mask:
             self.mask = Generator(78).randn(self.mask.shape) > 0
         self.noise = Generator(79).randn((count, max(1, *(t.draw_count for t in tables)), *IMAGE))
-        self.packed = pack(tables, scales, branches)
+        self.packed = pack(tables, [branch_weights(scale, branches) for scale in scales])
 
     def run_graph(self, step: onnxruntime.InferenceSession, steps: int, dtype: Any = np.float32) -> Any:
         rows, image_of_row = self.packed["row"], self.packed["image_of_row"]
