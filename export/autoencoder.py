@@ -10,8 +10,11 @@ from torch import Tensor, nn
 
 from ..engines.bundle import TensorInfo
 from .checkpoints.checkpoint import Part
-from .checkpoints.configs import NULL, NUMBER, SCALE, WHOLE, WHOLES, WORDS
+from .checkpoints.configs import NULL, NUMBER, NUMBERS, SCALE, WHOLE, WHOLES, WORDS
 from .graph import Graph
+
+Scale = float | Tensor
+"""One number, or [1, C, 1, 1] with one for each channel."""
 
 
 class _Half(nn.Module):
@@ -24,8 +27,12 @@ class _Half(nn.Module):
         for other in others:
             setattr(vae, other, None)
         self.vae = vae
-        self.scale: float = vae.config.scaling_factor
-        self.shift: float = vae.config.shift_factor or 0.0
+        self.scale: Scale = vae.config.scaling_factor
+        self.shift: Scale = vae.config.shift_factor or 0.0
+        mean, deviation = getattr(vae.config, "latents_mean", None), getattr(vae.config, "latents_std", None)
+        if mean is not None and deviation is not None:  # of each channel
+            self.scale = self.scale / torch.tensor(deviation).view(1, -1, 1, 1)
+            self.shift = torch.tensor(mean).view(1, -1, 1, 1)
 
 
 class Decoder(_Half):
@@ -36,7 +43,8 @@ class Decoder(_Half):
 
     def forward(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """Return the pictures of latents [B, C, h, w]: bytes and floats in [0, 1], both [B, H, W, 3]."""
-        latents = latents / self.scale + self.shift if self.shift else latents / self.scale
+        latents = latents / self.scale
+        latents = latents + self.shift if _is_there(self.shift) else latents
         decoded = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0].float()
         pixels = (decoded * 0.5 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
         return (pixels * 255).round().to(torch.uint8), pixels
@@ -53,7 +61,11 @@ class ImageEncoder(_Half):
         pixels = (image.float() / 255 * 2 - 1).permute(0, 3, 1, 2)
         moments = self.vae.encode(pixels.to(self.vae.dtype), return_dict=False)[0]
         mean, std = moments.mean.float(), moments.std.float()
-        return (mean - self.shift) * self.scale if self.shift else mean * self.scale, std * self.scale
+        return (mean - self.shift if _is_there(self.shift) else mean) * self.scale, std * self.scale
+
+
+def _is_there(shift: Scale) -> bool:
+    return isinstance(shift, Tensor) or bool(shift)
 
 
 def decoder_graph(vae: Any) -> Graph:
@@ -124,6 +136,8 @@ AUTOENCODER_KL = Part(
         "layers_per_block": WHOLE,
         "scaling_factor": SCALE,
         "shift_factor": NUMBER | NULL,
+        "latents_mean": NUMBERS | NULL,
+        "latents_std": NUMBERS | NULL,
     },
     depth=("layers_per_block",),
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -9,7 +11,7 @@ from torch import Tensor, nn
 from ..engines.bundle import Precision, TensorInfo
 from .checkpoints.checkpoint import Part
 from .checkpoints.configs import WHOLE
-from .graph import Graph, network_dtype
+from .graph import Graph, network_dtype, outward
 
 
 class TextEncoder(nn.Module):
@@ -23,7 +25,7 @@ class TextEncoder(nn.Module):
 
     def forward(self, token_ids: Tensor) -> Tensor:
         """Return the conditioning [R, L, E] of token ids [R, L]."""
-        return self.encoder(token_ids, return_dict=False)[0]
+        return outward(self.encoder(token_ids, return_dict=False)[0])
 
 
 def text_encoder_graph(encoder: Any, length: int, precision: Precision) -> Graph:
@@ -39,24 +41,33 @@ def text_encoder_graph(encoder: Any, length: int, precision: Precision) -> Graph
     )
 
 
+def before_last(encoder: Any, token_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what comes out of CLIP's last but one layer [R, L, E], and its first output: the pooled one, if any."""
+    outputs = encoder(token_ids, output_hidden_states=True)
+    return outputs.hidden_states[-2], outputs[0]
+
+
 def _config_class() -> Any:
     from transformers import CLIPTextConfig
 
     return CLIPTextConfig
 
 
-def _build(config: Any) -> nn.Module:
-    from transformers import CLIPTextModel
+def _build(class_name: str) -> Callable[[Any], nn.Module]:
+    def build(config: Any) -> nn.Module:
+        import transformers
 
-    model: nn.Module = CLIPTextModel(_config_class().from_dict(dict(config)))
-    return model
+        model: nn.Module = getattr(transformers, class_name)(_config_class().from_dict(dict(config)))
+        return model
+
+    return build
 
 
 CLIP_TEXT = Part(
     "CLIPTextModel",
     "model",
     configured=_config_class,
-    build=_build,
+    build=_build("CLIPTextModel"),
     # Files and modules have or lack the prefix, depending on the version of transformers.
     renames=(lambda name: f"text_model.{name}", lambda name: name.removeprefix("text_model.")),
     library="transformers",
@@ -70,4 +81,11 @@ CLIP_TEXT = Part(
     },
     depth=("num_hidden_layers",),
     section="text_config",
+)
+
+CLIP_TEXT_PROJECTION = replace(
+    CLIP_TEXT,
+    class_name="CLIPTextModelWithProjection",
+    build=_build("CLIPTextModelWithProjection"),
+    kinds={**CLIP_TEXT.kinds, "projection_dim": WHOLE},
 )

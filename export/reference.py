@@ -22,7 +22,7 @@ PLAIN: dict[str, Any] = {"torch_dtype": torch.float32, "local_files_only": True}
 BESIDE: dict[str, Any] = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
 
 
-def reference_pipeline(checkpoint: Checkpoint, class_name: str) -> Any:
+def reference_pipeline(checkpoint: Checkpoint, class_name: str, beside: Mapping[str, Any] = BESIDE) -> Any:
     """Return diffusers' pipeline of a checkpoint, in float32, opened by diffusers' own loaders.
 
     A folder is opened by `from_pretrained`, a single file by `from_single_file`, a VAE that takes the place of the
@@ -33,7 +33,7 @@ def reference_pipeline(checkpoint: Checkpoint, class_name: str) -> Any:
 
     open_it = _folder if checkpoint.path.is_dir() else _file
     try:
-        beside = BESIDE | {name: _replaced(origin) for name, origin in checkpoint.replaced.items()}
+        beside = dict(beside) | {name: _replaced(origin) for name, origin in checkpoint.replaced.items()}
         pipeline = open_it(getattr(diffusers, class_name), checkpoint, beside)
         if checkpoint.pipeline != class_name:
             again = beside | {name: getattr(pipeline, name) for name in (*checkpoint.components, "tokenizer")}

@@ -9,6 +9,7 @@ from typing import Any
 from ...engines.errors import CheckpointError, UnsupportedModelError
 
 MOST_LEVELS = 16
+MOST_CHANNELS = 256
 LARGEST = 1 << 20
 MOST = 1e38
 
@@ -33,13 +34,14 @@ def _number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and -MOST < value < MOST  # no NaN either
 
 
-def _list_of(value: Any, fits: Callable[[Any], bool]) -> bool:
-    return isinstance(value, list | tuple) and 1 <= len(value) <= MOST_LEVELS and all(map(fits, value))
+def _list_of(value: Any, fits: Callable[[Any], bool], most: int = MOST_LEVELS) -> bool:
+    return isinstance(value, list | tuple) and 1 <= len(value) <= most and all(map(fits, value))
 
 
 WHOLE = Kind(f"a whole number from 1 to {LARGEST}", _whole)
 WHOLES = Kind(f"a list of 1 to {MOST_LEVELS} such numbers", lambda value: _list_of(value, _whole))
 NUMBER = Kind("a finite number", _number)
+NUMBERS = Kind(f"a list of 1 to {MOST_CHANNELS} finite numbers", lambda value: _list_of(value, _number, MOST_CHANNELS))
 SCALE = Kind("a number that is finite and not zero", lambda value: _number(value) and value != 0)
 WORDS = Kind(f"a list of 1 to {MOST_LEVELS} names", lambda value: _list_of(value, lambda word: isinstance(word, str)))
 NULL = Kind("null", lambda value: value is None)

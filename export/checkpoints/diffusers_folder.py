@@ -11,11 +11,11 @@ from ..families import Family, families, family_of_pipeline
 from .checkpoint import Checkpoint, Component, Origin, Part, TokenizerSource
 from .configs import shown
 from .json_files import read_json
+from .tokenizer import TokenizerKind
 from .weight_files import check_variant, variants_of, weight_files
 from .weights import Weights
 
-TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
-TOKENIZER_CLASSES = ("CLIPTokenizer", "CLIPTokenizerFast")
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "spiece.model")
 DEFAULTS = ("default_guidance_scale", "default_num_inference_steps")
 
 
@@ -37,7 +37,9 @@ def open_folder(
     index = read_json(folder / "model_index.json")
     family = family_of_index(folder, index)
     replaced = replaced or {}
-    own = {component: part for component, part in family.parts.items() if component not in replaced}
+    parts = {name: part for name, part in family.parts.items() if has_component(index, family, name)}
+    tokenizers = [name for name in family.tokenizers if has_component(index, family, name)]
+    own = {component: part for component, part in parts.items() if component not in replaced}
     for component, part in own.items():
         _check_declared(folder, component, part, index)
     configs = {component: read_json(folder / component / "config.json") for component in own}
@@ -48,20 +50,21 @@ def open_folder(
         weights = Weights(weight_files(folder / component, part, chosen[component]))
         files.update({file.relative_to(folder).as_posix(): file for file in weights.files})
         components[component] = Component.of(part, f"{folder / component}", configs[component], weights)
-    for tokenizer in family.tokenizers:
-        _check_tokenizer(folder, tokenizer, index)
+    for tokenizer in tokenizers:
+        _check_tokenizer(folder, tokenizer, family.tokenizers[tokenizer], index)
     return Checkpoint(
         name,
         family.name,
         index["_class_name"],
-        {component: components[component] for component in family.parts},
-        tokenizers={tokenizer: TokenizerSource(folder / tokenizer) for tokenizer in family.tokenizers},
+        {component: components[component] for component in parts},
+        tokenizers={tokenizer: TokenizerSource(folder / tokenizer) for tokenizer in tokenizers},
         scheduler=_scheduler(folder, index),
         files=files,
         path=folder,
         revision=revision,
         variant=variant,
         replaced=replaced,
+        options={key: value for key, value in index.items() if isinstance(value, bool | int | float | str)},
         defaults=_defaults(folder, index),
     )
 
@@ -86,6 +89,11 @@ def _declared(index: Mapping[str, Any], component: str) -> tuple[Any, Any]:
     return (None, None) if declared is None else (declared, declared)
 
 
+def has_component(index: Mapping[str, Any], family: Family, component: str) -> bool:
+    """Tell whether a checkpoint should have a component: all but those that its family may lack, and its index does."""
+    return component not in family.optional or _declared(index, component) != (None, None)
+
+
 def _check_declared(folder: Path, component: str, part: Part, index: Mapping[str, Any]) -> None:
     library, class_name = _declared(index, component)
     if class_name is None or library is None:
@@ -104,11 +112,11 @@ def _check_declared(folder: Path, component: str, part: Part, index: Mapping[str
         )
 
 
-def _check_tokenizer(folder: Path, tokenizer: str, index: Mapping[str, Any]) -> None:
+def _check_tokenizer(folder: Path, tokenizer: str, kind: TokenizerKind, index: Mapping[str, Any]) -> None:
     _, class_name = _declared(index, tokenizer)
-    if class_name not in TOKENIZER_CLASSES:
+    if class_name not in kind.classes:
         raise UnsupportedModelError(
-            f"{folder}: {tokenizer} is {shown(class_name)}; only {TOKENIZER_CLASSES[0]} is supported here"
+            f"{folder}: {tokenizer} is {shown(class_name)}; only {kind.classes[0]} is supported here"
         )
     if not any((folder / tokenizer / file).is_file() for file in TOKENIZER_FILES):
         names = " or ".join(TOKENIZER_FILES)

@@ -11,12 +11,20 @@ from ...engines.errors import CheckpointError, StorageError, reason
 from ...engines.files import DISK_FULL
 from ..families import Family
 from .checkpoint import Part
-from .diffusers_folder import TOKENIZER_FILES, family_of_index
+from .diffusers_folder import TOKENIZER_FILES, family_of_index, has_component
 from .json_files import read_json
 from .weight_files import check_variant, patterns, variants_named, variants_of
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-TOKENIZER = ["tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json"]
+TOKENIZER = [
+    "tokenizer.json",
+    "vocab.json",
+    "merges.txt",
+    "spiece.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+]
 
 
 def is_hub_id(source: str | Path) -> bool:
@@ -46,9 +54,12 @@ def tokenizer_folder(source: str | Path) -> Path:
 def download_checkpoint(repository: str, revision: str | None, variant: str | None, without: tuple[str, ...]) -> Path:
     """Fetch configs and tokenizers, then the weights of each component but those of `without`."""
     folder = download(repository, revision, ["model_index.json"])
-    family = family_of_index(folder, read_json(folder / "model_index.json"))
+    index = read_json(folder / "model_index.json")
+    family = family_of_index(folder, index)
     folder = download(repository, revision, _configs(family))
-    parts = {name: part for name, part in family.parts.items() if name not in without}
+    parts = {
+        name: part for name, part in family.parts.items() if name not in without and has_component(index, family, name)
+    }
     return download_weights(repository, revision, parts, variant, folder)
 
 

@@ -11,8 +11,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ...engines.bundle import LatentInfo, NumbersInput, Precision, ScheduleRule
+from ...engines.bundle import GuidanceInfo, LatentInfo, NumbersInput, Precision, ScheduleRule
 from ..checkpoints.checkpoint import Checkpoint, Component, Origin, Part
+from ..checkpoints.tokenizer import CLIP, TokenizerKind
 from ..checkpoints.weights import Weights
 from ..graph import Graph
 
@@ -31,8 +32,10 @@ class Family(ABC):
     """Class names in `model_index.json` that mean this family."""
     parts: ClassVar[Mapping[str, Part]]
     """The networks of a checkpoint by their folder."""
-    tokenizers: ClassVar[tuple[str, ...]] = ("tokenizer",)
-    """The folders of its tokenizers."""
+    tokenizers: ClassVar[Mapping[str, TokenizerKind]] = {"tokenizer": CLIP}
+    """Its tokenizers by their folder."""
+    optional: ClassVar[tuple[str, ...]] = ()
+    """Networks and tokenizers that a checkpoint of the family may lack."""
 
     def open_file(
         self,
@@ -61,7 +64,8 @@ class Family(ABC):
 
         By default they are the positions and the vocabulary of the encoder beside it: `tokenizer_2`, `text_encoder_2`.
         """
-        configs = {name: checkpoint.config(name.replace("tokenizer", "text_encoder")) for name in self.tokenizers}
+        names = checkpoint.tokenizers
+        configs = {name: checkpoint.config(name.replace("tokenizer", "text_encoder")) for name in names}
         return {name: (each["max_position_embeddings"], each["vocab_size"]) for name, each in configs.items()}
 
     @abstractmethod
@@ -88,6 +92,14 @@ class Family(ABC):
     def inputs(self, checkpoint: Checkpoint) -> tuple[NumbersInput, ...]:
         """Return what graphs read beside token ids and no graph writes, such as the size of the picture."""
         return ()
+
+    def guidance(self, checkpoint: Checkpoint) -> GuidanceInfo:
+        """Return how predictions are combined: by default classifier-free guidance for a scale above 1."""
+        return GuidanceInfo()
+
+    def defaults(self, checkpoint: Checkpoint) -> dict[str, Any]:
+        """Return what the manifest says for requests that do not, where it is not the usual: its fields `default_…`."""
+        return {}
 
     @abstractmethod
     def pipeline(self, checkpoint: Checkpoint) -> Any:

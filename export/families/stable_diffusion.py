@@ -6,19 +6,18 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
-
-from ...engines.bundle import LatentInfo, Precision, TensorInfo
+from ...engines.bundle import GuidanceInfo, LatentInfo, NumbersInput, Precision
 from ...engines.errors import CheckpointError, UnsupportedModelError
 from ..autoencoder import AUTOENCODER_KL, decoder_graph, image_encoder_graph, vae_factor
 from ..checkpoints.checkpoint import Checkpoint, Component, Origin, Part
-from ..checkpoints.configs import NULL, PAIR, WHOLE, WHOLES, WORDS, shown
+from ..checkpoints.configs import shown
 from ..checkpoints.mended import mended_sample_size, mended_scheduler
 from ..checkpoints.weights import Weights
 from ..clip import CLIP_TEXT, text_encoder_graph
-from ..graph import Graph, network_dtype
+from ..graph import Graph
 from ..reference import reference_pipeline
 from ..single_files.stable_diffusion import open_single_file, open_vae_file
+from ..unet import EMBEDDED_GUIDANCE, UNET, denoiser_graph, embedded_guidance
 from .base import Family, FindTokenizer
 
 ORDINARY_UNET = {  # config keys that change what a U-Net takes in, with the values that leave it alone
@@ -27,87 +26,10 @@ ORDINARY_UNET = {  # config keys that change what a U-Net takes in, with the val
     "num_class_embeds": (None,),
     "encoder_hid_dim": (None,),
     "encoder_hid_dim_type": (None,),
-    "time_cond_proj_dim": (None,),
     "attention_type": (None, "default"),
     "cross_attention_norm": (None,),
     "dual_cross_attention": (None, False),
 }
-
-
-def _unet_class() -> Any:
-    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-
-    return UNet2DConditionModel
-
-
-UNET = Part(
-    "UNet2DConditionModel",
-    "diffusion_pytorch_model",
-    configured=_unet_class,
-    build=lambda config: _unet_class().from_config(dict(config)),
-    kinds={
-        "in_channels": WHOLE,
-        "out_channels": WHOLE,
-        "block_out_channels": WHOLES,
-        "down_block_types": WORDS,
-        "up_block_types": WORDS,
-        "layers_per_block": WHOLE | WHOLES,
-        "cross_attention_dim": WHOLE | WHOLES,
-        "sample_size": WHOLE | PAIR | NULL,
-    },
-    depth=("layers_per_block", "transformer_layers_per_block"),
-)
-
-
-class Denoiser(nn.Module):
-    """The U-Net for every latent size; its timestep embedding is computed in float32 whatever its own precision."""
-
-    unet: Any
-
-    def __init__(self, unet: Any) -> None:
-        super().__init__()
-        unet.num_upsamplers = _Uneven()
-        self.unet = unet
-
-    def forward(self, model_input: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
-        """Return the prediction [R, C, h, w]."""
-        return self.unet(model_input, timestep, context, return_dict=False)[0]
-
-
-class _Uneven(int):
-    """A number of upsamplers by which no size divides: `size % 2**self` is 1, of symbolic sizes as well.
-
-    diffusers' U-Net doubles on its way up when the size divides by all of its halvings, and otherwise resizes to what
-    the skip connection holds. The second is right for both, so that one trace serves every size.
-    """
-
-    def __rpow__(self, base: int, modulus: int | None = None) -> Any:
-        return _Remainder()
-
-
-class _Remainder:
-    def __rmod__(self, size: Any) -> int:
-        return 1
-
-
-def denoiser_graph(unet: Any, length: int, precision: Precision) -> Graph:
-    """Noisy latents [R, C, h, w], timesteps [R] and conditioning [R, L, E] to the prediction [R, C, h, w]."""
-    config, dtype = unet.config, network_dtype(precision)
-    latents = ("R", config.in_channels, "h", "w")
-    return Graph(
-        "denoiser",
-        "step",
-        Denoiser(unet),
-        (
-            TensorInfo(name="model_input", dtype=dtype, shape=latents),
-            TensorInfo(name="timestep", dtype="float32", shape=("R",)),
-            TensorInfo(name="context", dtype=dtype, shape=("R", "L", config.cross_attention_dim)),
-        ),
-        (TensorInfo(name="prediction", dtype=dtype, shape=latents),),
-        limits={"timestep": 1000},
-        smallest=dict.fromkeys("hw", 2 ** (len(config.block_out_channels) - 1) + 1),  # 2 cells or more in every level
-        usual={"L": length},
-    )
 
 
 class StableDiffusion(Family):
@@ -195,6 +117,14 @@ class StableDiffusion(Family):
     def scheduler(self, checkpoint: Checkpoint) -> dict[str, Any]:
         """Return the scheduler config as the checkpoint's own pipeline class mends it."""
         return mended_scheduler(checkpoint.scheduler, checkpoint.pipeline)
+
+    def inputs(self, checkpoint: Checkpoint) -> tuple[NumbersInput, ...]:
+        """Return the guidance scale where the U-Net reads it."""
+        return EMBEDDED_GUIDANCE if embedded_guidance(checkpoint.config("unet")) else ()
+
+    def guidance(self, checkpoint: Checkpoint) -> GuidanceInfo:
+        """Return classifier-free guidance, or none where the U-Net reads the scale."""
+        return GuidanceInfo(above=None) if embedded_guidance(checkpoint.config("unet")) else GuidanceInfo()
 
     def pipeline(self, checkpoint: Checkpoint) -> Any:
         """Return a `StableDiffusionPipeline` that diffusers has opened, its scheduler as the checkpoint's own class."""

@@ -1,0 +1,92 @@
+"""Tiny checkpoints of diffusers' own pipelines with random weights, saved as diffusers saves them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from latentrt.benchmarks.random_checkpoint import write_tokenizer
+
+CLIP = {
+    "hidden_size": 32,
+    "intermediate_size": 37,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 77,
+    "projection_dim": 32,
+}
+
+
+def clip(vocab_size: int, kind: str = "CLIPTextModel", **options: Any) -> Any:
+    """Return a CLIP text encoder, which ends at the last token of a vocabulary."""
+    config = transformers.CLIPTextConfig(
+        vocab_size=vocab_size, bos_token_id=vocab_size - 2, eos_token_id=vocab_size - 1, **{**CLIP, **options}
+    )
+    return getattr(transformers, kind)(config).eval()
+
+
+def clip_tokenizer(folder: Path) -> tuple[Any, int]:
+    """Return a CLIP tokenizer of the letters and a few words, and the size of its vocabulary."""
+    size = write_tokenizer(folder)
+    return transformers.CLIPTokenizer.from_pretrained(str(folder)), size
+
+
+def vae(**options: Any) -> Any:
+    """Return an autoencoder of two levels: a cell is two pixels wide."""
+    return diffusers.AutoencoderKL(
+        block_out_channels=(16, 32),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=8,
+        sample_size=64,
+        **{"latent_channels": 4, "scaling_factor": 0.13025, **options},
+    ).eval()
+
+
+def sdxl(folder: Path, *, refiner: bool = False, **options: Any) -> Path:
+    """Write a tiny Stable Diffusion XL, or its refiner."""
+    torch.manual_seed(0)
+    tokenizer, size = clip_tokenizer(folder.with_name(f"{folder.name}-tokenizer"))
+    second, width = clip(size, "CLIPTextModelWithProjection", hidden_size=32, hidden_act="gelu"), 32 if refiner else 64
+    count = 5 if refiner else 6
+    unet = diffusers.UNet2DConditionModel(
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        sample_size=32,
+        in_channels=4,
+        out_channels=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=(2, 4),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        transformer_layers_per_block=(1, 2),
+        projection_class_embeddings_input_dim=32 + 8 * count,
+        cross_attention_dim=width,
+        norm_num_groups=8,
+        **options,
+    ).eval()
+    scheduler = diffusers.EulerDiscreteScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="leading", steps_offset=1
+    )
+    parts = {
+        "text_encoder": None if refiner else clip(size),
+        "text_encoder_2": second,
+        "tokenizer": None if refiner else tokenizer,
+        "tokenizer_2": tokenizer,
+        "unet": unet,
+        "vae": vae(),
+        "scheduler": scheduler,
+    }
+    if refiner:
+        pipeline = diffusers.StableDiffusionXLImg2ImgPipeline(
+            **parts, requires_aesthetics_score=True, force_zeros_for_empty_prompt=False
+        )
+    else:
+        pipeline = diffusers.StableDiffusionXLPipeline(**parts)
+    pipeline.save_pretrained(folder)
+    return folder
