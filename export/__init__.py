@@ -49,7 +49,7 @@ def export_checkpoint(
         Path(out),
         precision=precision,
         revision=revision,
-        replace=replace,
+        replace_bundle=replace,
         tokenizer=tokenizer,
         prediction_type=prediction_type,
         vae=vae,

@@ -11,10 +11,10 @@ from ..engines.bundle import Precision
 from ..engines.device import Array
 from ..engines.selfcheck import relative_error
 
-EXPORT_BOUND: Mapping[Precision, float] = {"fp32": 1e-4, "fp16": 2e-2}
+EXPORT_BOUND: Mapping[Precision, float] = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1}
 """Largest relative error of an exported graph, run without optimizations on the CPU."""
 
-PSNR_BOUND: Mapping[Precision, float] = {"fp32": 45.0, "fp16": 35.0}
+PSNR_BOUND: Mapping[Precision, float] = {"fp32": 45.0, "fp16": 35.0, "bf16": 30.0}
 """Smallest peak signal-to-noise ratio of a picture, in decibels."""
 
 

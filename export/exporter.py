@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from importlib import metadata
+from math import inf
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import onnx
+import torch
 
 from ..engines.bundle import (
     FORMAT_VERSION,
     GraphInfo,
     Manifest,
+    Parity,
     Precision,
     TensorInfo,
     TokenizerInfo,
@@ -26,7 +32,7 @@ from ..engines.files import sha256_of
 from ..engines.progress import Progress
 from ..runtime.sampling import check_scheduler
 from .activations import HALF_LIMIT, largest_activation
-from .checkpoints.checkpoint import Checkpoint
+from .checkpoints.checkpoint import LAYERS_OF_A_STACK, Checkpoint
 from .checkpoints.sources import open_checkpoint
 from .checkpoints.textual_inversion import LearnedWord, check_words, open_words, provenance, with_words
 from .checkpoints.tokenizer import write_tokenizer
@@ -42,6 +48,12 @@ TOOLS = ("torch", "onnx", "onnxscript", "diffusers", "transformers")
 FLOAT_AT_THE_BORDER = ("decoder", "image_encoder")
 """Graphs whose inputs and outputs are not in the bundle's precision, so that they may keep fp32 inside."""
 
+MOST_AT_FULL_SIZE = 3_000_000_000
+"""Weights of a network above which it is not computed at its default size, and checked by a copy of few layers."""
+
+LIMIT: Mapping[Precision, float] = {"fp16": HALF_LIMIT, "bf16": inf}
+TORCH_DTYPES_INSIDE: Mapping[Precision, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
 log = logging.getLogger(__name__)
 
 
@@ -51,7 +63,7 @@ def export(
     *,
     precision: Precision,
     revision: str | None,
-    replace: bool,
+    replace_bundle: bool,
     tokenizer: str | Path | None,
     prediction_type: str | None,
     vae: str | Path | None,
@@ -60,7 +72,7 @@ def export(
     progress: Progress,
 ) -> Path:
     """Export a checkpoint; see `latentrt.export.export_checkpoint`."""
-    with atomic_folder(out, replace=replace) as folder:
+    with atomic_folder(out, replace=replace_bundle) as folder:
         progress("opening the checkpoint", 0, 1)
         checkpoint = open_checkpoint(
             source, revision, tokenizer=tokenizer, prediction_type=prediction_type, vae=vae, variant=variant
@@ -71,7 +83,8 @@ def export(
         check_words(checkpoint, words)
         tokens = write_tokenizers(family, checkpoint, folder, words)
         checkpoint = with_words(checkpoint, words, folder / "tokenizer.json")
-        builders = family.graphs(checkpoint, precision, {name: info.max_length for name, info in tokens.items()})
+        lengths = {name: info.max_length for name, info in tokens.items()}
+        builders = family.graphs(checkpoint, precision, lengths)
         latent = family.latent(checkpoint)
         scheduler, schedule = family.scheduler(checkpoint), family.schedule(checkpoint)
         check_scheduler(scheduler, schedule, (latent.default_width, latent.default_height))
@@ -79,7 +92,9 @@ def export(
         graphs, stages = [], len(builders) + 2
         for number, (name, build) in enumerate(builders.items(), start=1):
             progress(name.replace("_", " "), number, stages)
-            graphs.append(write_graph(build, folder, precision, cells))
+            graphs.append(
+                write_graph(build, folder, precision, cells, partial(_alike, family, checkpoint, lengths, name))
+            )
             checkpoint.close()
         graphs.append(write_step_graph(folder, precision, latent.channels))
         progress("hashing", stages - 1, stages)
@@ -106,6 +121,16 @@ def export(
     return out
 
 
+def _alike(
+    family: Family, checkpoint: Checkpoint, lengths: Mapping[str, int], name: str, precision: Precision, few: bool
+) -> Graph:
+    """Return a graph of a checkpoint in some precision, of the first and last layers of each stack alone with `few`."""
+    layers = None
+    if few:
+        checkpoint, layers = checkpoint.shallow(), LAYERS_OF_A_STACK
+    return replace(family.graphs(checkpoint, precision, lengths)[name](), layers=layers)
+
+
 def write_tokenizers(
     family: Family, checkpoint: Checkpoint, folder: Path, words: Sequence[LearnedWord] = ()
 ) -> dict[str, TokenizerInfo]:
@@ -126,27 +151,37 @@ def write_tokenizers(
     return written
 
 
-def write_graph(build: Callable[[], Graph], folder: Path, precision: Precision, cells: tuple[int, int]) -> GraphInfo:
+def write_graph(
+    build: Callable[[], Graph],
+    folder: Path,
+    precision: Precision,
+    cells: tuple[int, int],
+    alike: Callable[[Precision, bool], Graph] | None = None,
+) -> GraphInfo:
     """Export one graph into `folder`, check it against its module, and describe it.
 
     Reference rows are recorded at a small size and at `cells`, the latent height and width of the default picture.
-
-    Weights are read one at a time from their files, to compute the references and to write the graph's own.
+    `alike` builds the graph in another precision, of all layers or of the first and the last alone: what is checked
+    in place of a graph that this machine cannot run. Weights are read one at a time from their files.
     """
     graph = build()
-    log.info("exporting %s", graph.name)
+    size = sum(parameter.numel() for parameter in graph.module.parameters())
+    log.info("exporting %s, %.3g million weights", graph.name, size / 1e6)
     with largest_activation(graph.module) as peak:
         cases = reference_cases(graph)
-        native = native_case(graph, cells)
-    if precision == "fp16" and graph.name in FLOAT_AT_THE_BORDER and peak() > HALF_LIMIT:
-        log.warning("%s reaches activations of %.3g, too large for fp16: it stays in fp32", graph.name, peak())
+        native = native_case(graph, cells) if size <= MOST_AT_FULL_SIZE else None
+    if precision != "fp32" and graph.name in FLOAT_AT_THE_BORDER and peak() > LIMIT[precision]:
+        log.warning("%s reaches activations of %.3g, too large for %s: it stays in fp32", graph.name, peak(), precision)
         precision = "fp32"
-    if precision == "fp16":
-        graph.module.half()
+    if precision != "fp32":
+        graph.module.to(TORCH_DTYPES_INSIDE[precision])
     kinds = {"small": cases[-1]} if native is None else {"small": cases[-1], "native": native}
     references = record(graph, folder, kinds)
     files = save_model(onnx_model(graph), folder / f"{graph.name}.onnx")
-    parity = check_parity(graph.name, files[0], cases, precision)
+    if alike is not None and (precision == "bf16" or size > MOST_AT_FULL_SIZE):
+        parity = _parity_of(alike("fp32" if precision == "bf16" else precision, size > MOST_AT_FULL_SIZE), precision)
+    else:
+        parity = check_parity(graph.name, files[0], cases, precision)
     log.info("%s: relative error %.2g against its module", graph.name, parity.relative_error)
     return GraphInfo(
         name=graph.name,
@@ -160,6 +195,17 @@ def write_graph(build: Callable[[], Graph], folder: Path, precision: Precision, 
         references=references,
         limits=dict(graph.limits),
     )
+
+
+def _parity_of(graph: Graph, precision: Precision) -> Parity:
+    """Return the parity of a graph that is not kept."""
+    cases = reference_cases(graph)
+    if precision == "fp16":
+        graph.module.half()
+    with TemporaryDirectory() as folder:
+        files = save_model(onnx_model(graph), Path(folder) / f"{graph.name}.onnx")
+        parity = check_parity(graph.name, files[0], cases, "fp32" if precision == "bf16" else precision)
+    return parity.model_copy(update={"layers": graph.layers})
 
 
 def write_step_graph(folder: Path, precision: Precision, channels: int) -> GraphInfo:

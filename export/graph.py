@@ -36,6 +36,8 @@ class Graph:
     limits: Mapping[str, float]
     smallest: Mapping[str, int] = field(default_factory=dict)
     usual: Mapping[str, int] = field(default_factory=dict)
+    layers: int | None = None
+    """How many layers of each stack it has, the first and the last; None: all."""
 
     @property
     def symbols(self) -> list[str]:

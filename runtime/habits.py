@@ -100,8 +100,8 @@ class DiffusersHabits:
 
     @property
     def dtype(self) -> str:
-        """The number format of the networks: `float32` or `float16`."""
-        return "float16" if self.bundle.manifest.precision == "fp16" else "float32"
+        """The number format of the networks: `float32`, `float16` or `bfloat16`."""
+        return {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}[self.bundle.manifest.precision]
 
     def to(self: Self, *places: Any, **named: Any) -> Self:
         """Return the pipeline, where it is on this device and of this type already; raises `RequestError` else."""

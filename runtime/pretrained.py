@@ -40,7 +40,7 @@ INSTEAD = {
     "cache_dir": "set HF_HOME for checkpoints, LATENTRT_HOME for bundles and engines",
 }
 
-PRECISIONS = {"float32": "fp32", "float16": "fp16", "auto": "fp32", "None": "fp32"}
+PRECISIONS = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "auto": "fp32", "None": "fp32"}
 
 
 def bundle_of(source: str | Path, named: Mapping[str, Any], progress: Progress) -> tuple[Bundle, dict[str, Any]]:
@@ -89,7 +89,7 @@ def _precision(left: dict[str, Any]) -> str | None:
         return None
     name = getattr(given[0], "__name__", str(given[0])).removeprefix("torch.")
     if name not in PRECISIONS:
-        raise RequestError(f"torch_dtype is {name}: a bundle is float32 or float16")
+        raise RequestError(f"torch_dtype is {name}: a bundle is float32, float16 or bfloat16")
     return PRECISIONS[name]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,9 @@ import torch
 from .configs import Kind, check_config, check_depth
 from .streamed import Find, load_module
 from .weights import Weights
+
+LAYERS_OF_A_STACK = 2
+"""Layers of a stack in a shallow copy: the first and the last."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,7 @@ class Part:
     library      the library of its class in `model_index.json`
     kinds        what the values of its config may be, where this package reads them
     depth        keys of its config that count layers, one inside the other
+    stacks       names that the layers of a stack begin with, by the key of its config that counts them
     section      the key of a larger config that holds its own, where it may be a part of a larger model
     """
 
@@ -39,6 +43,7 @@ class Part:
     kinds: Mapping[str, Kind] = field(default_factory=dict)
     depth: tuple[str, ...] = ()
     section: str | None = None
+    stacks: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def pickle_stem(self) -> str:
@@ -74,6 +79,22 @@ class Component:
         check_config(complete, part.kinds, where)
         check_depth(complete, part.depth, len(weights), where)
         return cls(part, where, complete, weights, find or weights.get)
+
+    def shallow(self) -> Component:
+        """Return the component with the first and the last layer of each of its stacks."""
+        config, find, before = dict(self.config), self.find, dict[str, str]()
+        for key, stack in self.part.stacks.items():
+            if config[key] > LAYERS_OF_A_STACK:
+                before[f"{stack}.1."] = f"{stack}.{config[key] - 1}."
+                config[key] = LAYERS_OF_A_STACK
+
+        def find_in_whole(name: str) -> torch.Tensor | None:
+            for few, all_of_them in before.items():
+                if name.startswith(few):
+                    return find(all_of_them + name.removeprefix(few))
+            return find(name)
+
+        return replace(self, config=config, find=find_in_whole)
 
     def load(self) -> torch.nn.Module:
         """Build the network; its weights stay in their files, which `close` unmaps.
@@ -148,6 +169,10 @@ class Checkpoint:
     def load(self, component: str) -> Any:
         """Return a component's network, in float32 and ready for inference, its weights still in their files."""
         return self.components[component].load()
+
+    def shallow(self) -> Checkpoint:
+        """Return the checkpoint with the first and the last layer of each stack of its networks."""
+        return replace(self, components={name: each.shallow() for name, each in self.components.items()})
 
     def close(self) -> None:
         """Unmap all weight files; reading maps them again."""

@@ -20,6 +20,7 @@ class PrecisionChoice(str, Enum):
 
     fp32 = "fp32"
     fp16 = "fp16"
+    bf16 = "bf16"
 
 
 def export(

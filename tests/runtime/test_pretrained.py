@@ -120,7 +120,7 @@ def test_without_the_extra_bundles_open_and_checkpoints_say_what_to_install(
         ({"device_map": "auto"}, "device_map is not supported: choose with backend="),
         ({"unet": object()}, "unet cannot be given"),
         ({"vae": object()}, "vae is a object: give a name, a folder or a hub id"),
-        ({"torch_dtype": "torch.bfloat16"}, "torch_dtype is bfloat16: a bundle is float32 or float16"),
+        ({"torch_dtype": "torch.float64"}, "torch_dtype is float64: a bundle is float32, float16 or bfloat16"),
         ({"torch_dtype": np.float16}, "is fp32: export the checkpoint in fp16"),
         ({"revision": "main"}, "revision is for checkpoints"),
     ],

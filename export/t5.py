@@ -1,0 +1,93 @@
+"""transformers' `T5EncoderModel`: T5's encoder alone, whose last hidden states condition FLUX and Stable Diffusion 3."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .checkpoints.checkpoint import Part
+from .checkpoints.configs import WHOLE
+
+HALF_SCALE = 64.0
+"""By which a feed-forward layer's last product is smaller in half precision, whose range T5's own would leave."""
+
+
+class _Scaled(nn.Linear):
+    """A linear layer with a float32 output that is exact to half precision, and reaches 64 times its range."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return the product; a power of two costs no digits."""
+        if self.weight.dtype != torch.float16:
+            return super().forward(hidden)
+        return super().forward(hidden * (1 / HALF_SCALE)).float() * HALF_SCALE
+
+
+def prepare(encoder: Any) -> Any:
+    """Return the encoder ready for `hidden_states`, for any length and precision.
+
+    Buckets of distances come from a table, because the logarithm that they are rounded from differs between libraries.
+    The sum over layers stays in float32, as transformers has it in half precision: it is too large for less.
+    """
+    for block in encoder.encoder.block:
+        block.layer[-1].DenseReluDense.wo.__class__ = _Scaled
+    attention = encoder.encoder.block[0].layer[0].SelfAttention
+    most = attention.relative_attention_max_distance  # all further ones share a bucket
+    buckets = attention._relative_position_bucket(
+        torch.arange(-most, most + 1), True, attention.relative_attention_num_buckets, most
+    )
+
+    def position_bias(length: int, _: int, **__: Any) -> Tensor:
+        positions = torch.arange(length)
+        distances = (positions[None, :] - positions[:, None]).clamp(-most, most) + most  # [L, L]
+        bias: Tensor = attention.relative_attention_bias(buckets)[distances]  # [L, L, heads]
+        return bias.permute(2, 0, 1)[None]
+
+    attention.compute_bias = position_bias
+    return encoder
+
+
+def hidden_states(encoder: Any, token_ids: Tensor) -> Tensor:
+    """Return the last hidden states [R, L, E] of token ids [R, L], padding among them, of a prepared encoder."""
+    hidden: Tensor = encoder(inputs_embeds=encoder.shared(token_ids).float())[0]
+    return hidden
+
+
+def _config_class() -> Any:
+    from transformers import T5Config
+
+    return T5Config
+
+
+def _build(config: Mapping[str, Any]) -> nn.Module:
+    from transformers import T5EncoderModel
+
+    model: nn.Module = T5EncoderModel(_config_class().from_dict(dict(config)))
+    return model
+
+
+T5_ENCODER = Part(
+    "T5EncoderModel",
+    "model",
+    configured=_config_class,
+    build=_build,
+    # The one embedding has two names, and files have either or both.
+    renames=(
+        lambda name: name.replace("encoder.embed_tokens.", "shared."),
+        lambda name: name.replace("shared.", "encoder.embed_tokens."),
+    ),
+    library="transformers",
+    kinds={
+        "vocab_size": WHOLE,
+        "d_model": WHOLE,
+        "d_kv": WHOLE,
+        "d_ff": WHOLE,
+        "num_layers": WHOLE,
+        "num_heads": WHOLE,
+        "relative_attention_num_buckets": WHOLE,
+        "relative_attention_max_distance": WHOLE,
+    },
+    depth=("num_layers",),
+)
