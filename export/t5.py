@@ -1,4 +1,4 @@
-"""transformers' `T5EncoderModel`: T5's encoder alone, whose last hidden states condition FLUX and Stable Diffusion 3."""
+"""transformers' `T5EncoderModel`: T5's encoder alone, whose last hidden states condition FLUX and SD 3."""
 
 from __future__ import annotations
 
@@ -13,6 +13,18 @@ from .checkpoints.configs import WHOLE
 
 HALF_SCALE = 64.0
 """By which a feed-forward layer's last product is smaller in half precision, whose range T5's own would leave."""
+
+
+class _Norm(nn.Module):
+    """T5's norm of float32, in the network's own type; its weight is cast before, as a fused norm takes one type."""
+
+    weight: Tensor
+    variance_epsilon: float
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return [R, L, E] over its root mean square."""
+        scale = torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return (self.weight.float() * (hidden * scale)).to(self.weight.dtype)
 
 
 class _Scaled(nn.Linear):
@@ -33,6 +45,9 @@ def prepare(encoder: Any) -> Any:
     """
     for block in encoder.encoder.block:
         block.layer[-1].DenseReluDense.wo.__class__ = _Scaled
+    for module in encoder.modules():
+        if hasattr(module, "variance_epsilon"):
+            module.__class__ = _Norm
     attention = encoder.encoder.block[0].layer[0].SelfAttention
     most = attention.relative_attention_max_distance  # all further ones share a bucket
     buckets = attention._relative_position_bucket(
@@ -42,7 +57,7 @@ def prepare(encoder: Any) -> Any:
     def position_bias(length: int, _: int, **__: Any) -> Tensor:
         positions = torch.arange(length)
         distances = (positions[None, :] - positions[:, None]).clamp(-most, most) + most  # [L, L]
-        bias: Tensor = attention.relative_attention_bias(buckets)[distances]  # [L, L, heads]
+        bias = nn.functional.embedding(distances, attention.relative_attention_bias(buckets))  # [L, L, heads]
         return bias.permute(2, 0, 1)[None]
 
     attention.compute_bias = position_bias
@@ -51,8 +66,11 @@ def prepare(encoder: Any) -> Any:
 
 def hidden_states(encoder: Any, token_ids: Tensor) -> Tensor:
     """Return the last hidden states [R, L, E] of token ids [R, L], padding among them, of a prepared encoder."""
-    hidden: Tensor = encoder(inputs_embeds=encoder.shared(token_ids).float())[0]
-    return hidden
+    hidden, bias = encoder.shared(token_ids).float(), None
+    for block in encoder.encoder.block:
+        hidden, bias, _ = block(hidden, position_bias=bias)
+    normal: Tensor = encoder.encoder.final_layer_norm(hidden)
+    return normal
 
 
 def _config_class() -> Any:
