@@ -1,0 +1,154 @@
+"""transformers' Qwen3 as a text encoder: hidden states behind some of its layers, of a prompt as a conversation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..engines.bundle import Precision, TensorInfo
+from ..engines.errors import CheckpointError, UnsupportedModelError
+from .checkpoints.checkpoint import Part
+from .checkpoints.configs import SCALE, WHOLE, said_by, shown
+from .graph import Graph, network_dtype, outward
+
+USUAL_TOKENS = 64
+"""What most prompts fit in, where rows are of several lengths."""
+
+PROMPTS = ("{}", " a {} b\n")
+"""Stand-ins for a prompt: what a template makes of them must be the template with them in place."""
+
+
+class TextEncoder(nn.Module):
+    """Qwen3's hidden states behind some of its layers, side by side; layers behind the last of them are let go.
+
+    Positions are [R, L]: rotary embeddings with rows of their own are what engines know. Their frequencies are a
+    constant, which no precision rounds.
+    """
+
+    encoder: Any
+
+    def __init__(self, encoder: Any, layers: Sequence[int]) -> None:
+        super().__init__()
+        encoder = getattr(encoder, "model", encoder)
+        self.taken = [min(count, len(encoder.layers)) for count in layers]
+        encoder.layers = encoder.layers[: max(self.taken)]
+        rotary, encoder.norm, encoder.rotary_emb = encoder.rotary_emb, None, None
+        self.frequencies = torch.cat([rotary.inv_freq.float()] * 2)
+        self.scaling: float = rotary.attention_scaling
+        self.encoder = encoder
+
+    def forward(self, token_ids: Tensor, token_mask: Tensor) -> Tensor:
+        """Return the conditioning [R, L, E] of token ids [R, L], of which the mask counts those that are read."""
+        positions = torch.arange(token_ids.shape[1])[None].expand(token_ids.shape)
+        read = positions < token_mask.sum(1, keepdim=True)
+        before = positions[:, :, None] >= positions[:, None, :]
+        mask = torch.logical_and(before, read[:, None, :])[:, None]  # [R, 1, L, L]
+        hidden = self.encoder.embed_tokens(token_ids)
+        angles = positions[..., None].float() * self.frequencies
+        rotary = tuple((each * self.scaling).to(hidden.dtype) for each in (angles.cos(), angles.sin()))
+        found = {}
+        for number, layer in enumerate(self.encoder.layers, start=1):
+            hidden = layer(hidden, attention_mask=mask, position_ids=positions, position_embeddings=rotary)
+            found[number] = hidden
+        return outward(torch.cat([found[number] for number in self.taken], dim=-1))
+
+
+def text_encoder_graph(encoder: Any, layers: Sequence[int], precision: Precision, length: int | None = None) -> Graph:
+    """Token ids and their mask [R, L] to the hidden states behind `layers` layers [R, L, E], side by side.
+
+    `length` is L, where it is always the same. A token of the mask is 1; behind the last there are zeros.
+    """
+    width, size = len(layers) * encoder.config.hidden_size, "L" if length is None else length
+    return Graph(
+        "text_encoder",
+        "prompt",
+        TextEncoder(encoder, layers),
+        (
+            TensorInfo(name="token_ids", dtype="int64", shape=("R", size)),
+            TensorInfo(name="token_mask", dtype="int64", shape=("R", size)),
+        ),
+        (TensorInfo(name="context", dtype=network_dtype(precision), shape=("R", size, width)),),
+        limits={"token_ids": encoder.config.vocab_size, "token_mask": 2},
+        usual={"L": USUAL_TOKENS} if length is None else {},
+    )
+
+
+def check_encoder(config: Mapping[str, Any], layers: Sequence[int], where: str) -> None:
+    """Raise `UnsupportedModelError` for an encoder that has no hidden states behind so many layers, or windows."""
+    if config.get("use_sliding_window") or "sliding_attention" in (config.get("layer_types") or ()):
+        raise UnsupportedModelError(f"{where}: attention in sliding windows is not supported")
+    if not 1 <= min(layers) <= max(layers) < config["num_hidden_layers"]:
+        raise UnsupportedModelError(
+            f"{where}: num_hidden_layers is {shown(config['num_hidden_layers'])} where what {max(layers)} layers give "
+            "is taken before the last"
+        )
+
+
+def chat_template(folder: Path, *, thinking: bool) -> str:
+    """Return what a tokenizer's chat template makes of a prompt, `{}`, that waits for an answer.
+
+    Raises `CheckpointError` where there is none that can be used, `UnsupportedModelError` for one that changes prompts.
+    """
+    import transformers
+
+    try:
+        tokenizer = transformers.Qwen2TokenizerFast.from_pretrained(str(folder), local_files_only=True)
+        made = [
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": prompt}],
+                tokenize=False,
+                add_generation_prompt=True,
+                enable_thinking=thinking,
+            )
+            for prompt in PROMPTS
+        ]
+    except Exception as error:  # transformers and jinja raise many kinds
+        raise CheckpointError(f"{folder} has no chat template that can be used ({said_by(error)})") from error
+    if tokenizer.padding_side != "right":
+        raise UnsupportedModelError(f"{folder}: prompts are filled up on the left, where the right is supported")
+    template = str(made[0])
+    if template.count("{}") != 1 or made[1] != template.replace("{}", PROMPTS[1]):
+        raise UnsupportedModelError(f"{folder}: its chat template changes prompts: {shown(template)}")
+    return template
+
+
+def _config_class() -> Any:
+    from transformers import Qwen3Config
+
+    return Qwen3Config
+
+
+def _build(config: Mapping[str, Any]) -> nn.Module:
+    from transformers import Qwen3Model
+
+    model: nn.Module = Qwen3Model(_config_class().from_dict(dict(config) | {"layer_types": None}))
+    return model
+
+
+QWEN3 = Part(
+    "Qwen3Model",
+    "model",
+    configured=_config_class,
+    build=_build,
+    renames=(lambda name: f"model.{name}",),  # files of the whole language model
+    library="transformers",
+    kinds={
+        "vocab_size": WHOLE,
+        "hidden_size": WHOLE,
+        "intermediate_size": WHOLE,
+        "num_hidden_layers": WHOLE,
+        "num_attention_heads": WHOLE,
+        "num_key_value_heads": WHOLE,
+        "head_dim": WHOLE,
+        "rms_norm_eps": SCALE,
+    },
+    depth=("num_hidden_layers",),
+    stacks={"num_hidden_layers": "layers"},
+)
+
+QWEN3_CAUSAL = replace(QWEN3, class_name="Qwen3ForCausalLM")
