@@ -135,7 +135,7 @@ def write_tokenizers(
     family: Family, checkpoint: Checkpoint, folder: Path, words: Sequence[LearnedWord] = ()
 ) -> dict[str, TokenizerInfo]:
     """Write a checkpoint's tokenizers and return their contracts; `tokenizer_2` feeds `token_ids_2`."""
-    lengths, written = family.token_lengths(checkpoint), {}
+    lengths, kinds, written = family.token_lengths(checkpoint), family.tokenizer_kinds(checkpoint), {}
     for name, source in checkpoint.tokenizers.items():
         max_length, vocab_size = lengths[name]
         written[name] = write_tokenizer(
@@ -146,7 +146,7 @@ def write_tokenizers(
             vocab_size=vocab_size,
             pad_id=source.pad_id,
             words=words,
-            kind=family.tokenizers[name],
+            kind=kinds[name],
         )
     return written
 

@@ -36,6 +36,8 @@ class Graph:
     limits: Mapping[str, float]
     smallest: Mapping[str, int] = field(default_factory=dict)
     usual: Mapping[str, int] = field(default_factory=dict)
+    multiples: Mapping[str, int] = field(default_factory=dict)
+    """What the values of letters are multiples of, where not every whole number will do."""
     layers: int | None = None
     """How many layers of each stack it has, the first and the last; None: all."""
 
@@ -51,7 +53,8 @@ class Graph:
         The others get `times` their usual value.
         """
         own = [letter for letter in self.symbols if letter not in self.usual]
-        return [*rows_and_cells[: len(own)], *(times * self.usual[s] for s in self.symbols if s in self.usual)]
+        values = dict(zip(own, rows_and_cells, strict=False)) | {s: times * n for s, n in self.usual.items()}
+        return [-(-values[s] // self.multiples.get(s, 1)) * self.multiples.get(s, 1) for s in self.symbols]
 
     def random_inputs(self, sizes: Iterable[int], seed: int) -> dict[str, torch.Tensor]:
         """Return random values for every input; `sizes` are the letters' values."""

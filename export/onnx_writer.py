@@ -128,9 +128,13 @@ def _cast(self: Any, dtype: int, non_blocking: bool = False, copy: bool = False)
 
 
 def _dynamic_shapes(graph: Graph) -> dict[str, dict[int, Any]]:
-    cells = {
+    cells: dict[str, Any] = {
         letter: torch.export.Dim(f"{letter}_", min=graph.smallest.get(letter), max=MAX_ROWS if letter in "RB" else None)
         for letter in graph.symbols
+    }
+    cells |= {
+        letter: factor * torch.export.Dim(f"{letter}_", min=-(-graph.smallest.get(letter, 2 * factor) // factor))
+        for letter, factor in graph.multiples.items()
     }
     dims: dict[str, dict[int, Any]] = {}
     for tensor in graph.inputs:

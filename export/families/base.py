@@ -68,6 +68,10 @@ class Family(ABC):
         configs = {name: checkpoint.config(name.replace("tokenizer", "text_encoder")) for name in names}
         return {name: (each["max_position_embeddings"], each["vocab_size"]) for name, each in configs.items()}
 
+    def tokenizer_kinds(self, checkpoint: Checkpoint) -> Mapping[str, TokenizerKind]:
+        """Return the kinds of the tokenizers with what a checkpoint says itself, such as a template for prompts."""
+        return self.tokenizers
+
     @abstractmethod
     def graphs(
         self, checkpoint: Checkpoint, precision: Precision, lengths: Mapping[str, int]
