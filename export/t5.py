@@ -108,4 +108,5 @@ T5_ENCODER = Part(
         "relative_attention_max_distance": WHOLE,
     },
     depth=("num_layers",),
+    stacks={"num_layers": "encoder.block"},
 )
