@@ -1,0 +1,123 @@
+"""FLUX.2-klein, base and distilled: hidden states of Qwen3 as the conditioning, a transformer on cells of 16 pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, ClassVar
+
+from ...engines.bundle import GuidanceInfo, LatentInfo, NumbersInput, Precision, ScheduleRule, ShiftLine
+from ...engines.errors import CheckpointError, UnsupportedModelError
+from ..autoencoder import decoder_graph, vae_factor
+from ..checkpoints.checkpoint import Checkpoint, Part
+from ..checkpoints.configs import shown
+from ..checkpoints.tokenizer import QWEN, TokenizerKind
+from ..flux2 import FLUX2_TRANSFORMER, FLUX2_VAE, SquaresDecoder, denoiser_graph
+from ..graph import Graph
+from ..qwen import QWEN3_CAUSAL, chat_template, check_encoder, text_encoder_graph
+from ..reference import reference_pipeline
+from ..unet import EMBEDDED_GUIDANCE
+from .base import Family
+
+TOKENS = 512
+"""Of a conversation, padding among them: the transformer sees it all, so that other numbers make other pictures."""
+LAYERS = (9, 18, 27)
+"""The text encoder's, behind which hidden states are taken."""
+SHIFTS = (
+    ShiftLine(steps=10, slope=8.73809524e-05, offset=1.89833333),
+    ShiftLine(steps=200, slope=0.00016927, offset=0.45666666),
+)
+"""diffusers' `compute_empirical_mu`."""
+MANY_TOKENS = 4300
+
+
+class Flux2(Family):
+    """FLUX.2-klein for pictures from text. FLUX.2-dev, whose text encoder also reads pictures, is refused for it."""
+
+    name = "flux2"
+    title = "FLUX.2"
+    pipelines = ("Flux2KleinPipeline", "Flux2KleinInpaintPipeline", "Flux2Pipeline")
+    parts: ClassVar[Mapping[str, Part]] = {
+        "text_encoder": QWEN3_CAUSAL,
+        "transformer": FLUX2_TRANSFORMER,
+        "vae": FLUX2_VAE,
+    }
+    tokenizers: ClassVar[Mapping[str, TokenizerKind]] = {"tokenizer": replace(QWEN, masked=True)}
+
+    def check(self, checkpoint: Checkpoint) -> None:
+        """Raise `UnsupportedModelError` for transformers with other inputs, `CheckpointError` for parts of others."""
+        config, where = checkpoint.config("transformer"), checkpoint.components["transformer"].where
+        wanted, given = 4 * checkpoint.config("vae")["latent_channels"], config["in_channels"]
+        if config["patch_size"] != 1 or (given, config["out_channels"] or given) != (wanted, wanted):
+            raise UnsupportedModelError(
+                f"{where}: the transformer takes {given} and gives {shown(config['out_channels'] or given)} channels "
+                f"where four cells of the VAE have {wanted}"
+            )
+        if sum(config["axes_dims_rope"]) != config["attention_head_dim"] or len(config["axes_dims_rope"]) != 4:
+            raise CheckpointError(
+                f"{where}: axes_dims_rope {shown(config['axes_dims_rope'])} are not four numbers of which "
+                f"attention_head_dim {config['attention_head_dim']} is the sum"
+            )
+        encoder = checkpoint.config("text_encoder")
+        check_encoder(encoder, LAYERS, checkpoint.components["text_encoder"].where)
+        if config["joint_attention_dim"] != len(LAYERS) * encoder["hidden_size"]:
+            raise CheckpointError(
+                f"{where}: joint_attention_dim is {config['joint_attention_dim']} where {len(LAYERS)} layers of the "
+                f"text encoder give {len(LAYERS) * encoder['hidden_size']}: the parts belong to different checkpoints"
+            )
+
+    def token_lengths(self, checkpoint: Checkpoint) -> Mapping[str, tuple[int, int]]:
+        """Return the pipelines' own length."""
+        return {"tokenizer": (TOKENS, checkpoint.config("text_encoder")["vocab_size"])}
+
+    def tokenizer_kinds(self, checkpoint: Checkpoint) -> Mapping[str, TokenizerKind]:
+        """Return the tokenizer with the template of a conversation whose answer needs no thinking."""
+        template = chat_template(checkpoint.tokenizers["tokenizer"].folder, thinking=False)
+        return {"tokenizer": replace(self.tokenizers["tokenizer"], template=template)}
+
+    def graphs(
+        self, checkpoint: Checkpoint, precision: Precision, lengths: Mapping[str, int]
+    ) -> Mapping[str, Callable[[], Graph]]:
+        """Return text encoder, denoiser and decoder. Pictures are references to diffusers, and have no graph."""
+        length = lengths["tokenizer"]
+        return {
+            "text_encoder": lambda: text_encoder_graph(checkpoint.load("text_encoder"), LAYERS, precision, length),
+            "denoiser": lambda: denoiser_graph(checkpoint.load("transformer"), length, precision),
+            "decoder": lambda: decoder_graph(SquaresDecoder(checkpoint.load("vae"))),
+        }
+
+    def latent(self, checkpoint: Checkpoint) -> LatentInfo:
+        """Return the geometry of squares of four cells of the VAE, which are one of the latents."""
+        factor = vae_factor(checkpoint.config("vae"))
+        return LatentInfo(
+            channels=checkpoint.config("transformer")["in_channels"],
+            downscale=2 * factor,
+            size_multiple=2 * factor,
+            default_height=128 * factor,
+            default_width=128 * factor,
+        )
+
+    def schedule(self, checkpoint: Checkpoint) -> ScheduleRule:
+        """Return even sigmas, shifted by the number of tokens and of steps where the scheduler asks for it."""
+        side = 2 * vae_factor(checkpoint.config("vae"))
+        return ScheduleRule(sigmas="even", lines=SHIFTS, last_line_above=MANY_TOKENS, pixels_per_token=side)
+
+    def inputs(self, checkpoint: Checkpoint) -> tuple[NumbersInput, ...]:
+        """Return the guidance scale, where the transformer reads it."""
+        return EMBEDDED_GUIDANCE if checkpoint.config("transformer").get("guidance_embeds") else ()
+
+    def guidance(self, checkpoint: Checkpoint) -> GuidanceInfo:
+        """Return classifier-free guidance, or none for a distilled transformer."""
+        return GuidanceInfo(above=None) if checkpoint.options.get("is_distilled") else GuidanceInfo()
+
+    def defaults(self, checkpoint: Checkpoint) -> dict[str, Any]:
+        """Return the defaults of diffusers' pipelines, or what a distilled transformer is made for."""
+        scale, steps = (1.0, 4) if checkpoint.options.get("is_distilled") else (4.0, 50)
+        return {"default_guidance_scale": scale, "default_num_inference_steps": steps}
+
+    def pipeline(self, checkpoint: Checkpoint) -> Any:
+        """Return diffusers' pipeline of the checkpoint."""
+        return reference_pipeline(checkpoint, "Flux2KleinPipeline", {})
+
+
+FAMILY = Flux2()

@@ -1,0 +1,146 @@
+"""FLUX.2-klein against diffusers' own pipeline: the base, which is guided, and distilled."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from latentrt.engines.errors import CheckpointError, RequestError, UnsupportedModelError
+from latentrt.export import export_checkpoint
+from latentrt.runtime import Pipeline
+from PIL import Image
+
+torch = pytest.importorskip("torch")
+diffusers = pytest.importorskip("diffusers")
+
+from latentrt.export.checkpoints.diffusers_folder import open_folder  # noqa: E402
+from latentrt.export.families.flux2 import FAMILY  # noqa: E402
+
+from . import tiny_flux  # noqa: E402
+from .compare import check, opened  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+QUICK: dict[str, Any] = {"prompt": "a red circle", "num_inference_steps": 3, "height": 32, "width": 32}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_flux.klein(tmp_path_factory.mktemp("klein") / "base")
+
+
+@pytest.fixture(scope="module")
+def pipe(base: Path) -> Iterator[Pipeline]:
+    with Pipeline.open(export_checkpoint(base, base.with_name("bundle")), "onnxruntime-cpu") as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def distilled(base: Path, pipe: Pipeline) -> Iterator[Pipeline]:
+    """The same graphs under what the manifest of a distilled checkpoint says of guidance."""
+    folder = shutil.copytree(base, base.with_name("distilled"))
+    index = folder / "model_index.json"
+    index.write_text(index.read_text().replace('"is_distilled": false', '"is_distilled": true'))
+    checkpoint = open_folder(folder, "distilled")
+    bundle = shutil.copytree(pipe.bundle.path, base.with_name("distilled-bundle"))
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    manifest |= {"guidance": FAMILY.guidance(checkpoint).model_dump(mode="json"), **FAMILY.defaults(checkpoint)}
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    with Pipeline.open(bundle, "onnxruntime-cpu") as opened:
+        yield opened
+
+
+def reference(folder: Path) -> Callable[..., Any]:
+    """Return diffusers' pipeline, whose latents are normal and in squares, as the transformer has them."""
+    pipeline = opened(diffusers.Flux2KleinPipeline, folder)
+    norm = pipeline.vae.bn
+
+    def draw(**request: Any) -> Any:
+        result = pipeline(**request)
+        if request["output_type"] == "latent":
+            squares = pipeline._patchify_latents(result.images)
+            deviation = (norm.running_var + pipeline.vae.config.batch_norm_eps).sqrt()
+            result.images = (squares - norm.running_mean.view(1, -1, 1, 1)) / deviation.view(1, -1, 1, 1)
+        return result
+
+    return draw
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        {},
+        {"guidance_scale": 1.0, "height": 64, "width": 24},
+        {"guidance_scale": 7.5, "height": 20, "width": 36, "num_images_per_prompt": 2},
+        {"prompt": ["a star", "a blue square of glass, " * 60], "num_inference_steps": 12},
+        {"sigmas": [1.0, 0.6, 0.2]},
+    ],
+)
+def test_text_to_image(base: Path, pipe: Pipeline, request_: dict[str, Any]) -> None:
+    check(pipe, reference(base), **{**QUICK, **request_})
+
+
+def test_a_distilled_checkpoint_is_never_guided(base: Path, distilled: Pipeline) -> None:
+    manifest = distilled.bundle.manifest
+    assert (manifest.default_guidance_scale, manifest.default_num_inference_steps) == (1.0, 4)
+    draw = reference(base.with_name("distilled"))
+    for request in ({}, {"guidance_scale": 4.0, "width": 48}):
+        check(distilled, draw, **{**QUICK, **request})
+
+
+def test_prompt_guidance_and_negative_prompt_are_seen(pipe: Pipeline) -> None:
+    request = {**QUICK, "seed": 1, "output_type": "latent"}
+    plain = pipe(**request).images
+    for change in ({"prompt": "a star"}, {"guidance_scale": 9.0}, {"negative_prompt": "a star"}):
+        assert np.abs(pipe(**{**request, **change}).images - plain).max() > 1e-3, change
+
+
+def test_the_manifest_holds_geometry_and_conversation(pipe: Pipeline) -> None:
+    manifest, latent = pipe.bundle.manifest, pipe.bundle.manifest.latent
+    assert (latent.channels, latent.downscale, latent.size_multiple, latent.default_height) == (32, 4, 4, 256)
+    assert (manifest.default_guidance_scale, manifest.default_num_inference_steps) == (4.0, 50)
+    (tokenizer,) = manifest.tokenizers
+    assert tokenizer.max_length == 512 and tokenizer.template.endswith("<think>\n\n</think>\n\n")
+
+
+def test_pictures_to_start_from_are_refused(pipe: Pipeline) -> None:
+    with pytest.raises(RequestError, match="image"):
+        pipe(**QUICK, image=Image.new("RGB", (32, 32)))
+
+
+@pytest.mark.parametrize(
+    ("part", "old", "new", "error", "message"),
+    [
+        ("transformer", '"in_channels": 32', '"in_channels": 64', UnsupportedModelError, "takes 64 and gives 64"),
+        (
+            "transformer",
+            '"joint_attention_dim": 48',
+            '"joint_attention_dim": 64',
+            CheckpointError,
+            "text encoder give 48",
+        ),
+        ("text_encoder", '"num_hidden_layers": 28', '"num_hidden_layers": 27', UnsupportedModelError, "27 layers"),
+        (
+            ".",
+            '"Qwen3ForCausalLM"',
+            '"Mistral3ForConditionalGeneration"',
+            UnsupportedModelError,
+            "only Qwen3ForCausalLM",
+        ),
+    ],
+)
+def test_other_checkpoints_are_refused_in_a_line(
+    base: Path, tmp_path: Path, part: str, old: str, new: str, error: type[Exception], message: str
+) -> None:
+    folder = shutil.copytree(base, tmp_path / "other")
+    config = folder / part / ("model_index.json" if part == "." else "config.json")
+    assert old in config.read_text()
+    config.write_text(config.read_text().replace(old, new))
+    with pytest.raises(error, match=message) as caught:
+        export_checkpoint(folder, tmp_path / "bundle")
+    assert "\n" not in str(caught.value)
