@@ -16,6 +16,7 @@ from .pictures.initial import Pictures, load_pictures
 from .prompt.embeddings import Embeddings, embeddings_of, float_array
 from .request import GenerationRequest
 from .result import GenerationResult, Timings
+from .sampling.registry import evaluations_of_a_step
 from .sampling.resolve import resolved
 
 OutputType = Literal["pil", "np", "latent"]
@@ -37,6 +38,8 @@ class Call:
     """The first noise of all images [n, C, h, w], or None to draw it."""
     embeddings: Embeddings | None
     output_type: OutputType
+    started: bool = False
+    """Whether the latents are those of a run half-way, which are taken as they are."""
 
     @classmethod
     def of(cls, bundle: Bundle, manifest: Manifest, given: Mapping[str, Any]) -> Call:
@@ -48,6 +51,8 @@ class Call:
             raise RequestError(f"output_type is {output_type!r}: choose pil, np or latent{why}")
         check_tensor_inputs(given["callback_on_step_end_tensor_inputs"])
         check_tensor_inputs(getattr(given["callback_on_step_end"], "tensor_inputs", ()))
+        if started := given.get("denoising_start") is not None:
+            given = {**given, "image": None, "latents": _half_way(given)}
         pictures = load_pictures(given["image"], given["mask_image"], given["strength"], given["padding_mask_crop"])
         if pictures and pictures.padding is not None and output_type != "pil":
             raise RequestError(f"output_type is {output_type!r}: padding_mask_crop pastes into a picture, give pil")
@@ -69,7 +74,7 @@ class Call:
             noise = noise_of(generator, len(request.images))
             seeds = noise.seeds * (len(request.images) if noise.shared else 1)
             request = GenerationRequest.of(**{**request.model_dump(), "seed": tuple(seeds)})
-        return cls(request, pictures, noise, latents, embeddings, output_type)
+        return cls(request, pictures, noise, latents, embeddings, output_type, started)
 
     def result(self, asked: tuple[int | None, int | None], takes_eta: bool, multiple: int) -> GenerationResult[Any]:
         """Return an empty result, with what to know about the request; `asked` are the caller's width and height."""
@@ -100,7 +105,7 @@ def _request(
     fields["prompt"], strength = given["prompt"], given["strength"]
     if embeddings is not None and embeddings.prompt:
         fields["prompt"] = ("",) * len(next(iter(embeddings.prompt.values())))
-    fields["strength"] = strength if strength is not None else 0.8 if pictures and not pictures.masks else 1.0
+    fields["strength"] = strength if strength is not None else _default_strength(manifest, pictures)
     fields["seed"] = _seed(given["seed"], given["generator"])
     if latents is not None and latents.ndim == 4:
         for name, cells in (("height", latents.shape[2]), ("width", latents.shape[3])):
@@ -114,6 +119,26 @@ def _request(
     whole = pictures is not None and pictures.padding is None and latents is None
     size = pictures.size if pictures and whole else None
     return request.with_defaults(manifest, size, from_picture=bool(pictures))
+
+
+def _default_strength(manifest: Manifest, pictures: Pictures | None) -> float:
+    if not pictures:
+        return 1.0
+    return manifest.default_inpainting_strength if pictures.masks else manifest.default_strength
+
+
+def _half_way(given: Mapping[str, Any]) -> Any:
+    """Return the latents that denoising_start goes on from, which diffusers' pipelines take as `image`."""
+    if given["mask_image"] is not None or given["strength"] is not None or given["latents"] is not None:
+        raise RequestError(
+            "denoising_start is given: it goes on from image; leave mask_image, strength and latents out"
+        )
+    image = given["image"]
+    if image is None or getattr(image, "ndim", 0) != 4 or getattr(image, "shape", (0, 0))[1] in (1, 3):
+        raise RequestError(
+            "denoising_start is given: give latents [images, C, h, w] as image, those of a request with denoising_end"
+        )
+    return image
 
 
 def _is_seed(generator: Any) -> bool:
@@ -146,8 +171,7 @@ def _check_latents(latents: Latents, request: GenerationRequest, manifest: Manif
 
 def calls_of_a_step(sampler: str, scheduler: Mapping[str, Any]) -> int:
     """Return how often a sampler asks the denoiser in a step of its own (diffusers' scheduler.order)."""
-    name = resolved(scheduler, sampler)[0]
-    return 2 if "Heun" in name or "KDPM2" in name else 1
+    return evaluations_of_a_step(resolved(scheduler, sampler)[0])
 
 
 def legacy_callback(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -183,7 +184,7 @@ class Pipeline(Drawing):
         """Turn prompts into pictures.
 
         `image` (a path, PIL picture or array, or one for each image) starts from a picture, kept the more the lower
-        `strength` is (default 0.8); `mask_image` repaints only its white area (default strength 1), and
+        `strength` is (default: the bundle's); `mask_image` repaints only its white area, and
         `padding_mask_crop` draws that part alone, with so many pixels around it, at the request's size. Sizes are
         pixels; `None` means the bundle's default. `seed` is that of the first image, and others follow it, or one for
         each; `generator` takes torch generators. `prompt_embeds` [prompts, L, E] stand in place of prompts, `latents`
@@ -202,6 +203,7 @@ class Pipeline(Drawing):
         call = Call.of(self.bundle, self._manifest, given)
         request, manifest = call.request, self._manifest
         table = self._table_for(request, chosen=sampler is not None or timesteps is not None or sigmas is not None)
+        table = replace(table, init_noise_sigma=1.0) if call.started else table
         eta_taken = takes_eta(request.sampler or "", manifest.scheduler)
         finished = call.result((width, height), eta_taken, manifest.latent.size_multiple)
         calls = calls_of_a_step(request.sampler or "", manifest.scheduler)
@@ -261,7 +263,8 @@ class Pipeline(Drawing):
             chosen_by = {"sampler": request.sampler, "strength": request.strength, "eta": request.eta}
             custom = {"timesteps": request.timesteps, "sigmas": request.sigmas}
             steps = None if any(custom.values()) else request.num_inference_steps
-            return self._table(steps, size=size, **custom, **chosen_by)
+            share = (request.denoising_start or 0.0, request.denoising_end or 1.0)
+            return self._table(steps, size=size, share=share, **custom, **chosen_by)
         except SchedulerError as error:
             raise (RequestError(str(error)) if chosen else error) from error
 

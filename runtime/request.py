@@ -115,7 +115,7 @@ class GenerationRequest(BaseModel):
     negative_target_size: Pair | None = None
     aesthetic_score: float = Field(default=6.0, ge=0, le=1000, allow_inf_nan=False)
     negative_aesthetic_score: float = Field(default=2.5, ge=0, le=1000, allow_inf_nan=False)
-    denoising_start: float | None = Field(default=None, ge=0, lt=1)
+    denoising_start: float | None = Field(default=None, gt=0, lt=1)
     denoising_end: float | None = Field(default=None, gt=0, lt=1)
     seed: int | tuple[int, ...] = Field(default_factory=lambda: secrets.randbits(32))
     sampler: str | None = None
@@ -166,6 +166,10 @@ class GenerationRequest(BaseModel):
             raise ValueError(
                 f"seed is a list of {len(self.seed)}: give one seed, or one for each of the {images} images"
             )
+        if (self.denoising_start or 0.0) >= (self.denoising_end or 1.0):
+            raise ValueError(
+                f"denoising_start {self.denoising_start} is not below denoising_end {self.denoising_end}: give another"
+            )
         if self.timesteps is not None and self.sigmas is not None:
             raise ValueError("timesteps and sigmas are given: give one of them")
         return self
@@ -212,6 +216,8 @@ class GenerationRequest(BaseModel):
             size = (complete["height"], complete["width"])
             for name in ("original_size", "target_size"):
                 complete[f"negative_{name}"] = complete[f"negative_{name}"] or complete[name] or size
+            if not any("aesthetic_score" in info.values for info in manifest.inputs):
+                complete["negative_crops_coords_top_left"] = complete["crops_coords_top_left"]
         return GenerationRequest.of(**complete)
 
     @property

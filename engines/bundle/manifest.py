@@ -139,6 +139,10 @@ class Manifest(Strict):
     """What a request gets that asks for none."""
     default_num_inference_steps: int = Field(default=50, gt=0, le=100_000)
     """What a request gets that asks for none."""
+    default_strength: float = Field(default=0.8, gt=0, le=1)
+    """What a request with a picture gets that asks for none."""
+    default_inpainting_strength: float = Field(default=1.0, gt=0, le=1)
+    """What a request with a picture and a mask gets that asks for none."""
     files: dict[str, FileInfo] = Field(max_length=10_000)
     """Size and hash of every file but the manifest, by its path in the bundle."""
     source: dict[str, Any] = Field(default={})

@@ -155,7 +155,7 @@ class StableDiffusionXL(Family):
 
     def defaults(self, checkpoint: Checkpoint) -> dict[str, Any]:
         """Return the defaults of diffusers' pipelines."""
-        return {"default_guidance_scale": 5.0}
+        return {"default_guidance_scale": 5.0, "default_strength": 0.3, "default_inpainting_strength": 0.9999}
 
     def pipeline(self, checkpoint: Checkpoint) -> Any:
         """Return diffusers' pipeline of the checkpoint."""

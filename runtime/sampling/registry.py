@@ -13,6 +13,7 @@ from ...engines.errors import LatentRTError, RequestError, SchedulerError, Unsup
 from ..schedules.custom import checked_values
 from ..schedules.flow import flow_schedule
 from ..schedules.rule import applied
+from ..schedules.schedule import Schedule
 from .catalog import SAMPLERS, Sampler
 from .names import SHORT_NAMES
 from .resolve import resolved, suffixes_of
@@ -37,6 +38,8 @@ class Churn(NamedTuple):
 
 
 NO_CHURN = Churn()
+WHOLE = (0.0, 1.0)
+"""All of the training schedule."""
 TYPICAL_STEPS = 4
 """A number of steps that every schedule takes, those of distilled models as well."""
 
@@ -83,6 +86,7 @@ def step_table(
     churn: Churn = NO_CHURN,
     rule: ScheduleRule | None = None,
     size: tuple[int, int] | None = None,
+    share: tuple[float, float] = WHOLE,
 ) -> StepTable:
     """Build the table of a run from a diffusers `scheduler_config.json` and a number of steps.
 
@@ -96,6 +100,9 @@ def step_table(
     diffusers class takes them: with Euler's sigmas and the timesteps of Wuerstchen and SCM the last one ends the run.
     `rule` says what the checkpoint's pipeline hands to its scheduler, from the number of steps and `size`, (width,
     height) in pixels; what the caller gives goes before it.
+
+    `share` is the part of the training schedule that is run, from 0, pure noise, to 1 (diffusers' denoising_start and
+    denoising_end): two models may share the steps of a picture.
 
     Raises RequestError for numbers out of range, SchedulerError for a scheduler or option that no table expresses.
     """
@@ -111,7 +118,10 @@ def step_table(
                 options |= applied(rule, options, steps, size, on_flow=chosen.schedule is flow_schedule)
             steps = custom_steps(options, chosen, steps)
             start = first_step(steps, strength, flow=name.startswith("FlowMatch"))
-            return chosen.build(replace(chosen.schedule(options, steps), start=start), options)
+            schedule = chosen.schedule(options, steps)
+            if share != WHOLE:
+                return _share(chosen, schedule, options, share, evaluations_of_a_step(name))
+            return chosen.build(replace(schedule, start=start), options)
     except LatentRTError:
         raise
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
@@ -120,6 +130,31 @@ def step_table(
             f"the scheduler config makes no schedule ({reason(error)}): export the checkpoint again, "
             "or choose another sampler"
         ) from error
+
+
+def _share(
+    chosen: Sampler, schedule: Schedule, options: Mapping[str, Any], share: tuple[float, float], evaluations: int
+) -> StepTable:
+    """Return the rows of a share of the training schedule, cut at the same timesteps as diffusers cuts its own."""
+    train, whole = options["num_train_timesteps"], chosen.build(schedule, options).timesteps
+    first, last = (round(train - part * train) for part in share)
+    skipped = 0
+    if share[0] > 0:
+        left = int((whole < first).sum())
+        left += evaluations == 2 and left % 2 == 0
+        skipped = len(whole) - left
+    kept = len(whole) - skipped if share[1] == 1 else int((whole[skipped:] >= last).sum())
+    if kept < 1:
+        raise RequestError(
+            f"denoising_start {share[0]} and denoising_end {share[1]} leave no step to run: give a wider share"
+        )
+    table = chosen.build(replace(schedule, start=skipped // evaluations), options)
+    return table.cut(kept) if kept < len(table) else table
+
+
+def evaluations_of_a_step(name: str) -> int:
+    """Return how often a scheduler class asks the denoiser in a step of its own (diffusers' scheduler.order)."""
+    return 2 if "Heun" in name or "KDPM2" in name else 1
 
 
 def check_scheduler(scheduler_config: Mapping[str, Any], rule: ScheduleRule | None, size: tuple[int, int]) -> None:

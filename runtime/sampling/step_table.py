@@ -13,7 +13,7 @@ like its paper.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,6 +67,12 @@ class StepTable:
         basis[HISTORY - 1] = np.clip(form, -self.clip_limits[i], self.clip_limits[i])
         lines = [sum(weight * part for weight, part in zip(line, basis, strict=True)) for line in self.weights[i]]
         return lines[0], lines[1:]
+
+    def cut(self, rows: int) -> StepTable:
+        """Return the first rows, whose latents are those of a run that is not at its end."""
+        parts = ("timesteps", "input_scales", "weights", "clip_weights", "clip_limits", "draws")
+        first = {name: getattr(self, name)[:rows] for name in parts}
+        return replace(self, **first, original=self.original[: rows + 1])
 
     @property
     def draw_count(self) -> int:

@@ -1,0 +1,44 @@
+"""Requests to a bundle and to diffusers' pipeline of its checkpoint, opened by diffusers' own loader."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from latentrt.runtime import Pipeline
+
+LARGEST = 2
+"""Of 255: how far a pixel may be off."""
+RELATIVE = 1e-3
+"""How far latents may be off, as a share of their size."""
+
+
+def opened(kind: Any, folder: Any, **options: Any) -> Any:
+    """Return diffusers' pipeline of a folder."""
+    pipeline = kind.from_pretrained(folder, **options)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@torch.no_grad()
+def check(pipe: Pipeline, reference: Any, *, seed: int = 5, **request: Any) -> tuple[float, float]:
+    """Draw a request on both sides; return the largest difference of a pixel, of 255, and that of the latents."""
+    count = request.get("num_images_per_prompt", 1) * (
+        1 if isinstance(request["prompt"], str) else len(request["prompt"])
+    )
+    found = []
+    for output_type in ("np", "latent"):
+        generators = [torch.Generator().manual_seed(seed + i) for i in range(count)]
+        wanted = reference(
+            **request, generator=generators if count > 1 else generators[0], output_type=output_type
+        ).images
+        ours = pipe(**request, seed=seed, output_type=output_type).images
+        found.append((np.asarray(ours), np.asarray(wanted)))
+    (pixels, wanted_pixels), (latents, wanted_latents) = found
+    assert pixels.shape == wanted_pixels.shape
+    difference = float(np.abs(pixels - wanted_pixels).max() * 255)
+    wanted_latents = wanted_latents.reshape(latents.shape)
+    relative = float(np.linalg.norm(latents - wanted_latents) / np.linalg.norm(wanted_latents))
+    assert difference <= LARGEST and relative <= RELATIVE, (difference, relative)
+    return difference, relative

@@ -1,0 +1,160 @@
+"""Stable Diffusion XL against diffusers' own pipelines: base, refiner, and both in one picture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from latentrt.engines.errors import RequestError, UnsupportedModelError
+from latentrt.export import export_checkpoint
+from latentrt.runtime import Pipeline
+from PIL import Image
+
+torch = pytest.importorskip("torch")
+diffusers = pytest.importorskip("diffusers")
+
+from . import tiny  # noqa: E402
+from .compare import check, opened  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+QUICK: dict[str, Any] = {"prompt": "a red circle", "num_inference_steps": 4}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.sdxl(tmp_path_factory.mktemp("sdxl") / "base")
+
+
+@pytest.fixture(scope="module")
+def pipe(checkpoint: Path) -> Iterator[Pipeline]:
+    with Pipeline.open(export_checkpoint(checkpoint, checkpoint.with_name("bundle")), "onnxruntime-cpu") as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def refiner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Pipeline]]:
+    folder = tiny.sdxl(tmp_path_factory.mktemp("sdxl") / "refiner", refiner=True)
+    with Pipeline.open(export_checkpoint(folder, folder.with_name("bundle")), "onnxruntime-cpu") as opened:
+        yield folder, opened
+
+
+def picture(width: int = 64, height: int = 64) -> Image.Image:
+    random = np.random.RandomState(0)
+    return Image.fromarray((random.rand(height, width, 3) * 255).astype(np.uint8))
+
+
+def mask(width: int = 64, height: int = 64) -> Image.Image:
+    white = np.zeros((height, width), np.uint8)
+    white[: height // 2, width // 4 :] = 255
+    return Image.fromarray(white)
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        {},
+        {"negative_prompt": "blue"},
+        {"negative_prompt": ""},  # which is not zeros, as none is
+        {"guidance_scale": 1.0},
+        {"height": 72, "width": 96, "negative_prompt": "x", "num_images_per_prompt": 2},
+        {"prompt": ["a star", "a blue circle on a red background"], "guidance_scale": 3.0},
+        {"prompt_2": "a star", "negative_prompt": "x", "negative_prompt_2": "blue"},
+        {"original_size": (100, 50), "crops_coords_top_left": (3, 4), "target_size": (70, 60)},
+        {
+            "negative_original_size": (10, 20),
+            "negative_target_size": (30, 40),
+            "negative_crops_coords_top_left": (1, 2),
+        },
+        {"negative_original_size": (10, 20)},  # alone it is not read
+        {"denoising_end": 0.6},
+    ],
+)
+def test_text_to_image(checkpoint: Path, pipe: Pipeline, request_: dict[str, Any]) -> None:
+    check(pipe, opened(diffusers.StableDiffusionXLPipeline, checkpoint), **{**QUICK, **request_})
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        {"strength": 0.6},
+        {"num_inference_steps": 7},  # the default strength
+        {"strength": 0.8, "num_images_per_prompt": 2, "negative_prompt": "x", "crops_coords_top_left": (3, 4)},
+    ],
+)
+def test_image_to_image(checkpoint: Path, pipe: Pipeline, request_: dict[str, Any]) -> None:
+    reference = opened(diffusers.StableDiffusionXLImg2ImgPipeline, checkpoint)
+    check(pipe, reference, image=picture(), **{**QUICK, **request_})
+
+
+@pytest.mark.parametrize("request_", [{}, {"strength": 0.7}, {"strength": 1.0, "negative_prompt": "x"}])
+def test_inpainting(checkpoint: Path, pipe: Pipeline, request_: dict[str, Any]) -> None:
+    reference = opened(diffusers.StableDiffusionXLInpaintPipeline, checkpoint)
+    request = {**QUICK, "guidance_scale": 5.0, **request_}  # its own default is 7.5
+    check(pipe, reference, image=picture(), mask_image=mask(), height=64, width=64, **request)
+
+
+def test_the_refiner_starts_from_a_picture(refiner: tuple[Path, Pipeline]) -> None:
+    reference = opened(diffusers.StableDiffusionXLImg2ImgPipeline, refiner[0])
+    check(refiner[1], reference, image=picture(), strength=0.6, **QUICK)
+    check(
+        refiner[1], reference, image=picture(), strength=0.6, aesthetic_score=9.0, negative_aesthetic_score=1.0, **QUICK
+    )
+
+
+@pytest.mark.parametrize("sampler", ["EulerDiscreteScheduler", "HeunDiscreteScheduler", "DPMSolverMultistepScheduler"])
+def test_base_and_refiner_share_a_picture(
+    checkpoint: Path, pipe: Pipeline, refiner: tuple[Path, Pipeline], sampler: str
+) -> None:
+    first = opened(diffusers.StableDiffusionXLPipeline, checkpoint)
+    second = opened(diffusers.StableDiffusionXLImg2ImgPipeline, refiner[0])
+    for each in (first, second):
+        each.scheduler = getattr(diffusers, sampler).from_config(each.scheduler.config)
+    shared = {"prompt": "a star", "num_inference_steps": 6}
+    generator = torch.Generator().manual_seed(3)
+    half = first(**shared, denoising_end=0.7, output_type="latent", generator=generator).images
+    wanted = second(**shared, denoising_start=0.7, image=half, output_type="latent", generator=generator).images.numpy()
+    latents = pipe(**shared, denoising_end=0.7, output_type="latent", seed=3, sampler=sampler).images
+    assert np.linalg.norm(latents - half.numpy()) / np.linalg.norm(half.numpy()) < 1e-4
+    ours = refiner[1](
+        **shared, denoising_start=0.7, image=latents, output_type="latent", seed=3, sampler=sampler
+    ).images
+    assert np.linalg.norm(ours - wanted) / np.linalg.norm(wanted) < 1e-4
+
+
+def test_embeddings_stand_in_place_of_prompts(checkpoint: Path, pipe: Pipeline) -> None:
+    reference = opened(diffusers.StableDiffusionXLPipeline, checkpoint)
+    names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+    given = dict(zip(names, reference.encode_prompt("a star", negative_prompt="x"), strict=True))
+    ours = pipe(num_inference_steps=3, seed=1, output_type="latent", **given).images
+    same = pipe("a star", "x", num_inference_steps=3, seed=1, output_type="latent").images
+    assert np.abs(ours - same).max() < 1e-4
+    with pytest.raises(RequestError, match="prompt_embeds is given without pooled_prompt_embeds"):
+        pipe(prompt_embeds=given["prompt_embeds"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prompt_3": "x"}, "prompt_3 is given: this bundle has nothing that reads it"),
+        ({"true_cfg_scale": 2.0}, "true_cfg_scale is given"),
+        ({"aesthetic_score": 2.0}, "aesthetic_score is given"),
+        ({"denoising_start": 0.7}, "give latents"),
+        ({"denoising_end": 0.0001}, "leave no step to run"),
+        ({"prompt_syntax": "compel"}, "prompt_syntax"),
+    ],
+)
+def test_what_a_bundle_does_not_read_is_refused(pipe: Pipeline, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        pipe("a star", num_inference_steps=4, **arguments)
+
+
+def test_inpainting_checkpoints_are_refused_by_name(tmp_path: Path) -> None:
+    folder = tiny.sdxl(tmp_path / "nine")
+    config = folder / "unet" / "config.json"
+    config.write_text(config.read_text().replace('"in_channels": 4', '"in_channels": 9'))
+    with pytest.raises(UnsupportedModelError, match="takes 9 and gives 4 channels"):
+        export_checkpoint(folder, tmp_path / "bundle")
