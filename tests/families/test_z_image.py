@@ -1,0 +1,148 @@
+"""Z-Image against diffusers' own pipelines."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from latentrt.engines.bundle import Bundle
+from latentrt.engines.errors import CheckpointError, UnsupportedModelError
+from latentrt.export import export_checkpoint
+from latentrt.runtime import Pipeline
+from PIL import Image
+
+torch = pytest.importorskip("torch")
+diffusers = pytest.importorskip("diffusers")
+
+from latentrt.export.checkpoints.diffusers_folder import open_folder  # noqa: E402
+from latentrt.export.checkpoints.streamed import filled  # noqa: E402
+from latentrt.export.families.z_image import FAMILY  # noqa: E402
+from latentrt.export.qwen import chat_template  # noqa: E402
+
+from . import tiny_transformers  # noqa: E402
+from .compare import check, opened  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+QUICK: dict[str, Any] = {"prompt": "a red circle", "num_inference_steps": 3, "height": 32, "width": 32}
+LONG = "a photo of a star, a square and a triangle, " * 3
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_transformers.z_image(tmp_path_factory.mktemp("z-image") / "base")
+
+
+@pytest.fixture(scope="module")
+def pipe(checkpoint: Path) -> Iterator[Pipeline]:
+    with Pipeline.open(export_checkpoint(checkpoint, checkpoint.with_name("bundle")), "onnxruntime-cpu") as opened:
+        yield opened
+
+
+def reference(kind: str, checkpoint: Path) -> Callable[..., Any]:
+    """Return a pipeline of diffusers, which writes into the lists that it is given."""
+    pipeline = opened(getattr(diffusers, kind), checkpoint)
+    return lambda **request: pipeline(**copy.deepcopy(request))
+
+
+def picture() -> Image.Image:
+    return Image.fromarray((np.random.RandomState(0).rand(32, 48, 3) * 255).astype(np.uint8))
+
+
+def mask() -> Image.Image:
+    white = np.zeros((32, 48), np.uint8)
+    white[:16, 12:] = 255
+    return Image.fromarray(white)
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        {},
+        {"negative_prompt": "blue", "height": 48, "width": 80},
+        {"guidance_scale": 0.0},
+        {"guidance_scale": 0.5},  # which guides, as 1 does
+        {"height": 28, "width": 64, "num_images_per_prompt": 2, "negative_prompt": "x"},
+        {"prompt": ["a star", LONG], "guidance_scale": 3.0},
+        {"prompt": ["x", LONG * 20], "guidance_scale": 0.0},  # cut off
+    ],
+)
+def test_text_to_image(checkpoint: Path, pipe: Pipeline, request_: dict[str, Any]) -> None:
+    check(pipe, reference("ZImagePipeline", checkpoint), **{**QUICK, **request_})
+
+
+def test_image_to_image(checkpoint: Path, pipe: Pipeline) -> None:
+    image_to_image = reference("ZImageImg2ImgPipeline", checkpoint)
+    for request in ({}, {"strength": 0.9, "negative_prompt": "x"}):
+        check(pipe, image_to_image, image=picture(), prompt="a star", num_inference_steps=5, **request)
+
+
+def test_inpainting(checkpoint: Path, pipe: Pipeline) -> None:
+    inpainting = reference("ZImageInpaintPipeline", checkpoint)
+    for request in ({}, {"strength": 0.7, "negative_prompt": "x"}):
+        sized = {**QUICK, "width": 48, **request}
+        check(pipe, inpainting, image=picture(), mask_image=mask(), **sized)
+
+
+def test_a_bucket_does_not_change_the_numbers(checkpoint: Path) -> None:
+    opened_ = open_folder(checkpoint, "tiny")
+    graphs = FAMILY.graphs(opened_, "fp32", {"tokenizer": 512})
+    encoder, denoiser = graphs["text_encoder"]().module, graphs["denoiser"]().module
+    words, found = 40, []
+    torch.manual_seed(0)
+    ids, latents = torch.randint(0, 256, (1, 512)), torch.randn(1, 16, 10, 14)
+    with torch.no_grad(), filled(encoder), filled(denoiser):
+        for length in (64, 128, 512):
+            read = (torch.arange(length) < words).long()[None]
+            context = encoder(ids[:, :length], read)
+            found.append(denoiser(latents, torch.tensor([700.0]), context, read))
+    assert all(torch.allclose(each, found[0], atol=1e-5) for each in found[1:])
+
+
+def test_the_manifest_says_what_the_pipelines_do(checkpoint: Path, pipe: Pipeline, tmp_path: Path) -> None:
+    manifest = pipe.bundle.manifest
+    assert manifest.tokenizers[0].template == "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+    assert manifest.tokenizers[0].lengths == (64, 128, 256) and manifest.tokenizers[0].max_length == 512
+    assert (manifest.default_num_inference_steps, manifest.default_guidance_scale) == (50, 5.0)
+    assert isinstance(pipe.bundle, Bundle) and manifest.latent.size_multiple == 4
+    turbo = open_folder(tiny_transformers.z_image(tmp_path / "turbo", shift=3.0), "turbo")
+    assert FAMILY.defaults(turbo) == {
+        "default_num_inference_steps": 8,
+        "default_guidance_scale": 0.0,
+        "default_strength": 0.6,
+    }
+
+
+def test_templates_that_change_prompts_are_refused(tmp_path: Path) -> None:
+    tokenizer = tiny_transformers.qwen_tokenizer()
+    tokenizer.save_pretrained(tmp_path / "thinking")
+    made = chat_template(tmp_path / "thinking", thinking=False)
+    assert made.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+    tokenizer.chat_template = "{{ messages[0].content | trim }}"
+    tokenizer.save_pretrained(tmp_path / "trimming")
+    with pytest.raises(UnsupportedModelError, match="changes prompts"):
+        chat_template(tmp_path / "trimming", thinking=True)
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(tmp_path / "none")
+    with pytest.raises(CheckpointError, match="no chat template"):
+        chat_template(tmp_path / "none", thinking=True)
+
+
+def test_what_would_not_fit_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModelError, match="export in bf16 or fp32"):
+        export_checkpoint(checkpoint, tmp_path / "half", precision="fp16")
+    for part, key, value, message in (
+        ("transformer", "siglip_feat_dim", 8, "no pictures among its captions"),
+        ("transformer", "cap_feat_dim", 16, "belong to different checkpoints"),
+        ("text_encoder", "use_sliding_window", True, "sliding windows"),
+    ):
+        other = tiny_transformers.z_image(tmp_path / key)
+        file = other / part / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
+        with pytest.raises((UnsupportedModelError, CheckpointError), match=message):
+            FAMILY.check(open_folder(other, "tiny"))
