@@ -6,6 +6,7 @@ the latents after every step, where errors add up, and the picture at the end.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 
 from ..engines.backends import Backend, open_backend
-from ..engines.bundle import Bundle, GraphInfo
+from ..engines.bundle import Bundle, GraphInfo, LatentInfo
 from ..engines.device import Array
 from ..engines.errors import BundleError
 from ..engines.files import sha256_of
@@ -201,11 +202,11 @@ def _reference(pipe: Pipeline, reference: Any, prompt: str, steps: int, seed: in
     latents: list[Array] = []
 
     def keep(_: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
-        latents.append(values["latents"].numpy().copy())
+        latents.append(_as_picture(values["latents"], manifest.latent).numpy().copy())
         return values
 
     images = reference(
-        prompt,
+        prompt=prompt,
         height=manifest.latent.default_height,
         width=manifest.latent.default_width,
         num_inference_steps=steps,
@@ -215,3 +216,12 @@ def _reference(pipe: Pipeline, reference: Any, prompt: str, steps: int, seed: in
         output_type="np",
     ).images
     return latents, (images * 255).round().astype(np.uint8)
+
+
+def _as_picture(latents: torch.Tensor, info: LatentInfo) -> torch.Tensor:
+    """Return latents [B, C, h, w] where a pipeline keeps tokens [B, S, n·n·C], squares of n·n cells."""
+    if latents.ndim != 3:
+        return latents
+    side = math.isqrt(latents.shape[2] // info.channels)
+    size = (info.default_height // info.downscale // side, info.default_width // info.downscale // side)
+    return torch.nn.functional.pixel_shuffle(latents.transpose(1, 2).unflatten(2, size), side)
