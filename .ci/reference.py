@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import json
 import sys
 from collections.abc import Callable, Iterable
 from itertools import pairwise
@@ -14,7 +15,8 @@ from pathlib import Path
 from typing import get_args
 
 from latentrt.engines import backends, errors
-from latentrt.engines.bundle import manifest
+from latentrt.engines.bundle import manifest, records
+from latentrt.export.families import families
 from latentrt.runtime import arguments as call_arguments
 from latentrt.runtime.sampling import registry, step_table
 from pydantic import BaseModel
@@ -54,10 +56,12 @@ def backend_options() -> str:
 
 def manifest_fields() -> str:
     """Return one table for each object of a manifest, the manifest first: fields, types and meanings."""
-    module = ast.parse(inspect.getsource(manifest))
-    models = [node for node in module.body if isinstance(node, ast.ClassDef) and not node.name.startswith("_")]
+    nodes = [node for module in (manifest, records) for node in ast.parse(inspect.getsource(module)).body]
+    models = [node for node in nodes if isinstance(node, ast.ClassDef) and node.name != "Strict"]
     models.sort(key=lambda node: node.name != "Manifest")
-    return "\n\n".join(object_fields(node, getattr(manifest, node.name)) for node in models)
+    return "\n\n".join(
+        object_fields(node, getattr(manifest, node.name, None) or getattr(records, node.name)) for node in models
+    )
 
 
 def object_fields(node: ast.ClassDef, model: type[BaseModel]) -> str:
@@ -73,8 +77,8 @@ def object_fields(node: ast.ClassDef, model: type[BaseModel]) -> str:
 
 def kind(annotation: ast.expr) -> str:
     """Return an annotation as it is written, with the values of a choice in place of its name."""
-    named = isinstance(annotation, ast.Name) and hasattr(manifest, annotation.id)
-    values = get_args(getattr(manifest, ast.unparse(annotation))) if named else ()
+    named = isinstance(annotation, ast.Name)
+    values = get_args(getattr(manifest, annotation.id, None) or getattr(records, annotation.id, None)) if named else ()
     return " | ".join(map(repr, values)) or ast.unparse(annotation)
 
 
@@ -95,11 +99,30 @@ def error_tree() -> str:
 def arguments() -> str:
     """Return the arguments of diffusers' pipelines, and what becomes of them."""
     rows = []
-    for known, outcome in ((call_arguments.SERVED, "as diffusers"), (call_arguments.REFUSED, "refused")):
+    outcomes = {
+        "as diffusers": call_arguments.SERVED,
+        "as diffusers, in some families": call_arguments.READ_BY_SOME,
+        "refused": call_arguments.REFUSED,
+    }
+    for outcome, known in outcomes.items():
         for name, argument in known.items():
             tasks = "all" if argument.tasks == call_arguments.EVERY else ", ".join(argument.tasks)
             rows.append([f"`{name}`", tasks, outcome, argument.meaning])
     return table(["argument", "pipelines", "here", "meaning, or reason"], rows)
+
+
+def compared() -> str:
+    """Return what the tests of families found: each of diffusers' pipelines, requests, and the largest differences."""
+    found = json.loads((DOCS / "families.json").read_text(encoding="utf-8"))
+    rows = []
+    for each in families():
+        lines = len(inspect.getsource(sys.modules[type(each).__module__]).splitlines())
+        for reference, entry in found.get(each.name, {"": None}).items():
+            numbers = (
+                [str(entry["requests"]), f"{entry['pixel']:.2g}", f"{entry['latents']:.1e}"] if entry else ["", "", ""]
+            )
+            rows.append([each.title, f"`{reference}`" if reference else "the suite's own tests", *numbers, str(lines)])
+    return table(["family", "against", "requests", "pixels, of 255", "latents, relative", "lines of its file"], rows)
 
 
 def family() -> str:
@@ -112,6 +135,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "options.md": {"samplers": samplers, "backend-options": backend_options},
     "arguments.md": {"arguments": arguments},
     "bundle.md": {"manifest": manifest_fields},
+    "families.md": {"families": compared},
     "troubleshooting.md": {"errors": error_tree},
     "extend/family.md": {"family": family},
 }

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,8 +17,15 @@ RELATIVE = 1e-3
 """How far latents may be off, as a share of their size."""
 
 
+RECORD = "LATENTRT_FAMILIES"
+"""The variable that names a file to record in what was compared: docs/families.json, of which the table is made."""
+
+_opened: list[str] = [""]
+
+
 def opened(kind: Any, folder: Any, **options: Any) -> Any:
     """Return diffusers' pipeline of a folder."""
+    _opened.append(kind.__name__)
     pipeline = kind.from_pretrained(folder, **options)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -41,4 +51,17 @@ def check(pipe: Pipeline, reference: Any, *, seed: int = 5, **request: Any) -> t
     wanted_latents = wanted_latents.reshape(latents.shape)
     relative = float(np.linalg.norm(latents - wanted_latents) / np.linalg.norm(wanted_latents))
     assert difference <= LARGEST and relative <= RELATIVE, (difference, relative)
+    _record(pipe.bundle.manifest.family, difference, relative)
     return difference, relative
+
+
+def _record(family: str, difference: float, relative: float) -> None:
+    """Note a comparison under its family and diffusers' pipeline, where a file for it is named."""
+    if not (name := os.environ.get(RECORD)):
+        return
+    file = Path(name)
+    known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    entry = known.setdefault(family, {}).setdefault(_opened[-1], {"requests": 0, "pixel": 0.0, "latents": 0.0})
+    entry["requests"] += 1
+    entry["pixel"], entry["latents"] = max(entry["pixel"], difference), max(entry["latents"], relative)
+    file.write_text(json.dumps(known, indent=2, sort_keys=True) + "\n", encoding="utf-8")
