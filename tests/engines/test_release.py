@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -285,3 +286,38 @@ def test_one_failure_does_not_keep_the_rest(monkeypatch: pytest.MonkeyPatch) -> 
         for tensor in tensors:
             tensor.close()
     assert held(driver) == {"memory": 1, "graph": 1}
+
+
+def test_bindings_share_the_scratch_memory_of_the_largest(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver = SimulatedDriver()
+    backend = tensorrt_backend(monkeypatch, EngineCache(tmp_path / "cache"), driver)
+    stream, bound = backend.device.stream(), []
+    for rows in (2, 64):  # the smaller runs first, when both needs are known
+        x, y = (backend.device.empty((rows, 8), np.float32) for _ in "xy")
+        engine = backend.open(bundle, bundle.graph("first"), {"x": (rows, 8)})
+        bound.append(engine.bind({"x": x, "y": y}))
+    bound[0].enqueue(stream)
+    before = driver.live["memory"]
+    bound[1].enqueue(stream)
+    assert driver.live["memory"] == before
+
+
+def test_a_closed_plan_is_let_go_of_once_its_work_is_done(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver = SimulatedDriver()
+    backend = tensorrt_backend(monkeypatch, EngineCache(tmp_path / "cache"), driver)
+    engine = backend.open(bundle, bundle.graph("first"), {"x": (2, 8)})
+    loaded, kept = engine._loaded, []
+
+    def release(free: Callable[[Any], None]) -> None:
+        kept.append(sys.getrefcount(plan))
+        free(None)
+        kept.append(sys.getrefcount(plan))
+
+    plan = loaded._engine
+    monkeypatch.setattr(backend.device, "release", release)
+    engine.close()
+    assert len(kept) == 2 and kept[1] < kept[0]  # it goes inside the release, not before

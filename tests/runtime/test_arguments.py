@@ -168,6 +168,7 @@ def test_a_generator_or_a_seed_for_each_image(theirs: dict[str, Any], ours: Pipe
             r"latents is of shape \[1, 4, 8, 8\]: this request takes \[2,",
         ),
         ({"latents": np.full((2, 4, 8, 8), np.nan)}, "latents holds numbers that are not finite"),
+        ({"width": 8192, "height": 8192}, "the picture is 8192x8192, 67 Mpixels: at most 17"),
         ({"latents": np.zeros((2, 4, 8, 8)), "image": picture()}, "latents and image are given"),
         ({"timesteps": [1], "sigmas": [1]}, "timesteps and sigmas are given"),
         ({"prompt_embeds": np.zeros((2, 77, 32))}, "prompt and prompt_embeds are given"),
