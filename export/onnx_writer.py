@@ -110,6 +110,10 @@ def _erase(traced: torch.fx.Graph) -> None:
     """Take out of a traced program what is no part of the network's numbers."""
     for node in traced.find_nodes(op="call_function", target=torch.ops.aten._assert_tensor_metadata.default):
         traced.erase_node(node)
+    for target in (torch.ops.aten.to.device, torch.ops.aten.to.dtype_layout, torch.ops.aten.to.other):
+        for node in traced.find_nodes(op="call_function", target=target):  # a graph knows types, and no devices
+            node.target = torch.ops.aten.to.dtype
+            node.args, node.kwargs = (node.args[0], node.meta["val"].dtype), {}
     for node in traced.find_nodes(op="call_function", target=torch.ops.aten.squeeze.dim):
         source, axis = node.args
         if not _is_one(source.meta["val"].shape[axis]):  # PyTorch leaves the axis then, and ONNX cannot know
