@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DOCS := $(VENV)/.docs
 
-.PHONY: help demo test slow soak lint format docs gpu clean
+.PHONY: help demo test long slow soak lint format docs gpu clean
 
 help:  ## list these targets
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -15,6 +15,9 @@ demo: $(STAMP)  ## set up, draw pictures with the embedded model, measure them b
 
 test: lint  ## set up, lint, check types, run the suite
 	$(BIN)/python -m pytest
+
+long: $(STAMP)  ## run the tests that take many seconds each, as CI does
+	$(BIN)/python -m pytest -m "long and not slow"
 
 slow: $(STAMP)  ## run the tests that take minutes
 	$(BIN)/python -m pytest -m slow

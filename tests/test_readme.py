@@ -48,6 +48,7 @@ def test_the_python_block_runs_as_printed(
     assert capsys.readouterr().out.startswith("[1] ")
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore")
 def test_the_commands_run_as_printed(
     tiny_sd15_checkpoint: Path,

@@ -11,6 +11,8 @@ from latentrt.benchmarks.report import records
 from latentrt.engines.bundle import Bundle
 from latentrt.engines.errors import EngineError, RequestError
 
+pytestmark = pytest.mark.long
+
 
 def test_a_run_leaves_a_record_of_each_contender(
     tiny_sd15_bundle: Path, tmp_path: Path, order: Path, monkeypatch: pytest.MonkeyPatch

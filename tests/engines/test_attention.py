@@ -264,6 +264,7 @@ def test_tensorrt_reads_every_form_whether_it_knows_the_operator_or_not(
             _parse(library, library.trt.Builder(library.logger), tmp_path / "graph.onnx")
 
 
+@pytest.mark.long
 def test_a_library_that_does_not_know_the_operator_builds_the_models(
     tiny_sd15_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

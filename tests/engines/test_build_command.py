@@ -24,6 +24,7 @@ def run_build(bundle: Path, *, size: list[str], batch: list[int], dynamic: bool,
     build_command.build(bundle, "auto", size, batch, dynamic, [capability])
 
 
+@pytest.mark.long
 def test_every_graph_of_a_model_builds(
     tiny_sd15_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

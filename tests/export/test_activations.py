@@ -54,6 +54,7 @@ def test_a_decoder_that_would_overflow_in_half_stays_in_float(
     assert info.parity is not None and info.parity.relative_error < 1e-2
 
 
+@pytest.mark.long
 def test_a_bundle_in_half_runs_with_a_decoder_in_float(
     tiny_sd15_fp16_bundle: Path, tiny_sd15_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -34,7 +34,13 @@ CONTRACT = {  # tensor: (type, shape); F stands for the network's type, H and W 
 }
 
 
-@pytest.fixture(params=["tiny_sd15_bundle", "tiny_sd21_bundle", "tiny_sd15_fp16_bundle"])
+@pytest.fixture(
+    params=[
+        "tiny_sd15_bundle",
+        pytest.param("tiny_sd21_bundle", marks=pytest.mark.long),
+        pytest.param("tiny_sd15_fp16_bundle", marks=pytest.mark.long),
+    ]
+)
 def bundle(request: pytest.FixtureRequest) -> Bundle:
     return Bundle.open(request.getfixturevalue(request.param))
 
@@ -117,6 +123,7 @@ def test_provenance(bundle: Bundle) -> None:
     assert bundle.manifest.tools["torch"] == torch.__version__
 
 
+@pytest.mark.long
 def test_scheduler_config_is_the_checkpoints_own(tiny_sd21_bundle: Path) -> None:
     scheduler = Bundle.open(tiny_sd21_bundle).manifest.scheduler
     assert scheduler["_class_name"] == "DDIMScheduler"
@@ -155,6 +162,7 @@ def test_encoded_picture_equals_diffusers(tiny_sd15_checkpoint: Path, tiny_sd15_
     np.testing.assert_allclose(std, moments.std * vae.config.scaling_factor, atol=1e-5)
 
 
+@pytest.mark.long
 def test_timestep_embedding_is_computed_in_float32(tiny_sd15_fp16_bundle: Path) -> None:
     model = onnx.shape_inference.infer_shapes(onnx.load(tiny_sd15_fp16_bundle / "denoiser.onnx"))
     types = {value.name: value.type.tensor_type.elem_type for value in model.graph.value_info}

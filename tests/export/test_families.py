@@ -85,6 +85,7 @@ def reference(folder: Path, height: int, width: int) -> np.ndarray:  # type: ign
     return ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().permute(0, 2, 3, 1).numpy()[0]
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore")
 def test_a_family_in_one_file_is_found_exported_and_drawn(toy_checkpoint: Path, tmp_path: Path) -> None:
     bundle = Bundle.open(export_checkpoint(toy_checkpoint, tmp_path / "bundle"))

@@ -41,6 +41,7 @@ print(json.dumps(answers))
 """
 
 
+@pytest.mark.long
 def test_hub_cache_without_a_network(tiny_sd15_checkpoint: Path, tmp_path: Path) -> None:
     """HF_HOME names the cache and HF_HUB_OFFLINE forbids the network; both are read when the library is imported."""
     first, second, third, fourth = (letter * 40 for letter in "abcd")

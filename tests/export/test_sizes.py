@@ -18,6 +18,9 @@ diffusers = pytest.importorskip("diffusers")
 PROMPT, STEPS, SEED = "a red circle", 2, 5
 
 
+pytestmark = pytest.mark.long
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tiny_sd21_checkpoint: Path) -> Path:
     """Four levels in the U-Net and in the autoencoder, as Stable Diffusion has them."""

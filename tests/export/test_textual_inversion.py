@@ -57,6 +57,7 @@ def reference(tiny_sd15_checkpoint: Path, files: dict[str, Path]) -> Any:
     return pipeline
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_learned_words_draw_what_diffusers_draws(bundle: Path, reference: Any, prompt: str) -> None:
@@ -70,6 +71,7 @@ def test_learned_words_draw_what_diffusers_draws(bundle: Path, reference: Any, p
     assert np.abs(ours - plain).max() > 4 / 255
 
 
+@pytest.mark.long
 def test_words_are_read_as_all_of_their_vectors(bundle: Path, reference: Any) -> None:
     opened = Bundle.open(bundle)
     info = opened.manifest.tokenizers[0]
@@ -82,6 +84,7 @@ def test_words_are_read_as_all_of_their_vectors(bundle: Path, reference: Any) ->
     assert tokenizer.encode("star " * 74 + "gem cat").truncated == "gem cat"
 
 
+@pytest.mark.long
 def test_the_manifest_says_where_words_came_from(bundle: Path, files: dict[str, Path]) -> None:
     source = Bundle.open(bundle).manifest.source["textual_inversion"]
     assert source["gem"] == {"file": "old.pt", "sha256": sha256_of(files["old"]), "vectors": 3}

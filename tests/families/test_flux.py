@@ -20,7 +20,7 @@ diffusers = pytest.importorskip("diffusers")
 from . import tiny_flux  # noqa: E402
 from .compare import check, opened  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.long, pytest.mark.filterwarnings("ignore")]
 
 QUICK: dict[str, Any] = {"prompt": "a red circle", "num_inference_steps": 3, "height": 32, "width": 32}
 

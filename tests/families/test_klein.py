@@ -24,7 +24,7 @@ from latentrt.export.families.flux2 import FAMILY  # noqa: E402
 from . import tiny_flux  # noqa: E402
 from .compare import check, opened  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 QUICK: dict[str, Any] = {"prompt": "a red circle", "num_inference_steps": 3, "height": 32, "width": 32}
 

@@ -19,7 +19,7 @@ diffusers = pytest.importorskip("diffusers")
 from . import tiny  # noqa: E402
 from .compare import check, opened  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.long, pytest.mark.filterwarnings("ignore")]
 
 QUICK: dict[str, Any] = {"prompt": "a red circle", "num_inference_steps": 4}
 

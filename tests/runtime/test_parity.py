@@ -150,6 +150,7 @@ def test_a_long_prompt_is_cut_as_diffusers_cuts_it(pipe: Pipeline, reference: Re
     assert max_pixel_difference(result.images, wanted) <= 2
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore")
 def test_v_prediction_and_open_clip_match(tiny_sd21_checkpoint: Path, tiny_sd21_bundle: Path) -> None:
     arguments: dict[str, Any] = {"num_inference_steps": STEPS, "guidance_scale": 7.5, "height": 64, "width": 64}

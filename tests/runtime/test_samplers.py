@@ -156,7 +156,9 @@ def test_agrees_with_diffusers_in_float32(cls: str, schedulers: Any) -> None:
         schedulers.assert_same(config, steps, ROUNDED.get(cls, 1e-5), single=True)
 
 
-@pytest.mark.parametrize("strength", [0.06, 0.5, 0.8, 0.97])
+@pytest.mark.parametrize(
+    "strength", [pytest.param(0.06, marks=pytest.mark.long), 0.5, pytest.param(0.8, marks=pytest.mark.long), 0.97]
+)
 @pytest.mark.parametrize("name", ALL)
 def test_image_to_image_starts_as_diffusers_does(name: str, strength: float, schedulers: Any) -> None:
     if not broken(f"{name}/linspace/20"):
