@@ -23,6 +23,7 @@ from typing import Any
 from ...engines.bundle import Bundle
 from ...engines.cache import EngineCache
 from ...engines.errors import LatentRTError
+from ...engines.tensorrt.child import end_all
 from ...engines.tensorrt.plan import profile_for
 from ...engines.tensorrt.planner import Planner, target_of_compute_capability
 from ...runtime.shapes import requested_shapes
@@ -36,7 +37,7 @@ Size = tuple[int, int]
 
 
 def measure(bundle: Path, graph: str, capability: str, sizes: list[Size], batch: int) -> dict[str, Any]:
-    """Build one plan and return seconds, peak resident bytes of this process, plan bytes and layers, or the error."""
+    """Build one plan and return seconds, peak resident bytes of the process that builds, plan bytes and layers, or the error."""
     opened = Bundle.open(bundle)
     shapes = [requested_shapes(opened, width, height, batch)[graph] for width, height in sizes]
     start = time.perf_counter()
@@ -50,10 +51,11 @@ def measure(bundle: Path, graph: str, capability: str, sizes: list[Size], batch:
             facts = planner.build(opened, opened.graph(graph), profile_for(opened.graph(graph), *shapes)).facts
     except LatentRTError as error:
         return {"error": str(error)}
+    end_all()
     return {
         "seconds": time.perf_counter() - start,
         "build_seconds": facts["build_seconds"],
-        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_bytes": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024,
         "plan_bytes": facts["plan_bytes"],
         "layers": facts["layers"],
         "library": facts["key"]["version"],

@@ -44,7 +44,7 @@ class TokenizerInfo(Strict):
         """Check that the template has one place for a prompt, and that lengths rise."""
         if self.template.count("{}") != 1:
             raise ValueError(f"the template of tokenizer {self.file!r} has no one place {{}} for a prompt")
-        if list(self.lengths) != sorted({*self.lengths} - {self.max_length}):
+        if list(self.lengths) != sorted({n for n in self.lengths if n < self.max_length}):
             raise ValueError(f"the lengths of tokenizer {self.file!r} do not rise below its max_length")
 
     @property

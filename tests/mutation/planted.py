@@ -229,7 +229,7 @@ PLANTED: list[tuple[str, str, str, str]] = [
     ),
     ("seeds of a batch alike", REQUEST, "(self.seed + i) % (MAX_SEED + 1)", "self.seed"),
     ("pixel budget of requests ignored", SIZES, "    if width * height > MAX_PIXELS:", "    if False:"),
-    ("guidance from one on", REQUEST, "self.guidance_scale > 1 else 1", "self.guidance_scale >= 1 else 1"),
+    ("guidance from one on", "engines/bundle/records.py", "scale <= self.above", "scale < self.above"),
     ("eta dropped", PIPELINE, ', "eta": request.eta}', "}"),
     ("strength dropped", PIPELINE, ', "strength": request.strength', ""),
     ("eta dropped in silence", "runtime/call.py", "        if request.eta and not takes_eta:", "        if False:"),
@@ -239,8 +239,8 @@ PLANTED: list[tuple[str, str, str, str]] = [
     (
         "negative prompts last",
         "runtime/prompt/tokenizer.py",
-        "for text in negatives + texts]",
-        "for text in texts + negatives]",
+        "for text in (*negatives, *prompts)]",
+        "for text in (*prompts, *negatives)]",
     ),
     (
         "latents replaced without scale",

@@ -335,3 +335,12 @@ def test_build_can_draw_once_with_each(
     assert drawn == [False, True] and backend.name == "tensorrt"
     assert run([*build, "--compute-capability", "8.6"]) == 2
     assert "--warm draws on this machine" in capsys.readouterr().err
+
+
+def test_a_closed_pipeline_closes_its_stream(
+    tiny_sd15_bundle: Path, backend: TensorRt, driver: SimulatedDriver
+) -> None:
+    before = driver.live["stream"]
+    with Pipeline(Bundle.open(tiny_sd15_bundle), backend):
+        assert driver.live["stream"] == before + 1
+    assert driver.live["stream"] == before
