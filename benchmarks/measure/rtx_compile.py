@@ -37,7 +37,7 @@ Size = tuple[int, int]
 
 
 def measure(bundle: Path, graph: str, capability: str, sizes: list[Size], batch: int) -> dict[str, Any]:
-    """Build one plan and return seconds, peak resident bytes of the process that builds, plan bytes and layers, or the error."""
+    """Build one plan and return seconds, peak resident bytes of what builds it, plan bytes and layers, or the error."""
     opened = Bundle.open(bundle)
     shapes = [requested_shapes(opened, width, height, batch)[graph] for width, height in sizes]
     start = time.perf_counter()
