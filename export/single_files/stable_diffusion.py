@@ -149,7 +149,9 @@ def _scheduler(file: Path, weights: Weights, version: int, prediction_type: str 
 def _version(file: Path, weights: Weights) -> int | None:
     """Return 1 or 2, by the text encoder, None for another layout; families that share its prefix are named."""
     if any(name.startswith("conditioner.") for name in weights):
-        raise UnsupportedModelError(f"{file} is a Stable Diffusion XL checkpoint: versions 1.x and 2.x are supported")
+        raise UnsupportedModelError(
+            f"{file} is a Stable Diffusion XL checkpoint: give its diffusers folder or hub id, files of it are not read"
+        )
     if UNET + "input_blocks.0.0.weight" not in weights:
         return None
     for version, prefix in ((1, CLIP), (2, OPEN_CLIP)):

@@ -20,6 +20,7 @@ transformers = pytest.importorskip("transformers")
 from latentrt.export import export_checkpoint, families  # noqa: E402
 from safetensors.torch import save_model  # noqa: E402
 
+ROOT = Path(__file__).parents[2]
 PROMPT, STEPS, SEED, GUIDANCE = "a red circle", 4, 3, 5.0
 
 
@@ -103,11 +104,25 @@ def test_without_its_file_the_family_is_refused_by_name(tiny_sd15_checkpoint: Pa
     folder = shutil.copytree(tiny_sd15_checkpoint, tmp_path / "toy")
     index = json.loads((folder / "model_index.json").read_text())
     (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": "ToyPipeline"}))
-    with pytest.raises(UnsupportedModelError, match="pipeline 'ToyPipeline' is not supported, only StableDiffusion"):
+    with pytest.raises(UnsupportedModelError, match="pipeline 'ToyPipeline' is not supported, only .*StableDiffusionPipeline"):
         export_checkpoint(folder, tmp_path / "bundle")
 
 
 def test_every_family_is_described() -> None:
     found = families.families()
-    assert [family.name for family in found] == ["stable-diffusion"]
+    names = [family.name for family in found]
+    assert len(set(names)) == len(names) and {"stable-diffusion", "stable-diffusion-xl"} <= set(names)
     assert all(family.title and family.pipelines and family.parts for family in found)
+    pipelines = [pipeline for family in found for pipeline in family.pipelines]
+    assert len(set(pipelines)) == len(pipelines)
+    assert all(hasattr(diffusers, pipeline) for pipeline in pipelines)
+
+
+@pytest.mark.parametrize("layer", ["runtime", "engines"])
+def test_no_family_is_named_below_the_export(layer: str) -> None:
+    names = [name for family in families.families() for name in (family.name, family.title, *family.pipelines)]
+    ordinary = {"stable-diffusion", "StableDiffusionPipeline"}  # in examples of hub ids and of calls
+    for file in (ROOT / layer).rglob("*.py"):
+        code = file.read_text(encoding="utf-8")
+        found = [name for name in names if name not in ordinary and name in code]
+        assert not found, f"{file} names {found}"
