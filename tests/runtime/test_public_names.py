@@ -9,6 +9,7 @@ from pathlib import Path
 import latentrt.runtime
 import pytest
 from latentrt.runtime import Pipeline
+from latentrt.runtime.arguments import READ_BY_SOME
 from latentrt.runtime.request import RequestArguments
 
 
@@ -34,4 +35,4 @@ def test_unknown_names_are_refused() -> None:
 def test_typed_arguments_are_those_of_a_call() -> None:
     parameters = inspect.signature(Pipeline.__call__).parameters
     keywords = {name for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY} - {"output_type", "return_dict"}
-    assert set(RequestArguments.__annotations__) == keywords
+    assert set(RequestArguments.__annotations__) == keywords | set(READ_BY_SOME)
