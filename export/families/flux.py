@@ -10,17 +10,17 @@ from torch import Tensor, nn
 
 from ...engines.bundle import GuidanceInfo, LatentInfo, NumbersInput, Precision, ScheduleRule, TensorInfo
 from ...engines.errors import CheckpointError, UnsupportedModelError
-from ..autoencoder import AUTOENCODER_KL, decoder_graph, image_encoder_graph, vae_factor
 from ..checkpoints.checkpoint import Checkpoint, Part
 from ..checkpoints.configs import shown
 from ..checkpoints.tokenizer import CLIP, T5, TokenizerKind
-from ..clip import CLIP_TEXT
-from ..flux import FLUX_TRANSFORMER, denoiser_graph
 from ..graph import Graph, network_dtype, outward
+from ..networks.autoencoder import AUTOENCODER_KL, decoder_graph, image_encoder_graph, vae_factor
+from ..networks.clip import CLIP_TEXT
+from ..networks.flux import FLUX_TRANSFORMER, denoiser_graph
+from ..networks.t5 import T5_ENCODER, hidden_states, prepare
+from ..networks.unet import EMBEDDED_GUIDANCE
 from ..reference import reference_pipeline
 from ..shift import shift_line
-from ..t5 import T5_ENCODER, hidden_states, prepare
-from ..unet import EMBEDDED_GUIDANCE
 from .base import Family
 
 TOKENS = 512

@@ -8,15 +8,15 @@ from typing import Any, ClassVar
 
 from ...engines.bundle import GuidanceInfo, LatentInfo, NumbersInput, Precision, ScheduleRule, ShiftLine
 from ...engines.errors import CheckpointError, UnsupportedModelError
-from ..autoencoder import decoder_graph, vae_factor
 from ..checkpoints.checkpoint import Checkpoint, Part
 from ..checkpoints.configs import shown
 from ..checkpoints.tokenizer import QWEN, TokenizerKind
-from ..flux2 import FLUX2_TRANSFORMER, FLUX2_VAE, SquaresDecoder, denoiser_graph
 from ..graph import Graph
-from ..qwen import QWEN3_CAUSAL, chat_template, check_encoder, text_encoder_graph
+from ..networks.autoencoder import decoder_graph, vae_factor
+from ..networks.flux2 import FLUX2_TRANSFORMER, FLUX2_VAE, SquaresDecoder, denoiser_graph
+from ..networks.qwen import QWEN3_CAUSAL, chat_template, check_encoder, text_encoder_graph
+from ..networks.unet import EMBEDDED_GUIDANCE
 from ..reference import reference_pipeline
-from ..unet import EMBEDDED_GUIDANCE
 from .base import Family
 
 TOKENS = 512

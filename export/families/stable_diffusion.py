@@ -8,16 +8,16 @@ from typing import Any, ClassVar
 
 from ...engines.bundle import GuidanceInfo, LatentInfo, NumbersInput, Precision
 from ...engines.errors import CheckpointError, UnsupportedModelError
-from ..autoencoder import AUTOENCODER_KL, decoder_graph, image_encoder_graph, vae_factor
 from ..checkpoints.checkpoint import Checkpoint, Component, Origin, Part
 from ..checkpoints.configs import shown
 from ..checkpoints.mended import mended_sample_size, mended_scheduler
 from ..checkpoints.weights import Weights
-from ..clip import CLIP_TEXT, text_encoder_graph
 from ..graph import Graph
+from ..networks.autoencoder import AUTOENCODER_KL, decoder_graph, image_encoder_graph, vae_factor
+from ..networks.clip import CLIP_TEXT, text_encoder_graph
+from ..networks.unet import EMBEDDED_GUIDANCE, UNET, denoiser_graph, embedded_guidance
 from ..reference import reference_pipeline
 from ..single_files.stable_diffusion import open_single_file, open_vae_file
-from ..unet import EMBEDDED_GUIDANCE, UNET, denoiser_graph, embedded_guidance
 from .base import Family, FindTokenizer
 
 ORDINARY_UNET = {  # config keys that change what a U-Net takes in, with the values that leave it alone

@@ -11,16 +11,16 @@ from torch import Tensor, nn
 
 from ...engines.bundle import LatentInfo, Precision, ScheduleRule, TensorInfo
 from ...engines.errors import CheckpointError, UnsupportedModelError
-from ..autoencoder import AUTOENCODER_KL, decoder_graph, image_encoder_graph, vae_factor
 from ..checkpoints.checkpoint import Checkpoint, Part
 from ..checkpoints.configs import shown
 from ..checkpoints.tokenizer import CLIP, T5, TokenizerKind
-from ..clip import CLIP_TEXT_PROJECTION, before_last
 from ..graph import Graph, network_dtype, outward
+from ..networks.autoencoder import AUTOENCODER_KL, decoder_graph, image_encoder_graph, vae_factor
+from ..networks.clip import CLIP_TEXT_PROJECTION, before_last
+from ..networks.sd3_transformer import SD3_TRANSFORMER, denoiser_graph
+from ..networks.t5 import T5_ENCODER, hidden_states, prepare
 from ..reference import reference_pipeline
-from ..sd3_transformer import SD3_TRANSFORMER, denoiser_graph
 from ..shift import shift_line
-from ..t5 import T5_ENCODER, hidden_states, prepare
 from .base import Family
 
 CLIPS = ("text_encoder", "text_encoder_2")

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 from ...engines.bundle import GuidanceInfo, LatentInfo, NumbersInput, Precision, TensorInfo
 from ...engines.errors import CheckpointError, UnsupportedModelError
-from ..autoencoder import AUTOENCODER_KL, decoder_graph, image_encoder_graph, vae_factor
 from ..checkpoints.checkpoint import Checkpoint, Part
 from ..checkpoints.configs import shown
 from ..checkpoints.tokenizer import CLIP, TokenizerKind
-from ..clip import CLIP_TEXT, CLIP_TEXT_PROJECTION, before_last
 from ..graph import Graph, network_dtype, outward
+from ..networks.autoencoder import AUTOENCODER_KL, decoder_graph, image_encoder_graph, vae_factor
+from ..networks.clip import CLIP_TEXT, CLIP_TEXT_PROJECTION, before_last
+from ..networks.unet import EMBEDDED_GUIDANCE, UNET, denoiser_graph, embedded_guidance
 from ..reference import reference_pipeline
-from ..unet import EMBEDDED_GUIDANCE, UNET, denoiser_graph, embedded_guidance
 from .base import Family
 
 SIZES = ("original_height", "original_width", "crop_top", "crop_left", "target_height", "target_width")

@@ -8,15 +8,15 @@ from typing import Any, ClassVar
 
 from ...engines.bundle import Branch, GuidanceInfo, LatentInfo, Precision, ScheduleRule
 from ...engines.errors import CheckpointError, UnsupportedModelError
-from ..autoencoder import AUTOENCODER_KL, decoder_graph, image_encoder_graph, vae_factor
 from ..checkpoints.checkpoint import Checkpoint, Part
 from ..checkpoints.configs import shown
 from ..checkpoints.tokenizer import QWEN, TokenizerKind
 from ..graph import Graph
-from ..qwen import QWEN3, chat_template, check_encoder, text_encoder_graph
+from ..networks.autoencoder import AUTOENCODER_KL, decoder_graph, image_encoder_graph, vae_factor
+from ..networks.qwen import QWEN3, chat_template, check_encoder, text_encoder_graph
+from ..networks.z_image_transformer import Z_IMAGE_TRANSFORMER, denoiser_graph
 from ..reference import reference_pipeline
 from ..shift import shift_line
-from ..z_image_transformer import Z_IMAGE_TRANSFORMER, denoiser_graph
 from .base import Family
 
 LENGTHS = (64, 128, 256)

@@ -24,9 +24,9 @@ pytest.importorskip("diffusers")
 
 from latentrt.engines.files import sha256_of  # noqa: E402
 from latentrt.export import exporter, onnx_writer, parity  # noqa: E402
-from latentrt.export.autoencoder import decoder_graph  # noqa: E402
 from latentrt.export.checkpoints.sources import open_checkpoint  # noqa: E402
-from latentrt.export.clip import text_encoder_graph  # noqa: E402
+from latentrt.export.networks.autoencoder import decoder_graph  # noqa: E402
+from latentrt.export.networks.clip import text_encoder_graph  # noqa: E402
 
 
 def test_importing_the_package_is_cheap() -> None:

@@ -104,7 +104,9 @@ def test_without_its_file_the_family_is_refused_by_name(tiny_sd15_checkpoint: Pa
     folder = shutil.copytree(tiny_sd15_checkpoint, tmp_path / "toy")
     index = json.loads((folder / "model_index.json").read_text())
     (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": "ToyPipeline"}))
-    with pytest.raises(UnsupportedModelError, match="pipeline 'ToyPipeline' is not supported, only .*StableDiffusionPipeline"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"pipeline .ToyPipeline. is not supported, only .*StableDiffusionPipeline"
+    ):
         export_checkpoint(folder, tmp_path / "bundle")
 
 

@@ -9,7 +9,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 
-from latentrt.export.t5 import hidden_states, prepare  # noqa: E402
+from latentrt.export.networks.t5 import hidden_states, prepare  # noqa: E402
 
 from .tiny_flux import t5  # noqa: E402
 

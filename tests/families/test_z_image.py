@@ -22,7 +22,7 @@ diffusers = pytest.importorskip("diffusers")
 from latentrt.export.checkpoints.diffusers_folder import open_folder  # noqa: E402
 from latentrt.export.checkpoints.streamed import filled  # noqa: E402
 from latentrt.export.families.z_image import FAMILY  # noqa: E402
-from latentrt.export.qwen import chat_template  # noqa: E402
+from latentrt.export.networks.qwen import chat_template  # noqa: E402
 
 from . import tiny_transformers  # noqa: E402
 from .compare import check, opened  # noqa: E402

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from ...engines.bundle import LatentInfo, NumbersInput, Precision, TensorInfo
 from ...engines.errors import UnsupportedModelError
-from ..autoencoder import AUTOENCODER_KL, decoder_graph, vae_factor
 from ..checkpoints.checkpoint import Checkpoint, Part
-from ..clip import CLIP_TEXT, text_encoder_graph
 from ..graph import Graph, network_dtype
+from ..networks.autoencoder import AUTOENCODER_KL, decoder_graph, vae_factor
+from ..networks.clip import CLIP_TEXT, text_encoder_graph
 from .base import Family
 
 

@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..engines.bundle import Precision, TensorInfo
-from .checkpoints.checkpoint import Part
-from .checkpoints.configs import WHOLE
-from .graph import Graph, network_dtype, outward
+from ...engines.bundle import Precision, TensorInfo
+from ..checkpoints.checkpoint import Part
+from ..checkpoints.configs import WHOLE
+from ..graph import Graph, network_dtype, outward
 
 
 class TextEncoder(nn.Module):

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..engines.bundle import Precision, TensorInfo
+from ...engines.bundle import Precision, TensorInfo
+from ..checkpoints.checkpoint import Part
+from ..checkpoints.configs import NULL, NUMBER, SCALE, WHOLE, WHOLES, WORDS
+from ..graph import Graph, inward, network_dtype, outward
 from .autoencoder import AUTOENCODER_KL
-from .checkpoints.checkpoint import Part
-from .checkpoints.configs import NULL, NUMBER, SCALE, WHOLE, WHOLES, WORDS
 from .flux import LAYERS
-from .graph import Graph, inward, network_dtype, outward
 from .packed import Rotary, frequencies, grid, rotary
 
 

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..engines.bundle import Precision, TensorInfo
-from .checkpoints.checkpoint import Part
-from .checkpoints.configs import NUMBER, WHOLE, WHOLES
-from .graph import Graph, inward, network_dtype, outward
+from ...engines.bundle import Precision, TensorInfo
+from ..checkpoints.checkpoint import Part
+from ..checkpoints.configs import NUMBER, WHOLE, WHOLES
+from ..graph import Graph, inward, network_dtype, outward
 from .qwen import USUAL_TOKENS
 
 MULTIPLE = 32

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checkpoints.checkpoint import Part
-from .checkpoints.configs import WHOLE
+from ..checkpoints.checkpoint import Part
+from ..checkpoints.configs import WHOLE
 
 HALF_SCALE = 64.0
 """By which a feed-forward layer's last product is smaller in half precision, whose range T5's own would leave."""

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..engines.bundle import Precision, TensorInfo
-from ..engines.errors import CheckpointError, UnsupportedModelError
-from .checkpoints.checkpoint import Part
-from .checkpoints.configs import SCALE, WHOLE, said_by, shown
-from .graph import Graph, network_dtype, outward
+from ...engines.bundle import Precision, TensorInfo
+from ...engines.errors import CheckpointError, UnsupportedModelError
+from ..checkpoints.checkpoint import Part
+from ..checkpoints.configs import SCALE, WHOLE, said_by, shown
+from ..graph import Graph, network_dtype, outward
 
 USUAL_TOKENS = 64
 """What most prompts fit in, where rows are of several lengths."""

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..engines.bundle import TensorInfo
-from .checkpoints.checkpoint import Part
-from .checkpoints.configs import NULL, NUMBER, NUMBERS, SCALE, WHOLE, WHOLES, WORDS
-from .graph import Graph
+from ...engines.bundle import TensorInfo
+from ..checkpoints.checkpoint import Part
+from ..checkpoints.configs import NULL, NUMBER, NUMBERS, SCALE, WHOLE, WHOLES, WORDS
+from ..graph import Graph
 
 Scale = float | Tensor
 """One number, or [1, C, 1, 1] with one for each channel."""

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..engines.bundle import NumbersInput, Precision, TensorInfo
-from .checkpoints.checkpoint import Part
-from .checkpoints.configs import NULL, PAIR, WHOLE, WHOLES, WORDS
-from .graph import Graph, inward, network_dtype, outward
+from ...engines.bundle import NumbersInput, Precision, TensorInfo
+from ..checkpoints.checkpoint import Part
+from ..checkpoints.configs import NULL, PAIR, WHOLE, WHOLES, WORDS
+from ..graph import Graph, inward, network_dtype, outward
 
 EMBEDDED_GUIDANCE = (NumbersInput(name="guidance", values=("guidance_scale",)),)
 

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..engines.bundle import Precision, TensorInfo
-from .checkpoints.checkpoint import Part
-from .checkpoints.configs import NULL, WHOLE, WHOLES, Kind
-from .graph import Graph, inward, network_dtype, outward
+from ...engines.bundle import Precision, TensorInfo
+from ..checkpoints.checkpoint import Part
+from ..checkpoints.configs import NULL, WHOLE, WHOLES, Kind
+from ..graph import Graph, inward, network_dtype, outward
 from .packed import Rotary, frequencies, grid, packed, rotary, unpacked
 
 THETA = 10_000
