@@ -84,7 +84,8 @@ def conditioning_tensors(bundle: Bundle) -> list[TensorInfo]:
     graphs = [graph for graph in bundle.manifest.graphs if graph.stage == "prompt"]
     written = {spec.name for graph in graphs for spec in (*graph.inputs, *graph.outputs)}
     read = [spec for spec in bundle.graph("denoiser").inputs if spec.name in written]
-    if sorted(len(spec.shape) for spec in read) not in ([3], [2, 3]):
+    counted = any(np.dtype(spec.dtype).kind != "f" for spec in read)  # such as a mask of tokens
+    if counted or sorted(len(spec.shape) for spec in read) not in ([3], [2, 3]):
         names = ", ".join(spec.name for spec in read) or "nothing"
         raise RequestError(f"the denoiser of this bundle reads {names} of a prompt: prompt_embeds cannot stand for it")
     return sorted(read, key=lambda spec: -len(spec.shape))

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from latentrt.engines.bundle import Bundle
-from latentrt.engines.errors import CheckpointError, UnsupportedModelError
+from latentrt.engines.errors import CheckpointError, RequestError, UnsupportedModelError
 from latentrt.export import export_checkpoint
 from latentrt.runtime import Pipeline
 from PIL import Image
@@ -116,6 +116,11 @@ def test_the_manifest_says_what_the_pipelines_do(checkpoint: Path, pipe: Pipelin
         "default_guidance_scale": 0.0,
         "default_strength": 0.6,
     }
+
+
+def test_embeddings_cannot_stand_for_a_caption_and_its_mask(pipe: Pipeline) -> None:
+    with pytest.raises(RequestError, match="reads context, token_mask of a prompt"):
+        pipe(prompt_embeds=np.zeros((1, 64, 32), np.float32))
 
 
 def test_templates_that_change_prompts_are_refused(tmp_path: Path) -> None:
