@@ -20,7 +20,8 @@ def requested_shapes(
     `RequestError` where the bundle takes no prompts of several parts.
     """
     manifest = bundle.manifest
-    request = GenerationRequest.of(prompt="", width=width, height=height, guidance_scale=guidance_scale)
+    guided = {} if guidance_scale is None else {manifest.guidance.scale: guidance_scale, "negative_prompt": ""}
+    request = GenerationRequest.of(prompt="", width=width, height=height, **guided)
     steps, size = manifest.default_num_inference_steps, (width, height)
     table = step_table(manifest.scheduler, steps, rule=manifest.schedule, size=size)
     complete = request.with_defaults(manifest)

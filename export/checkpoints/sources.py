@@ -77,6 +77,6 @@ def _open_file(
         if opened is not None:
             return opened
     raise UnsupportedModelError(
-        f"{path} is not in the original layout of {', '.join(family.title for family in families())}: "
+        f"{path} is not in the original layout of {', '.join(f.title for f in families() if f.reads_files)}: "
         "give a full checkpoint, or the diffusers folder"
     )

@@ -37,6 +37,11 @@ class Family(ABC):
     optional: ClassVar[tuple[str, ...]] = ()
     """Networks and tokenizers that a checkpoint of the family may lack."""
 
+    @property
+    def reads_files(self) -> bool:
+        """Whether the family has an original layout of single files."""
+        return type(self).open_file is not Family.open_file
+
     def open_file(
         self,
         file: Path,

@@ -142,9 +142,10 @@ class _Request:
 
 def _scales(bundle: Bundle, given: Sequence[float] | None) -> list[float]:
     """Return a guidance scale for each number of branches to build for, the most used first."""
-    scales: dict[bool, float] = {}
-    for scale in given or (bundle.manifest.default_guidance_scale, 1.0):
-        scales.setdefault(scale > 1, scale)
+    guidance, scales = bundle.manifest.guidance, dict[int, float]()
+    usual = 1.0 if guidance.scale == "true_cfg_scale" else bundle.manifest.default_guidance_scale
+    for scale in given or (usual, 1.0, 0.0):
+        scales.setdefault(len(guidance.weights(scale, negative_given=True)), scale)
     return list(scales.values())
 
 

@@ -18,6 +18,8 @@ from latentrt.export.single_files.names import original_unet_name, original_vae_
 from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from .loaded import loaded
+
 
 def with_text_layers(source: Path, folder: Path, layers: int) -> Path:
     """Copy a tiny folder and give it a text encoder of another depth."""
@@ -35,13 +37,13 @@ def original_tensors(folder: Path, version: int, spare_layers: int = 0) -> dict[
     """Return a folder's weights under their original names; `spare_layers` more text layers follow in version 2."""
     source = open_checkpoint(folder)
     tensors = {}
-    for name, tensor in source.load("unet").state_dict().items():
+    for name, tensor in loaded(source, "unet").state_dict().items():
         original = original_unet_name(name, layers=1)
         if name.startswith("up_blocks.0.upsamplers"):  # this level has no attention
             original = original.replace(".2.conv.", ".1.conv.")
         tensors[f"model.diffusion_model.{original}"] = tensor
     tensors |= {f"first_stage_model.{name}": tensor for name, tensor in original_vae(folder / "vae").items()}
-    text = {name.removeprefix("text_model."): t for name, t in source.load("text_encoder").state_dict().items()}
+    text = {name.removeprefix("text_model."): t for name, t in loaded(source, "text_encoder").state_dict().items()}
     old = clip(text) if version == 1 else open_clip(text, spare_layers)
     tensors |= {f"cond_stage_model.{k}": v for k, v in old.items()}
     return {name: tensor.contiguous() for name, tensor in tensors.items()}

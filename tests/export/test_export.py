@@ -74,7 +74,7 @@ def test_existing_output_is_not_replaced_unasked(tiny_sd15_checkpoint: Path, tmp
 def test_progress_and_the_defaults_of_the_index(
     tiny_sd15_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(exporter, "write_graph", lambda build, folder, precision, cells: step(folder))
+    monkeypatch.setattr(exporter, "write_graph", lambda build, folder, *_: step(folder))
     step = lambda folder: exporter.write_step_graph(folder, "fp32", 4).model_copy(update={"name": f"graph{len(seen)}"})  # noqa: E731
     seen: list[tuple[str, int, int]] = []
     source = Path(shutil.copytree(tiny_sd15_checkpoint, tmp_path / "source"))

@@ -21,6 +21,7 @@ from latentrt.export.reference import opened_by, reference_pipeline  # noqa: E40
 from latentrt.export.single_files import stable_diffusion  # noqa: E402
 from latentrt.export.verify import check_source  # noqa: E402
 
+from .loaded import loaded  # noqa: E402
 from .original_files import original_tensors, with_text_layers  # noqa: E402
 
 PIPELINE = "StableDiffusionPipeline"
@@ -37,11 +38,11 @@ def test_the_reference_does_not_share_a_mistake_of_ours(
     opened = open_checkpoint(file, tokenizer=deep, prediction_type="epsilon")
     theirs = reference_pipeline(opened, PIPELINE)
     assert opened.config("text_encoder")["num_hidden_layers"] == 22
-    ids, right = torch.arange(77)[None], open_checkpoint(deep).load("text_encoder")
+    ids, right = torch.arange(77)[None], loaded(open_checkpoint(deep), "text_encoder")
     with torch.no_grad():
         expected = right(ids).last_hidden_state
         assert torch.equal(theirs.text_encoder(ids).last_hidden_state, expected)
-        assert not torch.allclose(opened.load("text_encoder")(ids).last_hidden_state, expected, atol=1e-2)
+        assert not torch.allclose(loaded(opened, "text_encoder")(ids).last_hidden_state, expected, atol=1e-2)
     assert theirs.scheduler.config.prediction_type == "epsilon"
     assert theirs.tokenizer.pad_token_id == 0
 
@@ -53,7 +54,7 @@ def test_graphs_take_copies_of_the_reference_apart(tiny_sd15_checkpoint: Path, t
     expected = safetensors.load_file(tiny_sd21_checkpoint / "vae/diffusion_pytorch_model.safetensors")
     stored = pipeline.vae.state_dict()
     assert all(torch.equal(stored[name], expected[name]) for name in expected)
-    copied = opened_by(pipeline, opened).load("vae")
+    copied = loaded(opened_by(pipeline, opened), "vae")
     copied.encoder = None
     assert pipeline.vae.encoder is not None
     assert copied.decoder.conv_in.weight is pipeline.vae.decoder.conv_in.weight

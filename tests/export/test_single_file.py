@@ -17,6 +17,7 @@ from diffusers.loaders import single_file_utils  # noqa: E402
 from latentrt.export.checkpoints.sources import open_checkpoint  # noqa: E402
 from latentrt.export.families import family_named  # noqa: E402
 
+from .loaded import loaded  # noqa: E402
 from .original_files import original_tensors, original_vae, with_text_layers  # noqa: E402
 
 LAYOUTS = {"1.x": (1, 2, 0), "2.x of diffusers": (2, 23, 0), "2.x of OpenCLIP": (2, 23, 1)}
@@ -59,13 +60,13 @@ def test_networks_are_those_of_diffusers_loader(
     assert (opened.name, opened.tokenizers["tokenizer"].folder) == ("model.safetensors", source / "tokenizer")
     assert opened.config("text_encoder")["num_hidden_layers"] == layers
     for name in ("unet", "vae", "text_encoder"):
-        expected, found = getattr(theirs, name).state_dict(), opened.load(name).state_dict()
+        expected, found = getattr(theirs, name).state_dict(), loaded(opened, name).state_dict()
         assert expected.keys() == found.keys()
         assert all(torch.equal(expected[key], found[key]) for key in expected)
     ids = torch.randint(0, 400, (2, 77), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = theirs.text_encoder.eval()(ids).last_hidden_state
-        assert torch.equal(opened.load("text_encoder")(ids).last_hidden_state, expected)
+        assert torch.equal(loaded(opened, "text_encoder")(ids).last_hidden_state, expected)
 
 
 @pytest.mark.parametrize("version", [1, 2])
@@ -77,7 +78,7 @@ def test_names_are_what_diffusers_takes_for_the_original(
     old = tensors[next(layout for layout in LAYOUTS if LAYOUTS[layout][0] == version)]
     unet = single_file_utils.convert_ldm_unet_checkpoint(dict(old), dict(checkpoint.config("unet")))
     vae = single_file_utils.convert_ldm_vae_checkpoint(dict(old), dict(checkpoint.config("vae")))
-    for converted, module in ((unet, checkpoint.load("unet")), (vae, checkpoint.load("vae"))):
+    for converted, module in ((unet, loaded(checkpoint, "unet")), (vae, loaded(checkpoint, "vae"))):
         expected = module.state_dict()
         assert converted.keys() == expected.keys()
         assert all(torch.equal(converted[key], expected[key]) for key in expected)
@@ -233,7 +234,7 @@ def test_a_vae_in_place_of_the_checkpoint_s(
         if given.is_dir()
         else diffusers.AutoencoderKL.from_single_file(str(given), config=str(folder), local_files_only=True)
     )
-    expected, found = theirs.state_dict(), opened.load("vae").state_dict()
+    expected, found = theirs.state_dict(), loaded(opened, "vae").state_dict()
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[key], found[key]) for key in expected)
     assert opened.config("vae")["scaling_factor"] == theirs.config.scaling_factor

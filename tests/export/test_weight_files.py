@@ -18,6 +18,8 @@ diffusers = pytest.importorskip("diffusers")
 
 from latentrt.export.checkpoints.sources import open_checkpoint  # noqa: E402
 
+from .loaded import loaded  # noqa: E402
+
 STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 UNET = "unet/diffusion_pytorch_model.safetensors"
 
@@ -105,7 +107,7 @@ def test_weights_are_those_that_diffusers_takes(folder: Path, layout: str) -> No
     )
     opened = open_checkpoint(folder, variant=variant)
     for name in STEMS:
-        expected, found = getattr(theirs, name).state_dict(), opened.load(name).state_dict()
+        expected, found = getattr(theirs, name).state_dict(), loaded(opened, name).state_dict()
         assert all(torch.equal(expected[key], found[key]) for key in expected), name
 
 
@@ -175,7 +177,7 @@ def test_plain_casts_are_read_as_diffusers_reads_them(folder: Path, dtype: str) 
     cast = {name: tensor.to(getattr(torch, dtype)) for name, tensor in safetensors.load_file(file).items()}
     safetensors.save_file(cast, file, {"format": "pt"})
     theirs = diffusers.AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32).state_dict()
-    ours = open_checkpoint(folder).load("vae").state_dict()
+    ours = loaded(open_checkpoint(folder), "vae").state_dict()
     assert all(torch.equal(theirs[key], ours[key]) for key in theirs)
     assert {tensor.dtype for tensor in ours.values()} == {torch.float32}
 
@@ -203,7 +205,7 @@ def test_quantized_weights_are_refused_by_name(folder: Path, kind: str) -> None:
     beside, message = QUANTIZED[kind]
     safetensors.save_file(safetensors.load_file(folder / UNET) | beside, folder / UNET)
     with pytest.raises(UnsupportedModelError, match=message) as raised:
-        open_checkpoint(folder).load("unet")
+        loaded(open_checkpoint(folder), "unet")
     assert "give the fp16, bf16 or fp32 checkpoint" in str(raised.value)
 
 
@@ -219,4 +221,4 @@ def test_damaged_numbers_are_blamed_on_the_weights(folder: Path, part: str, name
     tensors[name].view(-1)[11] = value
     safetensors.save_file(tensors, file, {"format": "pt"})
     with pytest.raises(LatentRTError, match=rf"{file.name}: tensor '{name}' holds NaN or infinity in 1 of \d+ numbers"):
-        open_checkpoint(folder).load(part)
+        loaded(open_checkpoint(folder), part)

@@ -32,7 +32,9 @@ def opened(kind: Any, folder: Any, **options: Any) -> Any:
 
 
 @torch.no_grad()
-def check(pipe: Pipeline, reference: Any, *, seed: int = 5, **request: Any) -> tuple[float, float]:
+def check(
+    pipe: Pipeline, reference: Any, *, seed: int = 5, sampler: str | None = None, **request: Any
+) -> tuple[float, float]:
     """Draw a request on both sides; return the largest difference of a pixel, of 255, and that of the latents."""
     count = request.get("num_images_per_prompt", 1) * (
         1 if isinstance(request["prompt"], str) else len(request["prompt"])
@@ -43,7 +45,7 @@ def check(pipe: Pipeline, reference: Any, *, seed: int = 5, **request: Any) -> t
         wanted = reference(
             **request, generator=generators if count > 1 else generators[0], output_type=output_type
         ).images
-        ours = pipe(**request, seed=seed, output_type=output_type).images
+        ours = pipe(**request, seed=seed, sampler=sampler, output_type=output_type).images
         found.append((np.asarray(ours), np.asarray(wanted)))
     (pixels, wanted_pixels), (latents, wanted_latents) = found
     assert pixels.shape == wanted_pixels.shape

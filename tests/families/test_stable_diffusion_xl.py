@@ -125,6 +125,18 @@ def test_base_and_refiner_share_a_picture(
     assert np.linalg.norm(ours - wanted) / np.linalg.norm(wanted) < 1e-4
 
 
+def test_a_scale_that_the_network_reads(tmp_path: Path) -> None:
+    folder = tiny.sdxl(tmp_path / "distilled", time_cond_proj_dim=8)
+    reference = opened(diffusers.StableDiffusionXLPipeline, folder)
+    reference.scheduler = diffusers.LCMScheduler.from_config(reference.scheduler.config)
+    drawn = []
+    with Pipeline.open(export_checkpoint(folder, tmp_path / "bundle"), "onnxruntime-cpu") as pipe:
+        for scale in (8.0, 1.0):
+            check(pipe, reference, guidance_scale=scale, sampler="LCMScheduler", **QUICK)
+            drawn.append(pipe(guidance_scale=scale, seed=1, output_type="latent", **QUICK).images)
+    assert np.abs(drawn[0] - drawn[1]).max() > 1e-3
+
+
 def test_embeddings_stand_in_place_of_prompts(checkpoint: Path, pipe: Pipeline) -> None:
     reference = opened(diffusers.StableDiffusionXLPipeline, checkpoint)
     names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")

@@ -181,7 +181,7 @@ def test_a_generator_or_a_seed_for_each_image(theirs: dict[str, Any], ours: Pipe
 )
 def test_what_cannot_be_served_is_named(ours: Pipeline, given: dict[str, Any], message: str) -> None:
     with pytest.raises(RequestError, match=message):
-        ours(PROMPTS, **SIZE, **given)
+        ours(PROMPTS, **{**SIZE, **given})
 
 
 def test_embeddings_stand_in_place_of_prompts(theirs: dict[str, Any], ours: Pipeline) -> None:

@@ -121,7 +121,7 @@ def reference(prompt: str, tokenizer: Any, encoder: Any) -> Any:
     return torch.cat(out).numpy()
 
 
-@pytest.fixture(scope="module", params=["tiny_sd15", "tiny_sd21"])
+@pytest.fixture(scope="module", params=["tiny_sd15", pytest.param("tiny_sd21", marks=pytest.mark.long)])
 def tiny(request: pytest.FixtureRequest) -> tuple[Any, Any, Tokens]:
     transformers = pytest.importorskip("transformers")
     checkpoint = request.getfixturevalue(f"{request.param}_checkpoint")
