@@ -149,6 +149,7 @@ def test_embeddings_stand_in_place_of_prompts(dev: Path, pipe: Pipeline) -> None
     assert np.abs(np.asarray(pipe(**given, seed=5).images) - wanted).max() * 255 <= 2
 
 
+@pytest.mark.slow
 def test_schnell_reads_no_guidance_scale(schnell: Path, tmp_path: Path) -> None:
     with Pipeline.open(export_checkpoint(schnell, tmp_path / "bundle"), "onnxruntime-cpu") as pipe:
         manifest = pipe.bundle.manifest

@@ -23,7 +23,7 @@ from latentrt.export.families.stable_diffusion_3 import FAMILY  # noqa: E402
 from . import tiny_transformers  # noqa: E402
 from .compare import RELATIVE, check, opened  # noqa: E402
 
-pytestmark = [pytest.mark.long, pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 QUICK: dict[str, Any] = {"prompt": "a red circle", "num_inference_steps": 3}
 LONG = "a photo of a star, a square and a triangle, " * 40

@@ -97,6 +97,7 @@ def test_inpainting(checkpoint: Path, pipe: Pipeline, request_: dict[str, Any]) 
     check(pipe, reference, image=picture(), mask_image=mask(), height=64, width=64, **request)
 
 
+@pytest.mark.slow
 def test_the_refiner_starts_from_a_picture(refiner: tuple[Path, Pipeline]) -> None:
     reference = opened(diffusers.StableDiffusionXLImg2ImgPipeline, refiner[0])
     check(refiner[1], reference, image=picture(), strength=0.6, **QUICK)
@@ -105,6 +106,7 @@ def test_the_refiner_starts_from_a_picture(refiner: tuple[Path, Pipeline]) -> No
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", ["EulerDiscreteScheduler", "HeunDiscreteScheduler", "DPMSolverMultistepScheduler"])
 def test_base_and_refiner_share_a_picture(
     checkpoint: Path, pipe: Pipeline, refiner: tuple[Path, Pipeline], sampler: str
@@ -125,6 +127,7 @@ def test_base_and_refiner_share_a_picture(
     assert np.linalg.norm(ours - wanted) / np.linalg.norm(wanted) < 1e-4
 
 
+@pytest.mark.slow
 def test_a_scale_that_the_network_reads(tmp_path: Path) -> None:
     folder = tiny.sdxl(tmp_path / "distilled", time_cond_proj_dim=8)
     reference = opened(diffusers.StableDiffusionXLPipeline, folder)

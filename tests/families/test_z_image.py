@@ -27,7 +27,7 @@ from latentrt.export.networks.qwen import chat_template  # noqa: E402
 from . import tiny_transformers  # noqa: E402
 from .compare import check, opened  # noqa: E402
 
-pytestmark = [pytest.mark.long, pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 QUICK: dict[str, Any] = {"prompt": "a red circle", "num_inference_steps": 3, "height": 32, "width": 32}
 LONG = "a photo of a star, a square and a triangle, " * 3
