@@ -66,7 +66,7 @@ def test_the_commands_run_as_printed(
 
     made = {graph.name: graph for graph in Bundle.open(tiny_sd15_bundle).manifest.graphs}
 
-    def copied(build: Callable[[], Any], folder: Path, precision: str, cells: object) -> GraphInfo:
+    def copied(build: Callable[[], Any], folder: Path, precision: str, *_: object) -> GraphInfo:
         assert precision == "fp32"
         graph = made[build().name]
         for name in (*graph.files, *(reference.file for reference in graph.references)):
