@@ -12,9 +12,11 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from latentrt.engines.bundle import LatentInfo
 from latentrt.engines.errors import RequestError
 from latentrt.runtime import Pipeline
 from latentrt.runtime.arguments import REFUSED, SERVED
+from latentrt.runtime.sizes import check_size
 from PIL import Image
 
 PROMPTS = ["a red circle on a blue background", "a small star"]
@@ -168,7 +170,6 @@ def test_a_generator_or_a_seed_for_each_image(theirs: dict[str, Any], ours: Pipe
             r"latents is of shape \[1, 4, 8, 8\]: this request takes \[2,",
         ),
         ({"latents": np.full((2, 4, 8, 8), np.nan)}, "latents holds numbers that are not finite"),
-        ({"width": 8192, "height": 8192}, "the picture is 8192x8192, 67 Mpixels: at most 17"),
         ({"latents": np.zeros((2, 4, 8, 8)), "image": picture()}, "latents and image are given"),
         ({"timesteps": [1], "sigmas": [1]}, "timesteps and sigmas are given"),
         ({"prompt_embeds": np.zeros((2, 77, 32))}, "prompt and prompt_embeds are given"),
@@ -182,6 +183,13 @@ def test_a_generator_or_a_seed_for_each_image(theirs: dict[str, Any], ours: Pipe
 def test_what_cannot_be_served_is_named(ours: Pipeline, given: dict[str, Any], message: str) -> None:
     with pytest.raises(RequestError, match=message):
         ours(PROMPTS, **{**SIZE, **given})
+
+
+def test_a_picture_has_a_budget_of_pixels() -> None:
+    latent = LatentInfo(channels=4, downscale=8, size_multiple=8, default_height=512, default_width=512)
+    check_size(4096, 4096, latent)
+    with pytest.raises(RequestError, match="the picture is 8192x4096, 34 Mpixels: at most 17"):
+        check_size(8192, 4096, latent)
 
 
 def test_embeddings_stand_in_place_of_prompts(theirs: dict[str, Any], ours: Pipeline) -> None:
