@@ -40,7 +40,10 @@ class TensorInfo(Strict):
 
 
 class Parity(Strict):
-    """How far a graph is from the PyTorch module it came from, on random inputs, as measured at export."""
+    """How far a graph is from the PyTorch module it came from, on random inputs, as measured at export.
+
+    Of a bf16 graph it is that of the same graph in fp32: no CPU kernels run it in bf16 where it is exported.
+    """
 
     max_abs_error: float
     relative_error: float

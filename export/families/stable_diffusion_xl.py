@@ -28,10 +28,9 @@ ENCODERS = ("text_encoder", "text_encoder_2")
 class TextEncoders(nn.Module):
     """CLIP's last but one layers side by side, and the projected embedding of the last encoder."""
 
-    def __init__(self, encoders: list[Any], *, zeros: bool) -> None:
+    def __init__(self, encoders: list[Any]) -> None:
         super().__init__()
         self.encoders = nn.ModuleList(encoders)
-        self.zeros = zeros
 
     def forward(
         self, token_ids: Tensor | None = None, token_ids_2: Tensor | None = None, text_given: Tensor | None = None
@@ -110,13 +109,13 @@ class StableDiffusionXL(Family):
         length = lengths["tokenizer_2"]
         inputs = [TensorInfo(name=each, dtype="int64", shape=("R", length)) for each in tokens]
         limits = {each: checkpoint.config(name)["vocab_size"] for each, name in tokens.items()}
-        if zeros := bool(self.inputs(checkpoint)[1:]):
+        if self._zeros(checkpoint):
             inputs.append(TensorInfo(name="text_given", dtype="float32", shape=("R", 1)))
         width = sum(checkpoint.config(name)["hidden_size"] for name in names)
         return Graph(
             "text_encoder",
             "prompt",
-            TextEncoders([checkpoint.load(name) for name in names], zeros=zeros),
+            TextEncoders([checkpoint.load(name) for name in names]),
             tuple(inputs),
             (
                 TensorInfo(name="context", dtype=dtype, shape=("R", length, width)),
@@ -143,7 +142,7 @@ class StableDiffusionXL(Family):
         sizes = self._sizes(checkpoint)
         negative: Any = tuple(f"negative_{name}" for name in sizes)
         found = [NumbersInput(name="time_ids", values=sizes, negative=negative)]
-        if checkpoint.options.get("force_zeros_for_empty_prompt", True):
+        if self._zeros(checkpoint):
             found.append(NumbersInput(name="text_given", values=(1.0,), negative=("negative_given",)))
         if embedded_guidance(checkpoint.config("unet")):
             found += EMBEDDED_GUIDANCE
@@ -164,6 +163,10 @@ class StableDiffusionXL(Family):
     def _sizes(self, checkpoint: Checkpoint) -> tuple[Any, ...]:
         scored = checkpoint.options.get("requires_aesthetics_score", False)
         return (*SIZES[:4], "aesthetic_score") if scored else SIZES
+
+    def _zeros(self, checkpoint: Checkpoint) -> bool:
+        """Tell whether zeros stand for a negative prompt that is not given."""
+        return bool(checkpoint.options.get("force_zeros_for_empty_prompt", True))
 
     def _pooled(self, checkpoint: Checkpoint) -> int:
         width: int = checkpoint.config("text_encoder_2")["projection_dim"]
