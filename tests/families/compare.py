@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from latentrt.runtime import Pipeline
+from PIL import Image
 
 LARGEST = 2
 """Of 255: how far a pixel may be off."""
@@ -29,6 +30,18 @@ def opened(kind: Any, folder: Any, **options: Any) -> Any:
     pipeline = kind.from_pretrained(folder, **options)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def picture(width: int = 64, height: int = 64) -> Image.Image:
+    """Return a picture of random colors."""
+    return Image.fromarray((np.random.RandomState(0).rand(height, width, 3) * 255).astype(np.uint8))
+
+
+def mask(width: int = 64, height: int = 64) -> Image.Image:
+    """Return a mask whose upper part, but for a quarter on the left, is to be repainted."""
+    white = np.zeros((height, width), np.uint8)
+    white[: height // 2, width // 4 :] = 255
+    return Image.fromarray(white)
 
 
 @torch.no_grad()

@@ -12,13 +12,12 @@ import pytest
 from latentrt.engines.errors import CheckpointError, UnsupportedModelError
 from latentrt.export import export_checkpoint
 from latentrt.runtime import Pipeline
-from PIL import Image
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
 from . import tiny_flux  # noqa: E402
-from .compare import check, opened  # noqa: E402
+from .compare import check, mask, opened, picture  # noqa: E402
 
 pytestmark = [pytest.mark.long, pytest.mark.filterwarnings("ignore")]
 
@@ -53,17 +52,6 @@ def reference(kind: Any, folder: Path) -> Callable[..., Any]:
         return result
 
     return draw
-
-
-def picture(width: int = 32, height: int = 32) -> Image.Image:
-    random = np.random.RandomState(0)
-    return Image.fromarray((random.rand(height, width, 3) * 255).astype(np.uint8))
-
-
-def mask(width: int = 32, height: int = 32) -> Image.Image:
-    white = np.zeros((height, width), np.uint8)
-    white[: height // 2, width // 4 :] = 255
-    return Image.fromarray(white)
 
 
 @pytest.mark.parametrize(
@@ -116,7 +104,7 @@ def test_inpainting(dev: Path, pipe: Pipeline, request_: dict[str, Any]) -> None
 def test_each_picture_of_a_batch_is_that_of_its_seed(dev: Path, pipe: Pipeline) -> None:
     """Given several generators, diffusers draws the initial picture's latents from the first alone."""
     kind, request = reference(diffusers.FluxInpaintPipeline, dev), {**QUICK, "strength": 0.8, "guidance_scale": 3.0}
-    given = {"image": picture(), "mask_image": mask(), "output_type": "np", **request}
+    given = {"image": picture(32, 32), "mask_image": mask(32, 32), "output_type": "np", **request}
     ours = pipe(**given, seed=5, num_images_per_prompt=2).images
     for image, seed in zip(ours, (5, 6), strict=True):
         wanted = kind(**given, generator=torch.Generator().manual_seed(seed)).images[0]

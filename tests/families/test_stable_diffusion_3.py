@@ -12,7 +12,6 @@ import pytest
 from latentrt.engines.errors import CheckpointError, UnsupportedModelError
 from latentrt.export import export_checkpoint
 from latentrt.runtime import Pipeline
-from PIL import Image
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -21,7 +20,7 @@ from latentrt.export.checkpoints.diffusers_folder import open_folder  # noqa: E4
 from latentrt.export.families.stable_diffusion_3 import FAMILY  # noqa: E402
 
 from . import tiny_transformers  # noqa: E402
-from .compare import RELATIVE, check, opened  # noqa: E402
+from .compare import RELATIVE, check, mask, opened, picture  # noqa: E402
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
@@ -45,16 +44,6 @@ def newer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Pipe
     folder = tiny_transformers.sd35(tmp_path_factory.mktemp("sd35") / "base")
     with Pipeline.open(export_checkpoint(folder, folder.with_name("bundle")), "onnxruntime-cpu") as opened:
         yield folder, opened
-
-
-def picture() -> Image.Image:
-    return Image.fromarray((np.random.RandomState(0).rand(64, 64, 3) * 255).astype(np.uint8))
-
-
-def mask() -> Image.Image:
-    white = np.zeros((64, 64), np.uint8)
-    white[:32, 16:] = 255
-    return Image.fromarray(white)
 
 
 @pytest.mark.parametrize(

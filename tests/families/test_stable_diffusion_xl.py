@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,15 @@ import pytest
 from latentrt.engines.errors import RequestError, UnsupportedModelError
 from latentrt.export import export_checkpoint
 from latentrt.runtime import Pipeline
-from PIL import Image
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
+from latentrt.export.checkpoints.sources import open_checkpoint  # noqa: E402
+from latentrt.export.families.stable_diffusion_xl import FAMILY  # noqa: E402
+
 from . import tiny  # noqa: E402
-from .compare import check, opened  # noqa: E402
+from .compare import check, mask, opened, picture  # noqa: E402
 
 pytestmark = [pytest.mark.long, pytest.mark.filterwarnings("ignore")]
 
@@ -40,17 +43,6 @@ def refiner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Pi
     folder = tiny.sdxl(tmp_path_factory.mktemp("sdxl") / "refiner", refiner=True)
     with Pipeline.open(export_checkpoint(folder, folder.with_name("bundle")), "onnxruntime-cpu") as opened:
         yield folder, opened
-
-
-def picture(width: int = 64, height: int = 64) -> Image.Image:
-    random = np.random.RandomState(0)
-    return Image.fromarray((random.rand(height, width, 3) * 255).astype(np.uint8))
-
-
-def mask(width: int = 64, height: int = 64) -> Image.Image:
-    white = np.zeros((height, width), np.uint8)
-    white[: height // 2, width // 4 :] = 255
-    return Image.fromarray(white)
 
 
 @pytest.mark.parametrize(
@@ -149,6 +141,19 @@ def test_embeddings_stand_in_place_of_prompts(checkpoint: Path, pipe: Pipeline) 
     assert np.abs(ours - same).max() < 1e-4
     with pytest.raises(RequestError, match="prompt_embeds is given without pooled_prompt_embeds"):
         pipe(prompt_embeds=given["prompt_embeds"])
+
+
+@pytest.mark.parametrize("zeros", [True, False])
+def test_every_number_that_a_graph_reads_is_in_the_manifest(tmp_path: Path, zeros: bool) -> None:
+    folder = tiny.sdxl(tmp_path / "distilled", time_cond_proj_dim=8)
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"force_zeros_for_empty_prompt": zeros}))
+    checkpoint = open_checkpoint(folder)
+    graphs = FAMILY.graphs(checkpoint, "fp32", {"tokenizer": 77, "tokenizer_2": 77})
+    read = {spec.name for name in ("text_encoder", "denoiser") for spec in graphs[name]().inputs}
+    given = {"token_ids", "token_ids_2", "model_input", "timestep", "context", "pooled"}
+    assert read - given == {info.name for info in FAMILY.inputs(checkpoint)}
+    assert ("text_given" in read) == zeros and "guidance" in read
 
 
 @pytest.mark.parametrize(

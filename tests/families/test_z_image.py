@@ -14,7 +14,6 @@ from latentrt.engines.bundle import Bundle
 from latentrt.engines.errors import CheckpointError, RequestError, UnsupportedModelError
 from latentrt.export import export_checkpoint
 from latentrt.runtime import Pipeline
-from PIL import Image
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -25,7 +24,7 @@ from latentrt.export.families.z_image import FAMILY  # noqa: E402
 from latentrt.export.networks.qwen import chat_template  # noqa: E402
 
 from . import tiny_transformers  # noqa: E402
-from .compare import check, opened  # noqa: E402
+from .compare import check, mask, opened, picture  # noqa: E402
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
@@ -50,16 +49,6 @@ def reference(kind: str, checkpoint: Path) -> Callable[..., Any]:
     return lambda **request: pipeline(**copy.deepcopy(request))
 
 
-def picture() -> Image.Image:
-    return Image.fromarray((np.random.RandomState(0).rand(32, 48, 3) * 255).astype(np.uint8))
-
-
-def mask() -> Image.Image:
-    white = np.zeros((32, 48), np.uint8)
-    white[:16, 12:] = 255
-    return Image.fromarray(white)
-
-
 @pytest.mark.parametrize(
     "request_",
     [
@@ -79,14 +68,14 @@ def test_text_to_image(checkpoint: Path, pipe: Pipeline, request_: dict[str, Any
 def test_image_to_image(checkpoint: Path, pipe: Pipeline) -> None:
     image_to_image = reference("ZImageImg2ImgPipeline", checkpoint)
     for request in ({}, {"strength": 0.9, "negative_prompt": "x"}):
-        check(pipe, image_to_image, image=picture(), prompt="a star", num_inference_steps=5, **request)
+        check(pipe, image_to_image, image=picture(48, 32), prompt="a star", num_inference_steps=5, **request)
 
 
 def test_inpainting(checkpoint: Path, pipe: Pipeline) -> None:
     inpainting = reference("ZImageInpaintPipeline", checkpoint)
     for request in ({}, {"strength": 0.7, "negative_prompt": "x"}):
         sized = {**QUICK, "width": 48, **request}
-        check(pipe, inpainting, image=picture(), mask_image=mask(), **sized)
+        check(pipe, inpainting, image=picture(48, 32), mask_image=mask(48, 32), **sized)
 
 
 def test_a_bucket_does_not_change_the_numbers(checkpoint: Path) -> None:
