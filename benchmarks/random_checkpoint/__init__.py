@@ -1,0 +1,13 @@
+"""Checkpoints with the true architectures of models and random weights, for measurements without downloads.
+
+Run `python -m latentrt.benchmarks.random_checkpoint sd15 OUT`. Weights have unit gain per layer, so activations stay
+finite in half precision too; pictures are noise. They are written tensor by tensor: memory stays below 1 GB.
+"""
+
+from __future__ import annotations
+
+from .tokenizers import write_tokenizer
+from .weights import write_random_weights
+from .writer import ARCHITECTURES, architecture, write_random_checkpoint
+
+__all__ = ["ARCHITECTURES", "architecture", "write_random_checkpoint", "write_random_weights", "write_tokenizer"]
