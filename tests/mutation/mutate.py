@@ -16,6 +16,7 @@ import argparse
 import ast
 import difflib
 import hashlib
+import importlib
 import json
 import os
 import random
@@ -26,12 +27,16 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
+import traceback
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+import pytest
 from operators import sites
 from planted import PLANTED
 
@@ -42,6 +47,9 @@ MUTATED = ("engines", "runtime")
 TESTS = ("tests/engines/", "tests/runtime/")
 LEFT_OUT = ("tests/runtime/test_killed.py", "tests/runtime/test_interrupts.py")
 """Tests whose work is done in other processes, which nobody traces."""
+PRELOADED = ("torch", "transformers", "diffusers", "onnx.reference", "onnxruntime", "scipy", "hypothesis", "pydantic")
+"""What tests import that takes long: it is imported once, and every run of tests is a fork of this process."""
+PLUGINS = ("-p", "tracing", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning")
 SECONDS = 30.0
 """Of tests that are run for one fault, as they were traced: enough for all but those that every test runs."""
 ENOUGH = 0.9
@@ -62,6 +70,17 @@ def say(line: str) -> None:
     """Write a line for the one who waits."""
     sys.stdout.write(f"{line}\n")
     sys.stdout.flush()
+
+
+def preload() -> None:
+    """Import what tests need and nothing of ours; nothing that has threads yet, which a fork would lose."""
+    os.environ |= {"OMP_NUM_THREADS": "1", "ORT_DISABLE_TELEMETRY": "1"}
+    with suppress(ImportError):  # an extra
+        for name in PRELOADED:
+            importlib.import_module(name)
+        diffusers = sys.modules["diffusers"]
+        for name in ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "FluxPipeline", "UniPCMultistepScheduler"):
+            getattr(diffusers, name)
 
 
 class Copy:
@@ -98,27 +117,40 @@ class Copy:
 
     def pytest(self, arguments: list[str], timeout: float, **environment: str) -> tuple[int | None, list[str]]:
         """Run tests in the copy; return the exit code, None when they took too long, and the tests that failed."""
-        command = [sys.executable, "-m", "pytest", "-p", "tracing", "-p", "no:cacheprovider", *arguments]
         log = self.tree.parent / "pytest.log"
-        with log.open("wb") as output:
-            process = subprocess.Popen(
-                command,
-                cwd=self.tree,
-                env=self.environment | environment,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-            try:
-                code: int | None = process.wait(timeout)
-            except subprocess.TimeoutExpired:
-                code = None
-            finally:
-                if process.poll() is None:
-                    os.killpg(process.pid, signal.SIGKILL)
-                    process.wait()
+        process = os.fork()  # with what is `PRELOADED`
+        if process == 0:
+            self._become_pytest([*PLUGINS, *arguments], log, environment)
+        ends = time.monotonic() + timeout
+        done, status = os.waitpid(process, os.WNOHANG)
+        while not done and time.monotonic() < ends:
+            time.sleep(0.05)
+            done, status = os.waitpid(process, os.WNOHANG)
+        if not done:
+            os.killpg(process, signal.SIGKILL)
+            os.waitpid(process, 0)
         text = log.read_text(encoding="utf-8", errors="replace")
-        return code, re.findall(r"^(?:FAILED|ERROR) (\S+::.+?)(?: - .*)?$", text, re.MULTILINE)
+        failed = re.findall(r"^(?:FAILED|ERROR) (\S+::.+?)(?: - .*)?$", text, re.MULTILINE)
+        return os.waitstatus_to_exitcode(status) if done else None, failed
+
+    def _become_pytest(self, arguments: list[str], log: Path, environment: dict[str, str]) -> NoReturn:
+        code = 70
+        try:
+            os.setsid()
+            with log.open("wb") as output, Path(os.devnull).open("rb") as nothing:
+                for stream, number in ((nothing, 0), (output, 1), (output, 2)):
+                    os.dup2(stream.fileno(), number)
+            os.chdir(self.tree)
+            os.environ.update(self.environment | environment)
+            sys.path[:0] = [str(self.tree), *self.environment["PYTHONPATH"].split(os.pathsep)]
+            sys.dont_write_bytecode = True
+            code = int(pytest.main(arguments))
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
 
     def tests(self) -> dict[str, Any]:
         """Return what each test runs, how long it takes and whether it passes.
@@ -289,6 +321,7 @@ def main() -> int:
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "latentrt-mutation")
     given = parser.parse_args()
     os.nice(10)
+    preload()
     copy = Copy(given.work)
     tests = copy.tests()
     failing = [name for name, facts in tests.items() if not facts["passed"]]

@@ -125,3 +125,16 @@ def test_a_closed_pipeline_says_so(tiny_sd15_bundle: Path) -> None:
 def test_bad_options_are_refused(tiny_sd15_bundle: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(RequestError, match=message):
         Pipeline.open(tiny_sd15_bundle, "onnxruntime-cpu", **options)
+
+
+def test_what_a_session_holds_is_used_and_freed_while_nobody_else_has_the_backend(pipe: Pipeline) -> None:
+    lock: Any = pipe.backend.lock
+    held: list[bool] = []
+    pipe("a", num_inference_steps=1, callback_on_step_end=lambda *_: held.append(lock._is_owned()))
+    with pipe.session.turn():
+        held.append(lock._is_owned())
+    workspace = next(iter(pipe.session._workspaces.values()))
+    close = workspace.close
+    workspace.close = lambda: (held.append(lock._is_owned()), close())  # type: ignore[func-returns-value, method-assign]
+    pipe.close()
+    assert held == [True] * 3 and not lock._is_owned()
