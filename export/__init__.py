@@ -23,16 +23,21 @@ def export_checkpoint(
     prediction_type: str | None = None,
     vae: str | Path | None = None,
     variant: str | None = None,
+    base: str | Path | None = None,
+    num_inference_steps: int | None = None,
+    guidance_scale: float | None = None,
     textual_inversion: Sequence[str | Path] = (),
     progress: Progress = silent,
 ) -> Path:
     """Turn a checkpoint into a bundle and return the bundle's folder.
 
-    `source` is a diffusers folder, a hub id (`revision` picks a branch, tag or commit), or a `.safetensors` file of the
-    original Stable Diffusion layout. Such a file holds no tokenizer and may not say what its U-Net predicts:
-    `tokenizer` names a folder or hub id that has one, and `prediction_type` is `epsilon` or `v_prediction`. `vae` names
+    `source` is a diffusers folder, a hub id (`revision` picks a branch, tag or commit), or a `.safetensors` file of an
+    original layout. Such a file holds no tokenizer and may not say what its U-Net predicts: `tokenizer` names a folder
+    or hub id that has one, and `prediction_type` is `epsilon` or `v_prediction`. For a file with nothing but a denoiser
+    `base` is the diffusers folder or hub id that all the rest comes from. `vae` names
     a VAE to use, instead of the checkpoint's own where it has one: a folder, a file or a hub id. `variant` picks the
     weights of a folder or hub id that have this word in their names, such as `fp16`, where a component has such.
+    `num_inference_steps` and `guidance_scale` become the bundle's defaults, for checkpoints made for few steps.
     `textual_inversion` are files with learned words, as `FILE` or `TOKEN=FILE`, that prompts may then use. Safety
     checker and feature extractor are not part of a bundle. Nothing is left behind when an error is raised:
     `CheckpointError`, `UnsupportedModelError`, `ExportError`, `StorageError`, `RequestError` or `MissingExtraError`.
@@ -54,6 +59,9 @@ def export_checkpoint(
         prediction_type=prediction_type,
         vae=vae,
         variant=variant,
+        base=base,
+        num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale,
         textual_inversion=textual_inversion,
         progress=progress,
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from importlib import metadata
 from math import inf
 from pathlib import Path
@@ -33,6 +32,7 @@ from ..engines.progress import Progress
 from ..runtime.sampling import check_scheduler
 from .activations import HALF_LIMIT, largest_activation
 from .checkpoints.checkpoint import LAYERS_OF_A_STACK, Checkpoint
+from .checkpoints.defaults import asked_defaults
 from .checkpoints.sources import open_checkpoint
 from .checkpoints.textual_inversion import LearnedWord, check_words, open_words, provenance, with_words
 from .checkpoints.tokenizer import write_tokenizer
@@ -68,14 +68,18 @@ def export(
     prediction_type: str | None,
     vae: str | Path | None,
     variant: str | None,
+    base: str | Path | None,
+    num_inference_steps: int | None,
+    guidance_scale: float | None,
     textual_inversion: Sequence[str | Path],
     progress: Progress,
 ) -> Path:
     """Export a checkpoint; see `latentrt.export.export_checkpoint`."""
+    asked = asked_defaults(num_inference_steps, guidance_scale)
     with atomic_folder(out, replace=replace_bundle) as folder:
         progress("opening the checkpoint", 0, 1)
         checkpoint = open_checkpoint(
-            source, revision, tokenizer=tokenizer, prediction_type=prediction_type, vae=vae, variant=variant
+            source, revision, tokenizer=tokenizer, prediction_type=prediction_type, vae=vae, variant=variant, base=base
         )
         family = family_named(checkpoint.family)
         family.check(checkpoint)
@@ -84,18 +88,14 @@ def export(
         tokens = write_tokenizers(family, checkpoint, folder, words)
         checkpoint = with_words(checkpoint, words, folder / "tokenizer.json")
         lengths = {name: info.max_length for name, info in tokens.items()}
-        builders = family.graphs(checkpoint, precision, lengths)
         latent = family.latent(checkpoint)
         scheduler, schedule = family.scheduler(checkpoint), family.schedule(checkpoint)
         check_scheduler(scheduler, schedule, (latent.default_width, latent.default_height))
-        cells = (latent.default_height // latent.downscale, latent.default_width // latent.downscale)
-        graphs, stages = [], len(builders) + 2
-        for number, (name, build) in enumerate(builders.items(), start=1):
+        networks = family.graphs(checkpoint, precision, lengths)
+        graphs, stages = [], len(networks) + 2
+        for number, name in enumerate(networks, start=1):
             progress(name.replace("_", " "), number, stages)
-            graphs.append(
-                write_graph(build, folder, precision, cells, partial(_alike, family, checkpoint, lengths, name))
-            )
-            checkpoint.close()
+            graphs.append(write_network(family, checkpoint, lengths, name, folder, precision))
         graphs.append(write_step_graph(folder, precision, latent.channels))
         progress("hashing", stages - 1, stages)
         write_manifest(
@@ -111,7 +111,7 @@ def export(
                 scheduler=scheduler,
                 schedule=schedule,
                 guidance=family.guidance(checkpoint),
-                **(family.defaults(checkpoint) | dict(checkpoint.defaults)),
+                **(family.defaults(checkpoint) | dict(checkpoint.defaults) | asked),
                 files=describe_files(folder),
                 source=_provenance(checkpoint, words),
                 tools={tool: metadata.version(tool) for tool in TOOLS},
@@ -121,14 +121,20 @@ def export(
     return out
 
 
-def _alike(
-    family: Family, checkpoint: Checkpoint, lengths: Mapping[str, int], name: str, precision: Precision, few: bool
-) -> Graph:
-    """Return a graph of a checkpoint in some precision, of the first and last layers of each stack alone with `few`."""
-    layers = None
-    if few:
-        checkpoint, layers = checkpoint.shallow(), LAYERS_OF_A_STACK
-    return replace(family.graphs(checkpoint, precision, lengths)[name](), layers=layers)
+def write_network(
+    family: Family, checkpoint: Checkpoint, lengths: Mapping[str, int], name: str, folder: Path, precision: Precision
+) -> GraphInfo:
+    """Export one network of a checkpoint; `lengths` are the tokens of a prompt, for each tokenizer."""
+
+    def alike(precision: Precision, few: bool) -> Graph:
+        like, layers = (checkpoint.shallow(), LAYERS_OF_A_STACK) if few else (checkpoint, None)
+        return replace(family.graphs(like, precision, lengths)[name](), layers=layers)
+
+    latent = family.latent(checkpoint)
+    cells = (latent.default_height // latent.downscale, latent.default_width // latent.downscale)
+    info = write_graph(family.graphs(checkpoint, precision, lengths)[name], folder, precision, cells, alike)
+    checkpoint.close()
+    return info
 
 
 def write_tokenizers(

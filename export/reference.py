@@ -74,39 +74,46 @@ def _folder(pipeline: Any, checkpoint: Checkpoint, beside: Mapping[str, Any]) ->
 def _file(pipeline: Any, checkpoint: Checkpoint, beside: Mapping[str, Any]) -> Any:
     from transformers import CLIPTokenizerFast
 
-    source = checkpoint.tokenizers["tokenizer"]
-    with TemporaryDirectory() as folder:
-        _write_configs(Path(folder), checkpoint)
+    tokenizers = {}
+    for name, source in checkpoint.tokenizers.items():
         tokenizer = CLIPTokenizerFast.from_pretrained(str(source.folder), local_files_only=True)
         if source.pad_id is not None:
             pad = tokenizer.convert_ids_to_tokens(source.pad_id)
             tokenizer = CLIPTokenizerFast.from_pretrained(str(source.folder), local_files_only=True, pad_token=pad)
-        return pipeline.from_single_file(
-            str(checkpoint.path), config=folder, **{"tokenizer": tokenizer}, **PLAIN, **beside
-        )
+        tokenizers[name] = tokenizer
+    with TemporaryDirectory() as folder:
+        _write_configs(Path(folder), checkpoint)
+        return pipeline.from_single_file(str(checkpoint.path), config=folder, **tokenizers, **PLAIN, **beside)
 
 
 def _write_configs(folder: Path, checkpoint: Checkpoint) -> None:
     """Write the configs that diffusers needs beside a single file, which it would fetch from the hub otherwise."""
-    index: dict[str, Any] = {"_class_name": checkpoint.pipeline, "tokenizer": ["transformers", "CLIPTokenizer"]}
+    index: dict[str, Any] = {"_class_name": checkpoint.pipeline, **checkpoint.options}
+    index |= {name: ["transformers", "CLIPTokenizer"] for name in checkpoint.tokenizers}
     for name, component in checkpoint.components.items():
         index[name] = [component.part.library, component.part.class_name]
         config = {key: value for key, value in component.config.items() if value is not None}
         if component.part.library == "transformers":
-            config |= {"model_type": "clip_text_model", "num_hidden_layers": _text_layers(component)}
+            config |= {"model_type": "clip_text_model", "num_hidden_layers": _text_layers(name, component)}
         _write(folder / name / "config.json", config)
     index["scheduler"] = ["diffusers", checkpoint.scheduler["_class_name"]]
     _write(folder / "scheduler" / "scheduler_config.json", checkpoint.scheduler)
     _write(folder / "model_index.json", index)
 
 
-def _text_layers(encoder: Component) -> int:
-    """Return how many layers diffusers converts, counted with its own list of what it leaves out of OpenCLIP."""
+def _text_layers(component: str, encoder: Component) -> int:
+    """Return how many layers diffusers converts, counted with its own list of what it leaves out of OpenCLIP.
+
+    Of the two encoders of Stable Diffusion XL the second has the larger number, also when it is alone.
+    """
     from diffusers.loaders.single_file_utils import SD_2_TEXT_ENCODER_KEYS_TO_IGNORE as LEFT_OUT
 
-    names = [name for name in encoder.weights if name.startswith("cond_stage_model.") and name not in LEFT_OUT]
-    found = [re.search(r"\.(?:resblocks|encoder\.layers)\.(\d+)\.", name) for name in names]
-    return 1 + max(int(match[1]) for match in found if match)
+    found = [re.match(r"conditioner\.embedders\.\d\.", name) for name in encoder.weights]
+    prefixes = {match[0] for match in found if match} or {"cond_stage_model."}
+    prefix = {"text_encoder": min, "text_encoder_2": max}[component](prefixes)
+    names = [name for name in encoder.weights if name.startswith(prefix) and name not in LEFT_OUT]
+    layers = [re.search(r"\.(?:resblocks|encoder\.layers)\.(\d+)\.", name) for name in names]
+    return 1 + max(int(match[1]) for match in layers if match)
 
 
 def _write(file: Path, data: Mapping[str, Any]) -> None:

@@ -81,6 +81,7 @@ def verify(
     prediction_type: str | None = None,
     vae: str | Path | None = None,
     variant: str | None = None,
+    base: str | Path | None = None,
     any_checkpoint: bool = False,
     progress: Progress = silent,
     **options: Any,
@@ -95,7 +96,9 @@ def verify(
     if problems := opened.problems():  # engines in the cache would hide it
         name, problem = next(iter(problems.items()))
         raise BundleError(f"{bundle}: {name} {problem}: export it again")
-    checkpoint = open_checkpoint(source, tokenizer=tokenizer, prediction_type=prediction_type, vae=vae, variant=variant)
+    checkpoint = open_checkpoint(
+        source, tokenizer=tokenizer, prediction_type=prediction_type, vae=vae, variant=variant, base=base
+    )
     if not any_checkpoint:
         check_source(opened, checkpoint)
     family, manifest = family_named(checkpoint.family), opened.manifest

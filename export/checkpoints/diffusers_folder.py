@@ -10,13 +10,13 @@ from ...engines.errors import CheckpointError, UnsupportedModelError
 from ..families import Family, families, family_of_pipeline
 from .checkpoint import Checkpoint, Component, Origin, Part, TokenizerSource
 from .configs import shown
+from .defaults import NAMES, fits
 from .json_files import read_json
 from .tokenizer import TokenizerKind
 from .weight_files import check_variant, variants_of, weight_files
 from .weights import Weights
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "spiece.model")
-DEFAULTS = ("default_guidance_scale", "default_num_inference_steps")
 
 
 def open_folder(
@@ -42,6 +42,12 @@ def open_folder(
     own = {component: part for component, part in parts.items() if component not in replaced}
     for component, part in own.items():
         _check_declared(folder, component, part, index)
+    for component, origin in replaced.items():
+        if origin.component.part.class_name != family.parts[component].class_name:
+            raise UnsupportedModelError(
+                f"{origin.component.where} is {origin.component.part.class_name}, where {family.title} has "
+                f"{family.parts[component].class_name}"
+            )
     configs = {component: read_json(folder / component / "config.json") for component in own}
     chosen = variants_of(folder, own, variant)
     components = {component: origin.component for component, origin in replaced.items()}
@@ -144,17 +150,8 @@ def _scheduler(folder: Path, index: Mapping[str, Any]) -> dict[str, Any]:
 def _defaults(folder: Path, index: dict[str, Any]) -> dict[str, float]:
     """Return the table `_latentrt` of the index, a key that diffusers ignores, after checking it."""
     table = index.get("_latentrt", {})
-    if not isinstance(table, dict) or not all(
-        key in DEFAULTS and isinstance(value, int | float) and not isinstance(value, bool) and _is_default(key, value)
-        for key, value in table.items()
-    ):
+    if not isinstance(table, dict) or not all(key in NAMES and fits(key, value) for key, value in table.items()):
         raise CheckpointError(
-            f"{folder / 'model_index.json'}: _latentrt is {shown(table)}; give numbers for {' and '.join(DEFAULTS)}"
+            f"{folder / 'model_index.json'}: _latentrt is {shown(table)}; give numbers for {' and '.join(NAMES)}"
         )
     return table
-
-
-def _is_default(key: str, value: float) -> bool:
-    if key == "default_guidance_scale":
-        return 0 <= value <= 1000
-    return isinstance(value, int) and 1 <= value <= 100_000

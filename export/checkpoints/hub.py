@@ -53,14 +53,19 @@ def tokenizer_folder(source: str | Path) -> Path:
 
 def download_checkpoint(repository: str, revision: str | None, variant: str | None, without: tuple[str, ...]) -> Path:
     """Fetch configs and tokenizers, then the weights of each component but those of `without`."""
-    folder = download(repository, revision, ["model_index.json"])
+    folder = download_configs(repository, revision)
     index = read_json(folder / "model_index.json")
     family = family_of_index(folder, index)
-    folder = download(repository, revision, _configs(family))
     parts = {
         name: part for name, part in family.parts.items() if name not in without and has_component(index, family, name)
     }
     return download_weights(repository, revision, parts, variant, folder)
+
+
+def download_configs(repository: str, revision: str | None) -> Path:
+    """Fetch configs and tokenizers of a family that is known."""
+    folder = download(repository, revision, ["model_index.json"])
+    return download(repository, revision, _configs(family_of_index(folder, read_json(folder / "model_index.json"))))
 
 
 def download_weights(

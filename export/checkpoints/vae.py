@@ -8,6 +8,7 @@ from typing import Any
 
 from ...engines.errors import CheckpointError
 from ..families import families
+from ..single_files.vae import open_vae_file
 from .checkpoint import Component, Origin, Part
 from .hub import download, download_weights, is_hub_id
 from .json_files import read_json
@@ -57,9 +58,8 @@ def _open_file(file: Path, part: Part) -> Origin:
     if file.suffix != ".safetensors":
         raise CheckpointError(f"VAE {file} is none: give a .safetensors file, a diffusers folder or a hub id")
     weights = Weights([file])
-    for family in families():
-        if (found := family.open_vae_file(file, weights)) is not None:
-            return _origin(file.name, file, None, found, weights)
+    if (found := open_vae_file(file, weights, part)) is not None:
+        return _origin(file.name, file, None, found, weights)
     raise CheckpointError(f"VAE {file} holds no autoencoder, in the original layout or in diffusers'")
 
 

@@ -34,13 +34,20 @@ class Family(ABC):
     """The networks of a checkpoint by their folder."""
     tokenizers: ClassVar[Mapping[str, TokenizerKind]] = {"tokenizer": CLIP}
     """Its tokenizers by their folder."""
+    vae_scale: ClassVar[Mapping[str, float]] = {"scaling_factor": 0.18215}
+    """What the config of its VAE says of the latents' size: files with nothing but a VAE do not tell it."""
     optional: ClassVar[tuple[str, ...]] = ()
     """Networks and tokenizers that a checkpoint of the family may lack."""
 
     @property
     def reads_files(self) -> bool:
         """Whether the family has an original layout of single files."""
-        return type(self).open_file is not Family.open_file
+        return type(self).open_file is not Family.open_file or type(self).open_network is not Family.open_network
+
+    @property
+    def denoiser(self) -> str:
+        """The folder of the network that is called once for each step."""
+        return next(name for name in ("transformer", "unet", *self.parts) if name in self.parts)
 
     def open_file(
         self,
@@ -56,8 +63,11 @@ class Family(ABC):
         """
         return None
 
-    def open_vae_file(self, file: Path, weights: Weights) -> Component | None:
-        """Open a file with nothing but a VAE of the family, in any layout; None for any other file."""
+    def open_network(self, file: Path, weights: Weights, base: Mapping[str, Any]) -> Component | None:
+        """Open a single file with the family's denoiser alone, in its original layout; None for any other file.
+
+        `base` is the config of the denoiser of the checkpoint that the rest comes from, empty where there is none.
+        """
         return None
 
     @abstractmethod

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from ...engines.bundle import GuidanceInfo, LatentInfo, NumbersInput, Precision, ScheduleRule, TensorInfo
 from ...engines.errors import CheckpointError, UnsupportedModelError
-from ..checkpoints.checkpoint import Checkpoint, Part
+from ..checkpoints.checkpoint import Checkpoint, Component, Part
 from ..checkpoints.configs import shown
 from ..checkpoints.tokenizer import CLIP, T5, TokenizerKind
+from ..checkpoints.weights import Weights
 from ..graph import Graph, network_dtype, outward
 from ..networks.autoencoder import AUTOENCODER_KL, decoder_graph, image_encoder_graph, vae_factor
 from ..networks.clip import CLIP_TEXT
@@ -21,6 +23,7 @@ from ..networks.t5 import T5_ENCODER, hidden_states, prepare
 from ..networks.unet import EMBEDDED_GUIDANCE
 from ..reference import reference_pipeline
 from ..shift import shift_line
+from ..single_files.flux import open_transformer
 from .base import Family
 
 TOKENS = 512
@@ -55,6 +58,11 @@ class Flux(Family):
         "tokenizer": CLIP,
         "tokenizer_2": replace(T5, source="prompt_2"),
     }
+    vae_scale: ClassVar[Mapping[str, float]] = {"scaling_factor": 0.3611, "shift_factor": 0.1159}
+
+    def open_network(self, file: Path, weights: Weights, base: Mapping[str, Any]) -> Component | None:
+        """Open a single file of the original layout, which holds the transformer."""
+        return open_transformer(file, weights, self.parts["transformer"], base)
 
     def check(self, checkpoint: Checkpoint) -> None:
         """Raise `UnsupportedModelError` for transformers with other inputs, `CheckpointError` for parts of others."""

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from ...engines.bundle import GuidanceInfo, LatentInfo, NumbersInput, Precision
 from ...engines.errors import CheckpointError, UnsupportedModelError
-from ..checkpoints.checkpoint import Checkpoint, Component, Origin, Part
+from ..checkpoints.checkpoint import Checkpoint, Origin, Part
 from ..checkpoints.configs import shown
 from ..checkpoints.mended import mended_sample_size, mended_scheduler
 from ..checkpoints.weights import Weights
@@ -17,7 +17,7 @@ from ..networks.autoencoder import AUTOENCODER_KL, decoder_graph, image_encoder_
 from ..networks.clip import CLIP_TEXT, text_encoder_graph
 from ..networks.unet import EMBEDDED_GUIDANCE, UNET, denoiser_graph, embedded_guidance
 from ..reference import reference_pipeline
-from ..single_files.stable_diffusion import open_single_file, open_vae_file
+from ..single_files.stable_diffusion import open_single_file
 from .base import Family, FindTokenizer
 
 ORDINARY_UNET = {  # config keys that change what a U-Net takes in, with the values that leave it alone
@@ -50,10 +50,6 @@ class StableDiffusion(Family):
     ) -> Checkpoint | None:
         """Open a single file of the original layout."""
         return open_single_file(file, weights, self.name, self.parts, tokenizer, prediction_type, replaced)
-
-    def open_vae_file(self, file: Path, weights: Weights) -> Component | None:
-        """Open a VAE's own file, in the original or in diffusers' layout."""
-        return open_vae_file(file, weights, self.parts["vae"])
 
     def check(self, checkpoint: Checkpoint) -> None:
         """Raise `UnsupportedModelError` for U-Nets with other inputs than latents, timestep and text."""

@@ -66,6 +66,7 @@ class StableDiffusion3(Family):
         "tokenizer_2": replace(CLIP, source="prompt_2"),
         "tokenizer_3": replace(T5, source="prompt_3"),
     }
+    vae_scale: ClassVar[Mapping[str, float]] = {"scaling_factor": 1.5305, "shift_factor": 0.0609}
     optional = ("text_encoder_3", "tokenizer_3")
 
     def check(self, checkpoint: Checkpoint) -> None:

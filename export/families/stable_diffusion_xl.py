@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -11,15 +12,17 @@ from torch import Tensor, nn
 
 from ...engines.bundle import GuidanceInfo, LatentInfo, NumbersInput, Precision, TensorInfo
 from ...engines.errors import CheckpointError, UnsupportedModelError
-from ..checkpoints.checkpoint import Checkpoint, Part
+from ..checkpoints.checkpoint import Checkpoint, Origin, Part
 from ..checkpoints.configs import shown
 from ..checkpoints.tokenizer import CLIP, TokenizerKind
+from ..checkpoints.weights import Weights
 from ..graph import Graph, network_dtype, outward
 from ..networks.autoencoder import AUTOENCODER_KL, decoder_graph, image_encoder_graph, vae_factor
 from ..networks.clip import CLIP_TEXT, CLIP_TEXT_PROJECTION, before_last
 from ..networks.unet import EMBEDDED_GUIDANCE, UNET, denoiser_graph, embedded_guidance
 from ..reference import reference_pipeline
-from .base import Family
+from ..single_files.stable_diffusion_xl import SCALE, open_single_file
+from .base import Family, FindTokenizer
 
 SIZES = ("original_height", "original_width", "crop_top", "crop_left", "target_height", "target_width")
 ENCODERS = ("text_encoder", "text_encoder_2")
@@ -60,7 +63,19 @@ class StableDiffusionXL(Family):
         "tokenizer": CLIP,
         "tokenizer_2": replace(CLIP, source="prompt_2"),
     }
+    vae_scale: ClassVar[Mapping[str, float]] = {"scaling_factor": SCALE}
     optional = ("text_encoder", "tokenizer")  # the refiner has the second alone
+
+    def open_file(
+        self,
+        file: Path,
+        weights: Weights,
+        tokenizer: FindTokenizer,
+        prediction_type: str | None,
+        replaced: Mapping[str, Origin],
+    ) -> Checkpoint | None:
+        """Open a single file of the original layout."""
+        return open_single_file(file, weights, self.name, self.parts, tokenizer, prediction_type, replaced)
 
     def check(self, checkpoint: Checkpoint) -> None:
         """Raise `UnsupportedModelError` for U-Nets with other inputs, `CheckpointError` for parts that do not fit."""

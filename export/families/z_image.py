@@ -40,6 +40,7 @@ class ZImage(Family):
         "vae": AUTOENCODER_KL,
     }
     tokenizers: ClassVar[Mapping[str, TokenizerKind]] = {"tokenizer": replace(QWEN, lengths=LENGTHS, masked=True)}
+    vae_scale: ClassVar[Mapping[str, float]] = {"scaling_factor": 0.3611, "shift_factor": 0.1159}
 
     def check(self, checkpoint: Checkpoint) -> None:
         """Raise `UnsupportedModelError` for other forms of transformer, `CheckpointError` for parts that do not fit."""

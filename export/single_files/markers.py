@@ -30,6 +30,11 @@ class Said:
     zero_terminal_snr: bool
 
 
+def chosen(file: Path, weights: Weights, prediction_type: str | None) -> Said:
+    """Return what a file says about its training, with the prediction type that is asked for in place of its own."""
+    return said(file, weights) if prediction_type is None else Said(prediction_type, "ztsnr" in weights)
+
+
 def said(file: Path, weights: Weights) -> Said:
     """Return what a file says about its training.
 

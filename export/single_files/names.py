@@ -20,6 +20,8 @@ def original_unet_name(name: str, layers: int) -> str:
     fixed = {
         "time_embedding.linear_1": "time_embed.0",
         "time_embedding.linear_2": "time_embed.2",
+        "add_embedding.linear_1": "label_emb.0.0",
+        "add_embedding.linear_2": "label_emb.0.2",
         "conv_in": "input_blocks.0.0",
         "conv_norm_out": "out.0",
         "conv_out": "out.2",
@@ -87,8 +89,11 @@ def vae_tensor(weights: Weights, name: str, levels: int, prefix: str = VAE) -> t
     return tensor.flatten(1) if tensor is not None and is_linear else tensor
 
 
-def open_clip_tensor(weights: Weights, name: str) -> torch.Tensor | None:
+def open_clip_tensor(weights: Weights, name: str, prefix: str = OPEN_CLIP) -> torch.Tensor | None:
     """Return a CLIP parameter from OpenCLIP's names, where query, key and value are stacked in one tensor."""
+    if name == "text_projection.weight":
+        stacked = weights.get(f"{prefix}text_projection")
+        return None if stacked is None else stacked.T
     name = name.replace("encoder.layers.", "transformer.resblocks.")
     for new, old in {
         "embeddings.token_embedding.": "token_embedding.",
@@ -102,6 +107,6 @@ def open_clip_tensor(weights: Weights, name: str) -> torch.Tensor | None:
     }.items():
         name = name.replace(new, old)
     if match := re.search(r"\.(q|k|v)_proj\.", name):
-        stacked = weights.get(OPEN_CLIP + name.replace(match[0], ".in_proj_"))
+        stacked = weights.get(prefix + name.replace(match[0], ".in_proj_"))
         return None if stacked is None else stacked.chunk(3)["qkv".index(match[1])]
-    return weights.get(OPEN_CLIP + name)
+    return weights.get(prefix + name)

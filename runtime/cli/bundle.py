@@ -39,6 +39,11 @@ def export(
         str | None, typer.Option(help="VAE in place of the checkpoint's: folder, .safetensors file or hub id.")
     ] = None,
     variant: Annotated[str | None, typer.Option(help="Variant of the weights, such as fp16 or non_ema.")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="Folder or hub id with the rest, for a single file with a denoiser alone.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps of a request that names none, for few-step models.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale of a request that names none.")] = None,
     textual_inversion: Annotated[
         list[str] | None,
         typer.Option(
@@ -50,8 +55,8 @@ def export(
     """Turn a checkpoint into a bundle of ONNX graphs (needs the export extra)."""
     from ...export import export_checkpoint
 
-    if revision is not None and Path(checkpoint).exists():
-        raise RequestError(f"--revision is for hub ids, and {checkpoint} is a local path: leave it out")
+    if revision is not None and Path(base or checkpoint).exists():
+        raise RequestError(f"--revision is for hub ids, and {base or checkpoint} is a local path: leave it out")
     with checkpoint_named(checkpoint), progress_bar("exporting") as progress:
         path = export_checkpoint(
             checkpoint,
@@ -63,6 +68,9 @@ def export(
             prediction_type=prediction_type,
             vae=vae,
             variant=variant,
+            base=base,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
             textual_inversion=textual_inversion or (),
             progress=progress,
         )

@@ -32,6 +32,7 @@ def verify(
     prediction_type: Annotated[str | None, typer.Option(help="What a single file's U-Net predicts.")] = None,
     vae: Annotated[str | None, typer.Option(help="The VAE that the bundle was exported with: as for export.")] = None,
     variant: Annotated[str | None, typer.Option(help="Variant of the checkpoint's weights.")] = None,
+    base: Annotated[str | None, typer.Option(help="Folder or hub id with the rest, for a denoiser alone.")] = None,
     any_checkpoint: Annotated[
         bool, typer.Option("--any-checkpoint", help="Compare although the bundle came from another checkpoint.")
     ] = False,
@@ -59,6 +60,7 @@ def verify(
             prediction_type=prediction_type,
             vae=vae,
             variant=variant,
+            base=base,
             any_checkpoint=any_checkpoint,
             progress=progress,
             **settings,

@@ -25,9 +25,10 @@ _opened: list[str] = [""]
 
 
 def opened(kind: Any, folder: Any, **options: Any) -> Any:
-    """Return diffusers' pipeline of a folder."""
+    """Return diffusers' pipeline of a folder, or of a single file."""
+    open_it = kind.from_single_file if Path(folder).is_file() else kind.from_pretrained
     _opened.append(kind.__name__)
-    pipeline = kind.from_pretrained(folder, **options)
+    pipeline = open_it(str(folder), **options)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

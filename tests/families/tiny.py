@@ -37,49 +37,56 @@ def clip_tokenizer(folder: Path) -> tuple[Any, int]:
 def vae(**options: Any) -> Any:
     """Return an autoencoder of two levels: a cell is two pixels wide."""
     return diffusers.AutoencoderKL(
-        block_out_channels=(16, 32),
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
-        norm_num_groups=8,
         sample_size=64,
-        **{"latent_channels": 4, "scaling_factor": 0.13025, **options},
+        **{
+            "block_out_channels": (16, 32),
+            "norm_num_groups": 8,
+            "latent_channels": 4,
+            "scaling_factor": 0.13025,
+            **options,
+        },
     ).eval()
 
 
-def sdxl(folder: Path, *, refiner: bool = False, **options: Any) -> Path:
-    """Write a tiny Stable Diffusion XL, or its refiner."""
+def sdxl(folder: Path, *, refiner: bool = False, original: bool = False, **options: Any) -> Path:
+    """Write a tiny Stable Diffusion XL, or its refiner; `original` gives it the heads and groups that files have."""
     torch.manual_seed(0)
     tokenizer, size = clip_tokenizer(folder.with_name(f"{folder.name}-tokenizer"))
-    second, width = clip(size, "CLIPTextModelWithProjection", hidden_size=32, hidden_act="gelu"), 32 if refiner else 64
+    padded = transformers.CLIPTokenizer.from_pretrained(tokenizer.name_or_path, pad_token="!")
+    heads, groups, channels = (1, 32, (32, 64)) if original else (4, 8, (16, 32))
+    second = clip(size, "CLIPTextModelWithProjection", hidden_size=48, hidden_act="gelu", num_attention_heads=heads)
+    width = 48 if refiner else 80
     count = 5 if refiner else 6
     unet = diffusers.UNet2DConditionModel(
-        block_out_channels=(16, 32),
+        block_out_channels=channels,
         layers_per_block=1,
         sample_size=32,
         in_channels=4,
         out_channels=4,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=(2, 4),
         use_linear_projection=True,
         addition_embed_type="text_time",
         addition_time_embed_dim=8,
         transformer_layers_per_block=(1, 2),
         projection_class_embeddings_input_dim=32 + 8 * count,
         cross_attention_dim=width,
-        norm_num_groups=8,
+        norm_num_groups=groups,
+        attention_head_dim=1 if original else (2, 4),
         **options,
     ).eval()
     scheduler = diffusers.EulerDiscreteScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="leading", steps_offset=1
     )
     parts = {
-        "text_encoder": None if refiner else clip(size),
+        "text_encoder": None if refiner else clip(size, num_attention_heads=heads),
         "text_encoder_2": second,
         "tokenizer": None if refiner else tokenizer,
-        "tokenizer_2": tokenizer,
+        "tokenizer_2": padded,
         "unet": unet,
-        "vae": vae(),
+        "vae": vae(block_out_channels=channels, norm_num_groups=groups),
         "scheduler": scheduler,
     }
     if refiner:

@@ -1,0 +1,140 @@
+"""Single `.safetensors` files of the original Stable Diffusion XL layout: base and refiner, and Playground 2.5.
+
+Sizes come from the tensors' shapes. What no shape tells is the same in all of them, and stands here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ...engines.errors import CheckpointError
+from ..checkpoints.checkpoint import Checkpoint, Component, Origin, Part, TokenizerSource
+from ..checkpoints.weights import Weights
+from .markers import chosen
+from .names import UNET, open_clip_tensor, unet_tensor
+from .shapes import clip_config, open_clip_config, read, unet_config
+from .stable_diffusion import SCHEDULES, TOKENIZER, ZERO_TERMINAL_SNR
+from .vae import own_vae
+
+FIRST = "conditioner.embedders.0.transformer.text_model."
+SECOND = ("conditioner.embedders.1.model.", "conditioner.embedders.0.model.")
+"""Where the second text encoder is: beside the first, or alone in the refiner."""
+SIZE = 128
+"""Latent cells on each side of the pictures that it was trained with."""
+SCALE = 0.13025
+SIZE_IDS = {True: 6, False: 5}
+"""Numbers that the U-Net reads beside the text, with the first text encoder and without: the refiner."""
+EULER = SCHEDULES | {
+    "_class_name": "EulerDiscreteScheduler",
+    "timestep_spacing": "leading",
+    "interpolation_type": "linear",
+    "use_karras_sigmas": False,
+}
+PLAYGROUND: dict[str, Any] = {
+    "_class_name": "EDMDPMSolverMultistepScheduler",
+    "sigma_min": 0.002,
+    "sigma_max": 80.0,
+    "sigma_data": 0.5,
+    "rho": 7.0,
+    "num_train_timesteps": 1000,
+    "prediction_type": "epsilon",
+    "algorithm_type": "dpmsolver++",
+    "solver_order": 2,
+    "solver_type": "midpoint",
+    "lower_order_final": True,
+    "euler_at_final": False,
+    "final_sigmas_type": "zero",
+}
+"""diffusers' scheduler of a file with `edm_mean` and `edm_std`, which center the VAE's latents."""
+PLAYGROUND_SCALE = 0.5
+
+
+def open_single_file(
+    file: Path,
+    weights: Weights,
+    family: str,
+    parts: Mapping[str, Part],
+    tokenizer: Callable[[str], Path],
+    prediction_type: str | None,
+    replaced: Mapping[str, Origin],
+) -> Checkpoint | None:
+    """Open a single file of this layout, None for any other; `tokenizer` turns the default hub id into a folder."""
+    prefix = next((each for each in SECOND if f"{each}positional_embedding" in weights), None)
+    if prefix is None or f"{UNET}label_emb.0.0.weight" not in weights:
+        if any(name.startswith("conditioner.") for name in weights):
+            raise CheckpointError(f"{file} has not all of {UNET}* and {SECOND[0]}*, as Stable Diffusion XL has them")
+        return None
+    first = f"{FIRST}embeddings.position_embedding.weight" in weights
+    texts = {}
+    if first:
+        config = read(weights, lambda weights: clip_config(weights, FIRST))
+        texts["text_encoder"] = Component.of(
+            parts["text_encoder"],
+            f"first text encoder of {file}",
+            config,
+            weights,
+            lambda name: weights.get(FIRST + name.removeprefix("text_model.")),
+        )
+    config = read(weights, lambda weights: open_clip_config(weights, prefix))
+    texts["text_encoder_2"] = Component.of(
+        parts["text_encoder_2"],
+        f"second text encoder of {file}",
+        config,
+        weights,
+        lambda name: open_clip_tensor(weights, name.removeprefix("text_model."), prefix),
+    )
+    unet = read(weights, unet_config) | _added(weights, config["projection_dim"], SIZE_IDS[first])
+    layers = unet["layers_per_block"]
+    second = TokenizerSource(tokenizer(TOKENIZER), 0)
+    return Checkpoint(
+        file.name,
+        family,
+        "StableDiffusionXLPipeline" if first else "StableDiffusionXLImg2ImgPipeline",
+        texts
+        | {
+            "unet": Component.of(
+                parts["unet"], f"U-Net of {file}", unet, weights, lambda name: unet_tensor(weights, name, layers)
+            ),
+            "vae": replaced["vae"].component if "vae" in replaced else _vae(file, weights, parts["vae"]),
+        },
+        tokenizers=({"tokenizer": TokenizerSource(second.folder)} if first else {}) | {"tokenizer_2": second},
+        scheduler=_scheduler(file, weights, prediction_type),
+        files={file.name: file} | {name: path for origin in replaced.values() for name, path in origin.files.items()},
+        path=file,
+        replaced=replaced,
+        options={"force_zeros_for_empty_prompt": first, "requires_aesthetics_score": not first},
+    )
+
+
+def _added(weights: Weights, pooled: int, numbers: int) -> dict[str, Any]:
+    """Return what a U-Net's config says of the size ids and the pooled text, which come in side by side."""
+    width = weights.shape(f"{UNET}label_emb.0.0.weight")[1]
+    return {
+        "sample_size": SIZE,
+        "addition_embed_type": "text_time",
+        "projection_class_embeddings_input_dim": width,
+        "addition_time_embed_dim": (width - pooled) // numbers,
+    }
+
+
+def _vae(file: Path, weights: Weights, part: Part) -> Component:
+    if not _is_playground(weights):
+        return own_vae(file, weights, part, {"scaling_factor": SCALE})
+    mean, deviation = (weights.raw(name).flatten().tolist() for name in ("edm_mean", "edm_std"))
+    scale = {"scaling_factor": PLAYGROUND_SCALE, "latents_mean": mean, "latents_std": deviation}
+    return own_vae(file, weights, part, scale)
+
+
+def _scheduler(file: Path, weights: Weights, prediction_type: str | None) -> dict[str, Any]:
+    says = chosen(file, weights, prediction_type)
+    if _is_playground(weights):
+        return dict(PLAYGROUND)
+    prediction = says.prediction_type or ("v_prediction" if says.zero_terminal_snr else "epsilon")
+    zero_snr = says.zero_terminal_snr and prediction == "v_prediction"
+    return EULER | {"prediction_type": prediction} | (ZERO_TERMINAL_SNR if zero_snr else {})
+
+
+def _is_playground(weights: Weights) -> bool:
+    return "edm_mean" in weights and "edm_std" in weights

@@ -1,0 +1,257 @@
+"""Single files of original layouts against diffusers' own loader of them: Stable Diffusion XL and FLUX.1."""
+
+from __future__ import annotations
+
+import inspect
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from latentrt.engines.errors import CheckpointError, RequestError, UnsupportedModelError
+from latentrt.export import export_checkpoint
+from latentrt.runtime import Pipeline
+
+torch = pytest.importorskip("torch")
+diffusers = pytest.importorskip("diffusers")
+
+from diffusers.loaders import single_file_utils  # noqa: E402
+from latentrt.export.checkpoints.sources import open_checkpoint  # noqa: E402
+from latentrt.export.families import family_named  # noqa: E402
+from latentrt.export.reference import reference_pipeline  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
+
+from ..export.loaded import loaded  # noqa: E402
+from . import tiny, tiny_flux  # noqa: E402
+from .compare import check, opened, picture  # noqa: E402
+from .original_layouts import flux_tensors, sdxl_file  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+KINDS = {"base": "StableDiffusionXLPipeline", "refiner": "StableDiffusionXLImg2ImgPipeline"}
+QUICK: dict[str, Any] = {"prompt": "a red circle", "num_inference_steps": 2, "height": 32, "width": 32}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Diffusers folders whose heads are as wide as files have them."""
+    folder = tmp_path_factory.mktemp("sdxl")
+    return {kind: tiny.sdxl(folder / kind, refiner=kind == "refiner", original=True) for kind in KINDS}
+
+
+def same(pipeline: Any, checkpoint: Any) -> None:
+    for name in checkpoint.components:
+        expected, found = getattr(pipeline, name).state_dict(), loaded(checkpoint, name).state_dict()
+        assert expected.keys() == found.keys(), name
+        assert all(torch.equal(expected[key], found[key]) for key in expected), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_networks_and_configs_are_those_of_diffusers_loader(
+    folders: dict[str, Path], tmp_path: Path, kind: str
+) -> None:
+    file = sdxl_file(folders[kind], tmp_path / "model.safetensors")
+    theirs = getattr(diffusers, KINDS[kind]).from_single_file(
+        str(file), config=str(folders[kind]), local_files_only=True, torch_dtype=torch.float32
+    )
+    checkpoint, whole = open_checkpoint(file, tokenizer=folders["base"]), open_checkpoint(folders[kind])
+    family_named(checkpoint.family).check(checkpoint)
+    same(theirs, checkpoint)
+    assert checkpoint.pipeline == KINDS[kind] == whole.pipeline
+    assert all(theirs.config.get(option, value) == value for option, value in checkpoint.options.items())
+    for name, keys in CONFIGS.items():
+        for key in keys if name in checkpoint.components else ():
+            assert listed(checkpoint.config(name), key) == listed(whole.config(name), key), (name, key)
+    theirs_scheduler = {key: value for key, value in theirs.scheduler.config.items() if key[0] != "_"}
+    assert {key: checkpoint.scheduler.get(key, value) for key, value in theirs_scheduler.items()} == theirs_scheduler
+    pads = {"tokenizer": None, "tokenizer_2": 0}
+    assert {name: source.pad_id for name, source in checkpoint.tokenizers.items()} == {
+        name: pads[name] for name in whole.tokenizers
+    }
+
+
+def listed(config: Any, key: str) -> Any:
+    """Return a value of a config; a number for all levels stands for a list of it."""
+    value, levels = config[key], len(config.get("block_out_channels", ()))
+    if key in ("transformer_layers_per_block", "attention_head_dim"):
+        return [value] * levels if isinstance(value, int) else list(value)
+    return list(value) if isinstance(value, tuple) else value
+
+
+CONFIGS = {
+    "text_encoder": ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act"),
+    "text_encoder_2": ("hidden_size", "projection_dim", "num_hidden_layers", "num_attention_heads", "hidden_act"),
+    "unet": (
+        "in_channels",
+        "block_out_channels",
+        "layers_per_block",
+        "down_block_types",
+        "up_block_types",
+        "transformer_layers_per_block",
+        "attention_head_dim",
+        "cross_attention_dim",
+        "use_linear_projection",
+        "addition_embed_type",
+        "addition_time_embed_dim",
+        "projection_class_embeddings_input_dim",
+    ),
+    "vae": ("scaling_factor", "shift_factor", "latent_channels", "block_out_channels", "layers_per_block"),
+}
+"""What shapes tell, and what the same in all files is, as in the folder that the file was made of."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_pictures_are_those_of_diffusers_loader(folders: dict[str, Path], tmp_path: Path, kind: str) -> None:
+    file = sdxl_file(folders[kind], tmp_path / "model.safetensors")
+    reference = opened(
+        getattr(diffusers, KINDS[kind]),
+        file,
+        config=str(folders[kind]),
+        local_files_only=True,
+        torch_dtype=torch.float32,
+    )
+    request = {**QUICK, "negative_prompt": "blue"}
+    if kind == "refiner":
+        request = {**request, "image": picture(32, 32), "strength": 1.0}
+        del request["height"], request["width"]
+    bundle = export_checkpoint(file, tmp_path / "bundle", tokenizer=folders["base"])
+    with Pipeline.open(bundle, "onnxruntime-cpu") as pipe:
+        check(pipe, reference, **request)
+
+
+def test_what_a_file_says_of_its_training(folders: dict[str, Path], tmp_path: Path) -> None:
+    mark = torch.zeros(())
+    file = sdxl_file(folders["base"], tmp_path / "v.safetensors", v_pred=mark, ztsnr=torch.zeros(()))
+    scheduler = open_checkpoint(file, tokenizer=folders["base"]).scheduler
+    assert (scheduler["prediction_type"], scheduler["timestep_spacing"]) == ("v_prediction", "trailing")
+    assert float(diffusers.EulerDiscreteScheduler.from_config(scheduler).alphas_cumprod[-1]) < 1e-6
+    asked = open_checkpoint(file, tokenizer=folders["base"], prediction_type="epsilon").scheduler
+    assert (asked["prediction_type"], asked["timestep_spacing"]) == ("epsilon", "leading")
+
+
+def test_a_file_of_playground(folders: dict[str, Path], tmp_path: Path) -> None:
+    """diffusers' older loader reads the same scale, mean and deviation of latents off the file."""
+    mean, deviation = torch.tensor([-1.5, 0.25, 2.0, 1.0]), torch.tensor([8.0, 5.5, 9.0, 5.0])
+    edm = {"edm_mean": mean.view(1, 4, 1, 1), "edm_std": deviation.view(1, 4, 1, 1)}
+    file = sdxl_file(folders["base"], tmp_path / "playground.safetensors", **edm)
+    ddconfig = {"ch": 32, "ch_mult": [1, 2], "in_channels": 3, "out_ch": 3, "z_channels": 4, "num_res_blocks": 1}
+    original = {"model": {"params": {"first_stage_config": {"params": {"ddconfig": ddconfig}}}}}
+    wanted = single_file_utils.create_vae_diffusers_config_from_ldm(original, load_file(file), image_size=64)
+    checkpoint = open_checkpoint(file, tokenizer=folders["base"])
+    config = checkpoint.config("vae")
+    assert config["scaling_factor"] == wanted["scaling_factor"] == 0.5
+    assert (config["latents_mean"], config["latents_std"]) == (mean.tolist(), deviation.tolist())
+    theirs = single_file_utils._legacy_load_scheduler(
+        diffusers.EDMDPMSolverMultistepScheduler,
+        load_file(file),
+        "scheduler",
+        scheduler_type="edm_dpm_solver_multistep",
+    )
+    assert checkpoint.scheduler["_class_name"] == type(theirs).__name__
+    assert all(theirs.config[key] == value for key, value in checkpoint.scheduler.items() if key[0] != "_")
+
+
+def test_a_vae_in_a_file_has_the_scale_of_the_family(folders: dict[str, Path], tmp_path: Path) -> None:
+    """No tensor tells it; diffusers itself takes that of the first version unless it is given a config."""
+    own = {f"vae.{k}": v for k, v in load_file(folders["base"] / "vae" / "diffusion_pytorch_model.safetensors").items()}
+    save_file({name.removeprefix("vae."): tensor for name, tensor in own.items()}, tmp_path / "vae.safetensors")
+    for source, options in (
+        (folders["base"], {}),
+        (sdxl_file(folders["base"], tmp_path / "model.safetensors"), {"tokenizer": folders["base"]}),
+    ):
+        checkpoint = open_checkpoint(source, vae=tmp_path / "vae.safetensors", **options)
+        assert checkpoint.config("vae")["scaling_factor"] == 0.13025
+        assert reference_pipeline(checkpoint, KINDS["base"], {}).vae.config.scaling_factor == 0.13025
+
+
+@pytest.fixture(scope="module")
+def dev(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_flux.flux(tmp_path_factory.mktemp("flux") / "dev")
+
+
+def converted(tensors: dict[str, Any]) -> Any:
+    """Return what diffusers' own conversion makes of a file; the tiny width is in place of the one that it knows."""
+    source = inspect.getsource(single_file_utils.convert_flux_transformer_checkpoint_to_diffusers)
+    assert "inner_dim = 3072" in source
+    names: dict[str, Any] = {}
+    exec(source.replace("inner_dim = 3072", "inner_dim = 32"), vars(single_file_utils), names)
+    return names["convert_flux_transformer_checkpoint_to_diffusers"](dict(tensors))
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+def test_a_transformer_alone_is_read_as_diffusers_reads_it(dev: Path, tmp_path: Path, prefix: str) -> None:
+    tensors = flux_tensors(prefix)
+    save_file(tensors, tmp_path / "flux1-dev.safetensors")
+    checkpoint = open_checkpoint(tmp_path / "flux1-dev.safetensors", base=dev)
+    family_named(checkpoint.family).check(checkpoint)
+    wanted, found = converted(tensors), loaded(checkpoint, "transformer").state_dict()
+    assert wanted.keys() == found.keys()
+    assert all(torch.equal(wanted[key], found[key]) for key in wanted)
+    known = open_checkpoint(dev).config("transformer")
+    differ = {key for key in known if checkpoint.config("transformer")[key] != known[key] and key[0] != "_"}
+    assert differ <= {"out_channels"}  # None there, which means as many as go in
+    assert sorted(checkpoint.files)[2:3] == ["transformer/flux1-dev.safetensors"]
+    assert checkpoint.replaced["transformer"].name == "flux1-dev.safetensors"
+
+
+@pytest.mark.slow
+def test_pictures_of_a_transformer_alone(dev: Path, tmp_path: Path) -> None:
+    """Shards of the base's own transformer need not be there."""
+    tensors = flux_tensors("")
+    save_file(tensors, tmp_path / "flux1-dev.safetensors")
+    theirs = diffusers.FluxTransformer2DModel.from_pretrained(dev / "transformer")
+    theirs.load_state_dict(converted(tensors))
+    reference = opened(diffusers.FluxPipeline, dev, transformer=theirs)
+    bare = shutil.copytree(dev, tmp_path / "bare")
+    (bare / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
+
+    def draw(**request: Any) -> Any:
+        result = reference(**request)
+        if request["output_type"] == "latent":
+            result.images = reference._unpack_latents(result.images, 32, 32, reference.vae_scale_factor)
+        return result
+
+    bundle = export_checkpoint(tmp_path / "flux1-dev.safetensors", tmp_path / "bundle", base=bare)
+    with Pipeline.open(bundle, "onnxruntime-cpu") as pipe:
+        assert pipe.bundle.manifest.source["replaced"] == {
+            "transformer": {"name": "flux1-dev.safetensors", "revision": None}
+        }
+        check(pipe, draw, **QUICK)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "options", "error", "message"),
+    [
+        (flux_tensors(""), {}, CheckpointError, "nothing but the transformer of FLUX.1: give the rest with --base"),
+        (
+            flux_tensors("", guided=False),
+            {"base": "dev"},
+            CheckpointError,
+            "has not an embedded guidance scale and the",
+        ),
+        ({"a": torch.zeros(1)}, {"base": "dev"}, UnsupportedModelError, "has no transformer of FLUX.1, the family of"),
+        (flux_tensors(""), {"base": "/nowhere"}, CheckpointError, "base /nowhere does not exist"),
+        (flux_tensors(""), {"base": "dev", "tokenizer": "dev"}, RequestError, "are what base has"),
+    ],
+)
+def test_files_that_do_not_fit_are_refused_in_a_line(
+    dev: Path, tmp_path: Path, tensors: Any, options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    save_file(tensors, tmp_path / "model.safetensors")
+    given = {name: dev if value == "dev" else value for name, value in options.items()}
+    with pytest.raises(error, match=message) as caught:
+        open_checkpoint(tmp_path / "model.safetensors", **given)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_transformer_for_filling_is_refused(dev: Path, tmp_path: Path) -> None:
+    save_file(flux_tensors("", channels=384), tmp_path / "fill.safetensors")
+    checkpoint = open_checkpoint(tmp_path / "fill.safetensors", base=dev)
+    with pytest.raises(UnsupportedModelError, match="takes 384 and gives 64 channels"):
+        family_named(checkpoint.family).check(checkpoint)
+
+
+def test_a_base_is_for_single_files(dev: Path) -> None:
+    with pytest.raises(RequestError, match="base is for a single"):
+        open_checkpoint(dev, base=dev)
