@@ -7,6 +7,7 @@ import logging
 import os
 import re
 from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -37,13 +38,26 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-@pytest.fixture(autouse=True)
-def own_levels() -> Iterator[None]:
+@contextmanager
+def levels_restored() -> Iterator[None]:
     """Give loggers their levels back, which the command line sets for its process: tests may run in any order."""
     levels = [(logger, logger.level) for logger in (logging.getLogger(), logging.getLogger("latentrt"))]
     yield
     for logger, level in levels:
         logger.setLevel(level)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_levels_of_modules() -> Iterator[None]:
+    """Do so for what fixtures of modules run, before any test."""
+    with levels_restored():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def own_levels() -> Iterator[None]:
+    with levels_restored():
+        yield
 
 
 @pytest.fixture(scope="session")

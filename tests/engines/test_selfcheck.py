@@ -249,6 +249,15 @@ def test_a_graph_of_no_module_is_computed_from_its_own_definition(
         onnxruntime_backend(monkeypatch, cache=cache).open(bundle, graph)
 
 
+def test_an_error_that_is_no_number_is_past_every_bound(
+    net: Bundle, cache: EngineCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Finite outputs against a definition that itself gives infinities."""
+    monkeypatch.setattr(selfcheck, "relative_error", lambda values, reference: float("nan"))
+    with pytest.raises(EngineError, match=r"is wrong and was not used: y differs .* relative error nan where"):
+        OnnxRuntimeCpu(cache=cache, threads=1).open(net, net.graph("net"))
+
+
 def plant(folder: Path, change: Callable[[Path], object]) -> None:
     """Change an engine of the cache, and its description with it."""
     change(folder)
