@@ -6,8 +6,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ...engines.errors import SchedulerError
+from ..schedules import Options
+from .step_table import TableBuilder
 
-__all__ = ["Form", "clean_and_noise", "original_at", "preconditioned", "quadrature_factors"]
+__all__ = ["Form", "clean_and_noise", "limited", "original_at", "preconditioned", "quadrature_factors"]
 
 Form = NDArray[np.float64]
 """A linear form over the columns of a step table."""
@@ -28,6 +30,13 @@ def clean_and_noise(kind: str, latents: Form, prediction: Form, signal: float, n
     if kind == "flow_prediction":
         return latents - noise * prediction, latents + signal * prediction
     raise SchedulerError(f"prediction_type {kind!r} is not known: use epsilon, v_prediction, sample or flow_prediction")
+
+
+def limited(table: TableBuilder, x0: Form, options: Options) -> Form:
+    """Return the predicted clean latents as `thresholding` or `clip_sample` limits them; thresholding goes first."""
+    if options.get("thresholding"):
+        return table.threshold(x0, float(options["sample_max_value"]))
+    return table.clip(x0, options["clip_sample_range"]) if options.get("clip_sample") else x0
 
 
 def preconditioned(kind: str, latents: Form, prediction: Form, sigma: float, sigma_data: float) -> Form:

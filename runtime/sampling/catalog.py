@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from ..schedules import Options, Schedule
-from ..schedules.continuous import cosine_schedule, edm_schedule, sine_schedule
+from ..schedules.continuous import consistency_schedule, cosine_schedule, edm_schedule, sine_schedule
 from ..schedules.diffusion import (
     discrete_schedule,
     inverse_schedule,
@@ -19,9 +19,10 @@ from ..schedules.diffusion import (
     solver_schedule,
     whole_range_schedule,
 )
-from ..schedules.flow import flow_schedule, trigonometric_schedule
+from ..schedules.flow import flow_map_schedule, flow_schedule, trigonometric_schedule
 from ..schedules.options import (
     CLIPPING,
+    CONSISTENCY,
     DISCRETE,
     DISTILLED,
     DPM,
@@ -44,7 +45,7 @@ from .sa_solver import sa_solver
 from .step_table import StepTable
 from .unipc import unipc
 
-__all__ = ["SAMPLERS", "SHORT_NAMES", "TRANSLATIONS", "Sampler", "ShortName"]
+__all__ = ["FIXED_VARIANCE", "SAMPLERS", "SHORT_NAMES", "Sampler", "ShortName"]
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,8 @@ class Sampler:
     """Whether a request's eta means anything to it."""
     takes_churn: bool = False
     """Whether noise can be added at its steps."""
+    continuous: bool = False
+    """Whether there may be more steps than training timesteps: none of them is looked up."""
     timesteps: int | None = None
     """How many more timesteps than steps a request may give: 0, or 1 where the last one ends the run; None: none."""
     sigmas: int | None = None
@@ -109,6 +112,7 @@ SAMPLERS: dict[str, Sampler] = {
         cosine_schedule,
         {"scaler": 1.0, "s": 0.008},
         fixed={"num_train_timesteps": 1000},
+        continuous=True,
         timesteps=1,
     ),
     "UnCLIPScheduler": Sampler(
@@ -132,10 +136,23 @@ SAMPLERS: dict[str, Sampler] = {
         pndm, discrete_schedule, DISCRETE | {"skip_prk_steps": False, "set_alpha_to_one": False}, NOISE_OR_V
     ),
     "IPNDMScheduler": Sampler(
-        ipndm, sine_schedule, {"num_train_timesteps": 1000, "trained_betas": None}, {"trained_betas": (None,)}
+        ipndm,
+        sine_schedule,
+        {"num_train_timesteps": 1000, "trained_betas": None},
+        {"trained_betas": (None,)},
+        continuous=True,
     ),
     "LCMScheduler": Sampler(discrete.lcm, discrete_schedule, DISTILLED, ANY_BUT_FLOW, timesteps=0),
-    "TCDScheduler": Sampler(discrete.tcd, discrete_schedule, DISTILLED, ANY_BUT_FLOW, takes_eta=True, timesteps=0),
+    "TCDScheduler": Sampler(
+        discrete.tcd,
+        discrete_schedule,
+        DISTILLED,
+        ANY_BUT_FLOW,
+        {"thresholding": False},  # as clip_sample, it is an option that diffusers' class does not look at
+        takes_eta=True,
+        timesteps=0,
+    ),
+    "CMStochasticIterativeScheduler": Sampler(k_diffusion.consistency, consistency_schedule, CONSISTENCY, timesteps=0),
     "EulerDiscreteScheduler": Sampler(
         k_diffusion.euler,
         k_schedule,
@@ -159,7 +176,12 @@ SAMPLERS: dict[str, Sampler] = {
         k_diffusion.kdpm2_ancestral, partial(k_schedule, round_karras=True), SIGMAS | OLD_BETAS, NOISE_OR_V
     ),
     "EDMEulerScheduler": Sampler(
-        k_diffusion.euler, partial(edm_schedule, single=False), EDM, EDM_CHOICES, takes_churn=True
+        k_diffusion.euler,
+        partial(edm_schedule, single=False),
+        EDM,
+        EDM_CHOICES,
+        takes_churn=True,
+        continuous=True,
     ),
     "EDMDPMSolverMultistepScheduler": Sampler(
         dpm_solver.dpm_multistep,
@@ -169,6 +191,7 @@ SAMPLERS: dict[str, Sampler] = {
         | {"solver_order": 2, "lower_order_final": True, "euler_at_final": False}
         | {"algorithm_type": "dpmsolver++", "solver_type": "midpoint"},
         EDM_CHOICES | DATA | {"solver_order": (1, 2, 3), "solver_type": ("midpoint", "heun")},
+        continuous=True,
     ),
     "DPMSolverMultistepScheduler": Sampler(
         dpm_solver.dpm_multistep,
@@ -214,16 +237,36 @@ SAMPLERS: dict[str, Sampler] = {
         TO_MINIMUM | {"use_dynamic_shifting": False},
     ),
     "FlowMatchEulerDiscreteScheduler": Sampler(
-        flow.flow_euler, flow_schedule, FLOW | {"stochastic_sampling": False}, SHIFTS, timesteps=0, sigmas=0
+        flow.flow_euler,
+        flow_schedule,
+        FLOW | {"stochastic_sampling": False},
+        SHIFTS,
+        continuous=True,
+        timesteps=0,
+        sigmas=0,
+    ),
+    "FlowMapEulerDiscreteScheduler": Sampler(
+        flow.flow_euler,
+        flow_map_schedule,
+        {"num_train_timesteps": 1000, "shift": 1.0},
+        fixed={"stochastic_sampling": False},
+        continuous=True,
+        timesteps=0,
+        sigmas=0,
     ),
     "FlowMatchHeunDiscreteScheduler": Sampler(
-        flow.flow_heun, flow_schedule, {"num_train_timesteps": 1000, "shift": 1.0}, takes_churn=True
+        flow.flow_heun,
+        flow_schedule,
+        {"num_train_timesteps": 1000, "shift": 1.0},
+        takes_churn=True,
+        continuous=True,
     ),
     "FlowMatchLCMScheduler": Sampler(
         flow.flow_lcm,
         flow_schedule,
         FLOW | {"scale_factors": None},
         SHIFTS | {"scale_factors": (None, [])},
+        continuous=True,
         timesteps=0,
         sigmas=0,
     ),
@@ -232,26 +275,10 @@ SAMPLERS: dict[str, Sampler] = {
         trigonometric_schedule,
         {"num_train_timesteps": 1000, "prediction_type": "trigflow", "sigma_data": 0.5},
         {"prediction_type": ("trigflow",)},
+        continuous=True,
         timesteps=1,
     ),
 }
 # the same numbers; they differ in what they do to batches in diffusers
 SAMPLERS["DDIMParallelScheduler"] = SAMPLERS["DDIMScheduler"]
 SAMPLERS["DDPMParallelScheduler"] = SAMPLERS["DDPMScheduler"]
-
-# values that another class's config may carry, and what they become
-Translation = dict[str, Mapping[Any, str | None]]
-TO_MIDPOINT = dict.fromkeys(("logrho", "bh1", "bh2"), "midpoint")
-# a fixed variance belongs to DDPM: the solvers have none, and read the option only to cut learned ones off
-NO_VARIANCE: Translation = {"variance_type": dict.fromkeys(FIXED_VARIANCE["variance_type"])}
-FROM_DEIS: Translation = {"algorithm_type": {"deis": "dpmsolver++"}, "solver_type": TO_MIDPOINT}
-TRANSLATIONS: Mapping[str, Translation] = {
-    # DPM-Solver configs write the unset type down; DDPM then leaves its variance as it is, which is `fixed_small`.
-    "DDPMScheduler": {"variance_type": {None: "fixed_small"}},
-    "DDPMParallelScheduler": {"variance_type": {None: "fixed_small"}},
-    "DPMSolverMultistepScheduler": FROM_DEIS | NO_VARIANCE,
-    "DPMSolverSinglestepScheduler": FROM_DEIS | NO_VARIANCE,
-    "EDMDPMSolverMultistepScheduler": FROM_DEIS,
-    "SASolverScheduler": NO_VARIANCE,
-    "UniPCMultistepScheduler": {"solver_type": dict.fromkeys(("midpoint", "heun", "logrho"), "bh2")},
-}

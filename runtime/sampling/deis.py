@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from ..schedules import Options, Schedule
-from .algebra import clean_and_noise, quadrature_factors
-from .dpm_solver import levels
+from .algebra import quadrature_factors
+from .dpm_solver import converted, levels
 from .step_table import StepTable, TableBuilder
 
 __all__ = ["deis"]
@@ -19,8 +19,7 @@ def deis(schedule: Schedule, options: Options) -> StepTable:
     table = TableBuilder(history=order - 1)
     for i in range(schedule.start, n):
         s, t = level[i], level[i + 1]
-        _, epsilon = clean_and_noise(options["prediction_type"], table.latents, table.prediction, s.signal, s.noise)
-        now = [epsilon, *table.history]
+        now = [converted(table, s, options, data=False), *table.history]
         used = min(order, i - schedule.start + 1, n - i if short else order)
         log_rhos = [-past.half_log_snr for past in level[i::-1][:used]]
         factors = log_rho_factors(log_rhos, log_rhos[0], -t.half_log_snr)

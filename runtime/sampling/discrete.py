@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from ..schedules import Options, Schedule
 from ..schedules.training import training_betas
-from .algebra import Form, clean_and_noise, original_at
+from .algebra import Form, clean_and_noise, limited, original_at
 from .step_table import StepTable, TableBuilder
 
 __all__ = ["ddim", "ddim_inverse", "ddpm", "final_alpha", "lcm", "sde_dpm_video", "tcd", "wuerstchen"]
@@ -21,7 +21,7 @@ def ddim(schedule: Schedule, options: Options) -> StepTable:
     for t in schedule.timesteps[schedule.start :].astype(int):
         a, a_next = alphas[t], alphas[t - stride] if t >= stride else final_alpha(alphas, options)
         x0, epsilon = predicted(table, a, options)
-        x0 = clipped(table, x0, options)
+        x0 = limited(table, x0, options)
         variance = eta**2 * (1 - a_next) / (1 - a) * (1 - a / a_next)
         latents = a_next**0.5 * x0 + (1 - a_next - variance) ** 0.5 * epsilon + variance**0.5 * table.noise
         table.row(t, latents, original=original_at(a), draw=eta > 0)
@@ -36,7 +36,7 @@ def ddim_inverse(schedule: Schedule, options: Options) -> StepTable:
     for t in schedule.timesteps[schedule.start :].astype(int):
         a, a_next = alphas[t - stride] if t >= stride else final_alpha(alphas, options), alphas[t]
         x0, epsilon = predicted(table, a, options)
-        x0 = clipped(table, x0, options)
+        x0 = limited(table, x0, options)
         table.row(t, a_next**0.5 * x0 + (1 - a_next) ** 0.5 * epsilon, original=original_at(a))
     return table.table()
 
@@ -52,7 +52,7 @@ def ddpm(schedule: Schedule, options: Options) -> StepTable:
     for t, t_next in list(zip(timesteps, [*timesteps[1:], -1], strict=True))[schedule.start :]:
         a, a_next = alphas[t], alphas[t_next] if t_next >= 0 else 1.0
         beta = float(betas[t]) if options.get("trained_beta") and t_next == t - 1 else 1 - a / a_next
-        x0 = clipped(table, predicted(table, a, options)[0], options)
+        x0 = limited(table, predicted(table, a, options)[0], options)
         small = max((1 - a_next) / (1 - a) * beta, 1e-20)
         variance = beta if options["variance_type"] == "fixed_large" else small
         mean = a_next**0.5 * beta / (1 - a) * x0 + (1 - beta) ** 0.5 * (1 - a_next) / (1 - a) * table.latents
@@ -83,7 +83,7 @@ def lcm(schedule: Schedule, options: Options) -> StepTable:
     for i in range(schedule.start, len(timesteps)):
         t, last = timesteps[i], i == len(timesteps) - 1
         a, scaled = alphas[t], t * options["timestep_scaling"]
-        x0 = clipped(table, predicted(table, a, options)[0], options)
+        x0 = limited(table, predicted(table, a, options)[0], options)
         skip, out = 0.25 / (scaled**2 + 0.25), scaled / (scaled**2 + 0.25) ** 0.5  # sigma_data = 0.5
         latents = out * x0 + skip * table.latents
         if not last:
@@ -141,11 +141,6 @@ def sde_dpm_video(schedule: Schedule, options: Options) -> StepTable:
 def predicted(table: TableBuilder, a: float, options: Options) -> tuple[Form, Form]:
     """Return (x0, epsilon) from the prediction for latents of signal power `a`."""
     return clean_and_noise(options["prediction_type"], table.latents, table.prediction, a**0.5, (1 - a) ** 0.5)
-
-
-def clipped(table: TableBuilder, x0: Form, options: Options) -> Form:
-    """Clip the predicted clean latents when the config says `clip_sample`."""
-    return table.clip(x0, options["clip_sample_range"]) if options.get("clip_sample") else x0
 
 
 def final_alpha(alphas: NDArray[np.float64], options: Options) -> np.float64:

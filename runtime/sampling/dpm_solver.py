@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..schedules import Options, Schedule
-from .algebra import Form, clean_and_noise, preconditioned
+from .algebra import Form, clean_and_noise, limited, preconditioned
 from .step_table import StepTable, TableBuilder
 
 __all__ = ["Level", "dpm_multistep", "dpm_singlestep", "levels"]
@@ -142,10 +142,14 @@ def converted(table: TableBuilder, level: Level, options: Options, *, data: bool
     """Return what the solver extrapolates: x0 when it works on data (the ++ variants), else epsilon."""
     if "sigma_data" in options:
         sigma_data = options["sigma_data"]
-        return preconditioned(options["prediction_type"], table.latents, table.prediction, level.noise, sigma_data)
+        x0 = preconditioned(options["prediction_type"], table.latents, table.prediction, level.noise, sigma_data)
+        return limited(table, x0, options)
     x0, epsilon = clean_and_noise(
         options["prediction_type"], table.latents, table.prediction, level.signal, level.noise
     )
+    if options.get("thresholding") and options.get("predict_x0", True):
+        x0 = limited(table, x0, options)
+        epsilon = (table.latents - level.signal * x0) / level.noise
     return x0 if data else epsilon
 
 

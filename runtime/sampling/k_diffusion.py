@@ -11,7 +11,18 @@ from ..schedules.diffusion import timestep_at
 from .algebra import Form, clean_and_noise, preconditioned, quadrature_factors
 from .step_table import StepTable, TableBuilder
 
-__all__ = ["churned", "close_row", "euler", "euler_ancestral", "first_sigma", "heun", "kdpm2", "kdpm2_ancestral", "lms"]
+__all__ = [
+    "churned",
+    "close_row",
+    "consistency",
+    "euler",
+    "euler_ancestral",
+    "first_sigma",
+    "heun",
+    "kdpm2",
+    "kdpm2_ancestral",
+    "lms",
+]
 
 
 def euler(schedule: Schedule, options: Options) -> StepTable:
@@ -49,6 +60,24 @@ def heun(schedule: Schedule, options: Options) -> StepTable:
             slope = slope_at(table, s[i + 1], options)
             close_row(table, t[i + 1], s[i + 1], start + h * (first + slope) / 2)
     return table.table(first_sigma(schedule, options))
+
+
+def consistency(schedule: Schedule, options: Options) -> StepTable:
+    """Multistep consistency sampling (Song et al. 2023, algorithm 1): the clean estimate is noised anew.
+
+    Only a run of several steps draws noise; at its end that has no share in the latents.
+    """
+    table, s = TableBuilder(), schedule.sigmas
+    least, unit, several = float(options["sigma_min"]), float(options["sigma_data"]), len(schedule) > 1
+    for i in range(schedule.start, len(schedule)):
+        skip = unit**2 / ((s[i] - least) ** 2 + unit**2)
+        out = (s[i] - least) * unit / (s[i] ** 2 + unit**2) ** 0.5
+        clean = out * table.prediction + skip * table.latents
+        clean = table.clip(clean, 1.0) if options["clip_denoised"] else clean
+        follows = min(max(s[i + 1], least), float(options["sigma_max"]))
+        spread = float(options["s_noise"]) * max(follows**2 - least**2, 0.0) ** 0.5
+        close_row(table, schedule.timesteps[i], s[i], clean + spread * table.noise, draw=several, unit=unit)
+    return table.table(float(options["sigma_max"]))
 
 
 def lms(schedule: Schedule, options: Options, order: int = 4) -> StepTable:

@@ -22,6 +22,7 @@ from .step_table import StepTable
 __all__ = ["Churn", "SamplerDescription", "check_scheduler", "describe", "names", "step_table", "takes_eta"]
 
 MAX_TRAIN_TIMESTEPS = 100_000
+MOST_CONTINUOUS_STEPS = 1000
 
 
 class Churn(NamedTuple):
@@ -110,6 +111,7 @@ def step_table(
         with np.errstate(all="ignore"):  # TableBuilder.table refuses what is not finite
             name, options = resolved(scheduler_config, sampler)
             chosen = SAMPLERS[name]
+            options["most_steps"] = most_steps(options, chosen)
             steps = checked_steps(num_inference_steps, options) if num_inference_steps is not None else None
             options |= checked_eta(eta, chosen) | {"mu": mu, "churn": checked_churn(churn, name, chosen)}
             options["timesteps"] = checked_values("timesteps", timesteps, chosen.timesteps, name)
@@ -117,7 +119,7 @@ def step_table(
             if rule is not None:
                 options |= applied(rule, options, steps, size, on_flow=chosen.schedule is flow_schedule)
             steps = custom_steps(options, chosen, steps)
-            start = first_step(steps, strength, flow=name.startswith("FlowMatch"))
+            start = first_step(steps, strength, flow=name.startswith("Flow"))
             schedule = chosen.schedule(options, steps)
             if share != WHOLE:
                 return _share(chosen, schedule, options, share, evaluations_of_a_step(name))
@@ -209,13 +211,22 @@ def custom_steps(options: Mapping[str, Any], chosen: Sampler, steps: int | None)
     return steps
 
 
-def checked_steps(steps: int, options: Mapping[str, Any]) -> int:
-    """Return the number of steps; raises RequestError unless it is a whole number in 1 .. num_train_timesteps."""
-    limit = int(options["num_train_timesteps"])
-    if not 1 <= limit <= MAX_TRAIN_TIMESTEPS:
+def most_steps(options: Mapping[str, Any], chosen: Sampler) -> int:
+    """Return the largest number of steps: that of the training's, or more where a schedule is continuous.
+
+    Raises SchedulerError for a num_train_timesteps out of range.
+    """
+    trained = int(options["num_train_timesteps"])
+    if not 1 <= trained <= MAX_TRAIN_TIMESTEPS:
         raise SchedulerError(
-            f"num_train_timesteps is {limit}: 1 to {MAX_TRAIN_TIMESTEPS} are supported; mend the scheduler config"
+            f"num_train_timesteps is {trained}: 1 to {MAX_TRAIN_TIMESTEPS} are supported; mend the scheduler config"
         )
+    return max(trained, MOST_CONTINUOUS_STEPS) if chosen.continuous else trained
+
+
+def checked_steps(steps: int, options: Mapping[str, Any]) -> int:
+    """Return the number of steps; raises RequestError unless it is a whole number from 1 to the largest there is."""
+    limit = options["most_steps"]
     if isinstance(steps, bool) or not isinstance(steps, int | np.integer) or not 1 <= steps <= limit:
         raise RequestError(f"num_inference_steps {steps!r} is out of range: give a whole number from 1 to {limit}")
     return int(steps)

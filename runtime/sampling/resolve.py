@@ -7,10 +7,27 @@ from difflib import get_close_matches
 from typing import Any
 
 from ...engines.errors import SchedulerError
-from .catalog import SAMPLERS, TRANSLATIONS, Sampler
+from .catalog import FIXED_VARIANCE, SAMPLERS, Sampler
 from .names import SHORT_NAMES, SUFFIXES, ShortName
 
 __all__ = ["resolved", "suffixes_of"]
+
+# values that another class's config may carry, and what they become
+Translation = dict[str, Mapping[Any, str | None]]
+TO_MIDPOINT = dict.fromkeys(("logrho", "bh1", "bh2"), "midpoint")
+# a fixed variance belongs to DDPM: the solvers have none, and read the option only to cut learned ones off
+NO_VARIANCE: Translation = {"variance_type": dict.fromkeys(FIXED_VARIANCE["variance_type"])}
+FROM_DEIS: Translation = {"algorithm_type": {"deis": "dpmsolver++"}, "solver_type": TO_MIDPOINT}
+TRANSLATIONS: Mapping[str, Translation] = {
+    # DPM-Solver configs write the unset type down; DDPM then leaves its variance as it is, which is `fixed_small`.
+    "DDPMScheduler": {"variance_type": {None: "fixed_small"}},
+    "DDPMParallelScheduler": {"variance_type": {None: "fixed_small"}},
+    "DPMSolverMultistepScheduler": FROM_DEIS | NO_VARIANCE,
+    "DPMSolverSinglestepScheduler": FROM_DEIS | NO_VARIANCE,
+    "EDMDPMSolverMultistepScheduler": FROM_DEIS,
+    "SASolverScheduler": NO_VARIANCE,
+    "UniPCMultistepScheduler": {"solver_type": dict.fromkeys(("midpoint", "heun", "logrho"), "bh2")},
+}
 
 TYPES: dict[type, tuple[type, ...]] = {bool: (bool, type(None)), int: (int,), float: (int, float), str: (str,)}
 ELSEWHERE = {
@@ -21,7 +38,11 @@ ELSEWHERE = {
     "ScoreSdeVeScheduler": ("its corrector measures the norm of each prediction", "euler_a"),
     "VQDiffusionScheduler": ("it steps through tokens, not latents", ""),
     "AmusedScheduler": ("it steps through tokens, not latents", ""),
-    "CMStochasticIterativeScheduler": ("consistency models of pixels have no exporter", "lcm"),
+    "BlockRefinementScheduler": ("it fills in tokens, not latents", ""),
+    "DiscreteDDIMScheduler": ("it steps through tokens, not latents", ""),
+    "EntropyBoundScheduler": ("it fills in tokens, not latents", ""),
+    "HeliosScheduler": ("it changes the size of the latents between its steps", "unipc"),
+    "HeliosDMDScheduler": ("it changes the size of the latents between its steps", "flow_euler"),
 }
 """Classes without a table: why, and the nearest sampler."""
 
@@ -92,9 +113,15 @@ def check(name: str, options: Mapping[str, Any], chosen: Sampler) -> None:
         return SchedulerError(f"{name} with {key}={given} is not supported: {advice}, or choose another sampler")
 
     if options.get("thresholding"):
-        raise refuse(
-            "thresholding", "no step table holds dynamic thresholding; set it to false, or use clip_sample of ddim"
-        )
+        largest = options["sample_max_value"]
+        if not isinstance(largest, int | float) or not 0 < largest < float("inf"):
+            raise refuse("sample_max_value", "give a number above 0")
+        if largest > 1:
+            raise refuse(
+                "thresholding",
+                f"no step table holds dynamic thresholding, which sample_max_value={largest:g} asks for; "
+                "set that to 1, or thresholding to false",
+            )
     if options.get("variance_type") in ("learned", "learned_range"):
         raise refuse("variance_type", "no step table holds learned variances; use ddim, which has none")
     for key, default in chosen.defaults.items():

@@ -98,6 +98,13 @@ class TableBuilder:
         self._clip = (form, limit)
         return self._clipped
 
+    def threshold(self, form: Form, largest: float) -> Form:
+        """Clip a quantity of the current row to `largest`, 1 at most, and divide it by that; at most once a row.
+
+        It is dynamic thresholding (Saharia et al. 2022, section 2.3) where the bound has no room: between 1 and 1.
+        """
+        return self.clip(form, largest) / largest
+
     def row(
         self,
         timestep: float,

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from ...engines.errors import SchedulerError
+from ...engines.errors import RequestError, SchedulerError
 from .schedule import Options, Schedule
 from .training import linspace
 
-__all__ = ["cosine_schedule", "edm_schedule", "sine_schedule"]
+__all__ = ["consistency_schedule", "cosine_schedule", "edm_schedule", "sine_schedule"]
 
 
 def edm_schedule(options: Options, steps: int, *, single: bool) -> Schedule:
@@ -30,6 +30,27 @@ def edm_schedule(options: Options, steps: int, *, single: bool) -> Schedule:
         end = smallest if single else float(sigmas[-1])
     all_sigmas = np.append(sigmas, end).astype(np.float32).astype(np.float64)
     return Schedule(0.25 * np.log(all_sigmas[:-1]), all_sigmas, np.empty(0))
+
+
+def consistency_schedule(options: Options, steps: int) -> Schedule:
+    """Even steps over the training's own Karras sigmas, from sigma_max; sigma_min is the end (Song et al. 2023).
+
+    Timesteps that the request gives are places on the training's scale, 0 being sigma_min.
+    """
+    smallest, largest, rho = (float(options[name]) for name in ("sigma_min", "sigma_max", "rho"))
+    train = int(options["num_train_timesteps"])
+    if not (0 < smallest < largest and rho > 0 and train > 1):
+        raise SchedulerError(f"sigmas from {largest} to {smallest} with rho={rho} make no schedule: mend the config")
+    first, last = largest ** (1 / rho), smallest ** (1 / rho)
+    places = np.arange(steps) * (train // steps)
+    if options["timesteps"] is not None:
+        places = options["timesteps"][::-1].astype(int)
+        if places[-1] >= train:
+            raise RequestError(f"timesteps begin at {places[-1]}: give {train - 1} or less")
+    ramp = places / (train - 1)
+    sigmas = (first + ramp * (last - first)) ** rho
+    rounded = np.append(sigmas, smallest).astype(np.float32).astype(np.float64)
+    return Schedule(250 * np.log(sigmas), rounded, np.empty(0))
 
 
 def cosine_schedule(options: Options, steps: int) -> Schedule:

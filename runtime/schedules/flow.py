@@ -12,7 +12,15 @@ from .schedule import Options, Schedule
 from .sigmas import respaced_sigmas
 from .spacing import sigma_choice
 
-__all__ = ["flow_schedule", "shift_factor", "shifted", "shifted_by_mu", "stretched", "trigonometric_schedule"]
+__all__ = [
+    "flow_map_schedule",
+    "flow_schedule",
+    "shift_factor",
+    "shifted",
+    "shifted_by_mu",
+    "stretched",
+    "trigonometric_schedule",
+]
 
 
 def flow_schedule(options: Options, steps: int) -> Schedule:
@@ -45,6 +53,19 @@ def flow_schedule(options: Options, steps: int) -> Schedule:
         sigmas, last = 1 - sigmas, 1
         timesteps = sigmas * np.float32(train)
     return Schedule(timesteps.astype(np.float64), np.append(sigmas, last).astype(np.float64), np.empty(0))
+
+
+def flow_map_schedule(options: Options, steps: int) -> Schedule:
+    """Even shares of noise from 1 to 0, shifted, in float64, as are those that the request gives (Gu et al. 2026)."""
+    train = int(options["num_train_timesteps"])
+    told, given = options["timesteps"], options["sigmas"]
+    shares = np.linspace(1, 0, steps + 1)[:-1]
+    if given is not None:
+        shares = np.asarray(given, np.float64)
+    elif told is not None:
+        shares = np.asarray(told, np.float64) / train
+    shares = shifted(shares, float(options["shift"]))
+    return Schedule(shares * train, np.append(shares, 0.0), np.empty(0))
 
 
 def trigonometric_schedule(options: Options, steps: int) -> Schedule:

@@ -15,7 +15,7 @@ TRAINING: dict[str, Any] = {
 }
 DISCRETE = TRAINING | {"timestep_spacing": "leading"}
 CLIPPING = {"clip_sample": True, "clip_sample_range": 1.0}
-THRESHOLDING = {"thresholding": False}
+THRESHOLDING = {"thresholding": False, "dynamic_thresholding_ratio": 0.995, "sample_max_value": 1.0}
 ZERO_SNR = {"rescale_betas_zero_snr": False}
 SPACED = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False}
 RESPACED = SPACED | {"sigma_min": None, "sigma_max": None}
@@ -76,4 +76,13 @@ FLOW = RESPACED | {
     "invert_sigmas": False,
     "shift_terminal": None,
     "time_shift_type": "exponential",
+}
+CONSISTENCY = {
+    "num_train_timesteps": 40,
+    "sigma_min": 0.002,
+    "sigma_max": 80.0,
+    "sigma_data": 0.5,
+    "s_noise": 1.0,
+    "rho": 7.0,
+    "clip_denoised": True,
 }

@@ -18,7 +18,10 @@ from latentrt.export import export_checkpoint, exporter
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"_class_name": "DDPMScheduler", "thresholding": True}, "no step table holds dynamic thresholding"),
+        (
+            {"_class_name": "DDPMScheduler", "thresholding": True, "sample_max_value": 1.5},
+            "no step table holds dynamic thresholding",
+        ),
         ({"_class_name": "DDPMScheduler", "variance_type": "learned_range"}, "use ddim, which has none"),
         ({"_class_name": "DPMSolverSDEScheduler"}, "the nearest sampler is dpmpp_2m_sde"),
     ],

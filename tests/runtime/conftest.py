@@ -75,7 +75,7 @@ class Schedulers:
         import torch
 
         torch.set_num_threads(1)
-        scheduler = scheduler or self.new(config)
+        scheduler = self.new(config) if scheduler is None else scheduler  # one of them has a length
         given = {"mu": mu, "timesteps": timesteps, "sigmas": sigmas}
         keywords = {key: value for key, value in given.items() if value is not None} | loops.schedule(scheduler, steps)
         if "UniPC" in config["_class_name"] and sigmas is not None:

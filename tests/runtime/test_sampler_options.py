@@ -223,7 +223,15 @@ def test_short_names_leave_latents_unclipped_where_the_config_is_silent() -> Non
             "a Brownian tree, drawn by torchsde; the nearest sampler is dpm",
         ),
         (SD15 | {"_class_name": "VQDiffusionScheduler"}, "it steps through tokens, not latents"),
-        (SD15 | {"_class_name": "DDIMScheduler", "thresholding": True}, "thresholding=True is not supported"),
+        (
+            SD15 | {"_class_name": "DDIMScheduler", "thresholding": True, "sample_max_value": 1.5},
+            "thresholding=True is not supported: no step table holds dynamic thresholding, which sample_max_value=1.5",
+        ),
+        (SD15 | {"_class_name": "DDIMScheduler", "thresholding": True, "sample_max_value": 0}, "sample_max_value=0"),
+        (
+            SD15 | {"_class_name": "DDIMScheduler", "thresholding": True, "sample_max_value": "1"},
+            "='1' is not supported: give a num",
+        ),
         (SD15 | {"_class_name": "DDPMScheduler", "variance_type": "learned"}, "variance_type='learned'"),
         (SD15 | {"prediction_type": "sample"}, "prediction_type='sample' is not supported: use 'epsilon', 'v_pred"),
         (SD15 | {"beta_schedule": "square"}, "beta_schedule 'square' is not known"),

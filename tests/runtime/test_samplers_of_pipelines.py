@@ -6,6 +6,7 @@ import inspect
 from fnmatch import fnmatch
 from typing import Any
 
+import numpy as np
 import pytest
 from latentrt.engines.errors import LatentRTError, RequestError
 from latentrt.runtime.sampling import Churn, step_table
@@ -62,6 +63,14 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "lu": ("DPMSolverMultistepScheduler", {"use_lu_lambdas": True}),
     "lu-cosine": ("DPMSolverMultistepScheduler", COSINE | TO_MINIMUM | {"use_lu_lambdas": True}),
     "IPNDM": ("IPNDMScheduler", {}),
+    "consistency": ("CMStochasticIterativeScheduler", {"num_train_timesteps": 60}),
+    "consistency-unclipped": (
+        "CMStochasticIterativeScheduler",
+        {"num_train_timesteps": 151, "clip_denoised": False, "s_noise": 1.01, "sigma_max": 60.0},
+    ),
+    "flow-map": ("FlowMapEulerDiscreteScheduler", {"shift": 5.0}),
+    "few-training-steps": ("FlowMatchEulerDiscreteScheduler", {"num_train_timesteps": 1, "shift": 3.0}),
+    "few-inverted": ("FlowMatchEulerDiscreteScheduler", {"num_train_timesteps": 1, "invert_sigmas": True}),
     "inverse": ("DDIMInverseScheduler", {"clip_sample": False}),
     "inverse-clip": ("DDIMInverseScheduler", {"timestep_spacing": "trailing", "set_alpha_to_one": False}),
 }
@@ -76,6 +85,33 @@ ROUNDED = {
     "EDMEuler/1": 5e-5,  # (x - x0) / sigma times sigma, at a sigma of 80
     "SA-3-4/*": 1e-3,  # polynomials around log SNR 0 instead of around the step
 }
+
+
+DIFFUSION = [
+    *("DDIM", "DDPM", "LCM", "TCD", "DPMSolverMultistep", "DPMSolverSinglestep", "UniPCMultistep", "DEISMultistep"),
+    *("SASolver", "EDMDPMSolverMultistep"),
+]
+LIMITS: dict[str, dict[str, Any]] = {
+    "to 1": {},
+    "to a half": {"sample_max_value": 0.5, "dynamic_thresholding_ratio": 0.7},
+    "before clip_sample": {"clip_sample": True, "clip_sample_range": 0.3},
+    "of noise": {"algorithm_type": "dpmsolver", "predict_x0": False} | TO_MINIMUM,
+    "of v": V,
+}
+
+
+@pytest.mark.parametrize("limits", LIMITS)
+@pytest.mark.parametrize("cls", DIFFUSION)
+def test_thresholding_whose_bound_has_no_room(cls: str, limits: str, schedulers: Any) -> None:
+    options = LIMITS[limits]
+    if cls in ("DEISMultistep", "SASolver", "EDMDPMSolverMultistep", "DPMSolverSinglestep"):  # the last fails itself
+        options = {key: value for key, value in options.items() if key != "algorithm_type"}
+    config = schedulers.config(f"{cls}Scheduler", {"thresholding": True} | options)
+    for steps in (1, 4, 20):
+        schedulers.assert_same(config, steps)
+    plain = schedulers.run_table(config | {"thresholding": False, "clip_sample": False}, 4)
+    unused = cls == "TCD" or (cls == "UniPCMultistep" and limits == "of noise")
+    assert np.array_equal(schedulers.run_table(config, 4), plain) == unused
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -97,7 +133,7 @@ def test_what_has_no_number_of_its_own_ends_well(schedulers: Any) -> None:
     assert not ours.any() and not schedulers.run(schedulers.config(*CASES["IPNDM"]), 1).any()
 
 
-NO_NOISE = ("SCM", "IPNDM", "inverse", "inverted", "UniPC-karras-flow-minimum")
+NO_NOISE = ("SCM", "IPNDM", "inverse", "inverted", "few-inverted", "UniPC-karras-flow-minimum")
 """diffusers has no way to noise a picture for these, or not the one that the steps undo."""
 
 
@@ -168,6 +204,10 @@ DYNAMIC = {"use_flow_sigmas": True, "use_dynamic_shifting": True, "prediction_ty
         ("HeunDiscreteScheduler", {}, TOLD),
         ("LCMScheduler", {}, {"timesteps": [999, 499]}),
         ("TCDScheduler", {}, {"timesteps": [999, 700, 499, 20]}),
+        ("CMStochasticIterativeScheduler", {}, {"timesteps": [22, 0]}),
+        ("CMStochasticIterativeScheduler", {"num_train_timesteps": 201}, {"timesteps": [106, 17, 0]}),
+        ("FlowMapEulerDiscreteScheduler", {"shift": 5.0}, TIMES),
+        ("FlowMapEulerDiscreteScheduler", {"shift": 5.0}, SHARES),
         ("UniPCMultistepScheduler", FLOW, SHARES),
         ("UniPCMultistepScheduler", DYNAMIC, SHARES | {"mu": 0.8}),
     ],

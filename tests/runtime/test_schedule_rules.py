@@ -158,7 +158,10 @@ def test_two_lines_for_one_number_of_steps_are_no_rule() -> None:
     ("config", "message"),
     [
         ({"_class_name": "DDPMScheduler", "variance_type": "learned_range"}, "learned variances; use ddim"),
-        ({"_class_name": "DDPMScheduler", "thresholding": True}, "dynamic thresholding; set it to false"),
+        (
+            {"_class_name": "DDPMScheduler", "thresholding": True, "sample_max_value": 1.5},
+            "dynamic thresholding, which sample_max_value=1.5 asks for; set that to 1",
+        ),
         ({"_class_name": "DPMSolverSDEScheduler"}, "the nearest sampler is dpmpp_2m_sde"),
         ({}, "names no class"),
         (DYNAMIC, "pass mu"),
