@@ -24,6 +24,17 @@ def processor_name() -> str:
     return _cpuinfo().get("model name") or platform.processor() or platform.machine()
 
 
+def processor_flags() -> frozenset[str]:
+    """Return the instruction sets that the processor names, such as `avx512_bf16`; empty where it names none."""
+    facts = _cpuinfo()
+    return frozenset(facts.get("flags", facts.get("Features", "")).split())
+
+
+def has_bf16() -> bool:
+    """Whether the processor multiplies in bfloat16."""
+    return not processor_flags().isdisjoint(("avx512_bf16", "amx_bf16", "bf16"))
+
+
 def processor_identity() -> str:
     """Return the processor's name and instruction sets: what code that was optimized for it depends on."""
     facts = _cpuinfo()

@@ -9,6 +9,7 @@ from typing import get_args
 
 from ...engines.backends import unavailable_reasons
 from ...engines.errors import RequestError
+from ...engines.machine import has_bf16
 from ...runtime.loop.denoise import Mode
 from .process import interpreter
 
@@ -55,7 +56,15 @@ def candidates(device: str) -> list[Candidate]:
     ]
     if device == "cpu":
         openvino = _missing("openvino") or torch
-        others.append(Candidate("openvino", "OpenVINO in diffusers", openvino))
+        bf16 = None if has_bf16() else "this processor has no bf16 units"
+        others += [
+            Candidate("diffusers/eager-bf16", "diffusers in bf16", torch or bf16),
+            Candidate(
+                "diffusers/compile-bf16", "diffusers + torch.compile in bf16", torch or bf16 or _no_compiler(device)
+            ),
+            Candidate("openvino", "OpenVINO in diffusers", openvino),
+            Candidate("openvino/bf16", "OpenVINO in diffusers, bf16", openvino or bf16),
+        ]
     return ours + others
 
 

@@ -1,9 +1,10 @@
-"""diffusers as a contender, as its own users would set it up: variant `eager` or `compile`."""
+"""diffusers as a contender, as its own users would set it up: `eager` or `compile`, with `-bf16` in that precision."""
 
 from __future__ import annotations
 
 import functools
 import io
+import json
 import os
 import time
 from itertools import pairwise
@@ -16,31 +17,33 @@ from ...engines.cache import home
 
 
 class Contender:
-    """A `StableDiffusionPipeline` with a clock at the borders of its stages; nothing inside a stage is touched."""
+    """The checkpoint's pipeline with a clock at the borders of its stages; nothing inside a stage is touched."""
 
     def __init__(self, variant: str, options: dict[str, Any]) -> None:
         """Load the checkpoint; fp16 and channels_last on a GPU, where attention is PyTorch's fused kernel as well."""
         began = time.perf_counter()
-        if variant == "compile":
+        how, _, precision = variant.partition("-")
+        if how == "compile":
             cache = home() / "torch-compile"
             compiled_before = cache.exists()
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache)
         import diffusers
         import torch
         import transformers
-        from diffusers import StableDiffusionPipeline  # a lazy name: only this line imports the pipeline
 
-        self._class: Any = StableDiffusionPipeline
+        index = json.loads((Path(options["checkpoint"]) / "model_index.json").read_text(encoding="utf-8"))
+        self._class: Any = getattr(diffusers, index["_class_name"])  # a lazy name: only this line imports the pipeline
+        self._checked = "safety_checker" in index
         self._torch = torch
         self._device = options["device"]
         self._build: float | None = None
         self.versions: dict[str, str] = {}
         torch.set_num_threads(options["threads"])
-        self.settings: dict[str, Any] = {"device": self._device, "precision": options["precision"]}
+        self.settings: dict[str, Any] = {"device": self._device, "precision": precision or options["precision"]}
         imported = time.perf_counter()
         self._pipe = self._load(options)
         self._pipe.set_progress_bar_config(disable=True)
-        if variant == "compile":
+        if how == "compile":
             self._compile()
             self.settings["compile_cache"] = "warm" if compiled_before else "cold"
         self.facts: dict[str, Any] = {
@@ -57,9 +60,11 @@ class Contender:
 
     def _load(self, options: dict[str, Any]) -> Any:
         """Return the opened pipeline; what its users do once per machine, not once per process, goes to `_build`."""
-        dtype = self._torch.float16 if options["precision"] == "fp16" else self._torch.float32
+        torch = self._torch
+        dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.settings["precision"], torch.float32)
+        unchecked = {"safety_checker": None} if self._checked else {}
         pipe = self._class.from_pretrained(
-            options["checkpoint"], torch_dtype=dtype, local_files_only=True, safety_checker=None
+            options["checkpoint"], torch_dtype=dtype, local_files_only=True, **unchecked
         ).to(self._device)
         if self._device == "cuda":
             self._channels_last(pipe)
@@ -67,13 +72,14 @@ class Contender:
 
     def _channels_last(self, pipe: Any) -> None:
         self.settings["memory_format"] = "channels_last"
-        pipe.unet.to(memory_format=self._torch.channels_last)
+        getattr(pipe, network_of(pipe)).to(memory_format=self._torch.channels_last)
         pipe.vae.to(memory_format=self._torch.channels_last)
 
     def _compile(self) -> None:
         mode = self.settings["compile"] = "max-autotune" if self._device == "cuda" else "default"
         self._channels_last(self._pipe)
-        self._pipe.unet = self._torch.compile(self._pipe.unet, mode=mode)
+        name = network_of(self._pipe)
+        setattr(self._pipe, name, self._torch.compile(getattr(self._pipe, name), mode=mode))
         self._pipe.vae.decode = self._torch.compile(self._pipe.vae.decode, mode=mode)
 
     def _mark(self) -> Any:
@@ -89,7 +95,7 @@ class Contender:
     def _watch(self) -> None:
         """Read the clock where the pipeline goes from one stage to the next."""
         pipe, tokenizer = self._pipe, type(self._pipe.tokenizer)
-        encode, scale, tokenize = pipe.encode_prompt, pipe.scheduler.scale_model_input, tokenizer.__call__
+        encode, tokenize = pipe.encode_prompt, tokenizer.__call__
 
         @functools.wraps(encode)
         def watched_encode(*args: Any, **kwargs: Any) -> Any:
@@ -98,11 +104,9 @@ class Contender:
             self._marks["encoded"] = self._mark()
             return result
 
-        @functools.wraps(scale)
-        def watched_scale(*args: Any, **kwargs: Any) -> Any:
+        def starts(module: Any, inputs: Any) -> None:
             if "denoise" not in self._marks:
                 self._marks["denoise"] = self._mark()
-            return scale(*args, **kwargs)
 
         @functools.wraps(tokenize)
         def watched_tokenize(*args: Any, **kwargs: Any) -> Any:
@@ -111,7 +115,8 @@ class Contender:
             self._tokenizing += time.perf_counter() - start
             return result
 
-        pipe.encode_prompt, pipe.scheduler.scale_model_input = watched_encode, watched_scale
+        pipe.encode_prompt = watched_encode
+        getattr(pipe, network_of(pipe)).register_forward_pre_hook(starts)
         tokenizer.__call__ = watched_tokenize
 
     def run(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -165,5 +170,10 @@ class Contender:
     def save(self, file: Path, *, latents: bool) -> None:
         """Write the last request's answer."""
         last, images = self._last
-        more = {"latents": last.float().cpu().numpy()} if latents else {}
+        more = {"latents": last.float().cpu().numpy()} if latents and last.ndim == 4 else {}
         np.savez(file, images=np.stack([np.asarray(picture) for picture in images]), **more)
+
+
+def network_of(pipe: Any) -> str:
+    """Return under which name a pipeline holds the network of its steps."""
+    return "unet" if hasattr(pipe, "unet") else "transformer"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from ...engines.errors import EngineError
 from . import diffusers as contender_diffusers
 
 
@@ -16,9 +17,10 @@ class Contender(contender_diffusers.Contender):
     """A diffusers pipeline whose networks run in OpenVINO."""
 
     def __init__(self, variant: str, options: dict[str, Any]) -> None:
-        """Load the checkpoint, convert and compile; the conversion is the `build` time."""
-        super().__init__(variant, options)
-        self.settings |= {"performance_hint": "LATENCY", "inference_precision": "f32", "shapes": "static"}
+        """Load the checkpoint, convert and compile; the conversion is the `build` time. `variant` is a precision."""
+        self._inference = variant or "f32"
+        super().__init__("eager", options)
+        self.settings |= {"performance_hint": "LATENCY", "inference_precision": self._inference, "shapes": "static"}
 
     def _load(self, options: dict[str, Any]) -> Any:
         import openvino
@@ -26,6 +28,8 @@ class Contender(contender_diffusers.Contender):
 
         self.versions["openvino"] = openvino.__version__
         pipe = super()._load(options)
+        if not type(pipe).__name__.startswith("StableDiffusionPipeline"):
+            raise EngineError(f"{type(pipe).__name__} is not converted here: only Stable Diffusion 1 and 2 are")
         start = time.perf_counter()
         rows, batch = 2 * options["batch"], options["batch"]
         height, width = options["height"] // pipe.vae_scale_factor, options["width"] // pipe.vae_scale_factor
@@ -33,11 +37,15 @@ class Contender(contender_diffusers.Contender):
         latents = torch.zeros(1, channels, height, width)
         ids = torch.zeros(1, length, dtype=torch.int64)
         context = torch.zeros(rows, length, pipe.text_encoder.config.hidden_size)
-        threads = options["threads"]
-        encode = _compiled(_wrapped(pipe.text_encoder), (ids,), threads)
+        settings = {
+            "INFERENCE_NUM_THREADS": options["threads"],
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_PRECISION_HINT": self._inference,
+        }
+        encode = _compiled(_wrapped(pipe.text_encoder), (ids,), settings)
         sample = latents.expand(rows, -1, -1, -1)
-        denoise = _compiled(_wrapped(pipe.unet), (sample, torch.tensor(1.0), context), threads)
-        decode = _compiled(_wrapped(pipe.vae, "decode"), (latents.expand(batch, -1, -1, -1),), threads)
+        denoise = _compiled(_wrapped(pipe.unet), (sample, torch.tensor(1.0), context), settings)
+        decode = _compiled(_wrapped(pipe.vae, "decode"), (latents.expand(batch, -1, -1, -1),), settings)
         # The pipeline calls the modules as before; what they compute is done by OpenVINO.
         pipe.text_encoder.forward = lambda ids, **_: (encode(ids),)
         pipe.unet.forward = lambda sample, timestep, encoder_hidden_states, **_: (
@@ -51,7 +59,7 @@ class Contender(contender_diffusers.Contender):
         return pipe
 
 
-def _compiled(module: Any, example: tuple[Any, ...], threads: int) -> Any:
+def _compiled(module: Any, example: tuple[Any, ...], settings: dict[str, Any]) -> Any:
     """Return a function from tensors to a tensor that runs a module in OpenVINO, for the example's shapes only."""
     import openvino
     import torch
@@ -59,7 +67,6 @@ def _compiled(module: Any, example: tuple[Any, ...], threads: int) -> Any:
     with torch.no_grad():
         model = openvino.convert_model(module.eval(), example_input=example)
     model.reshape({i: list(tensor.shape) for i, tensor in enumerate(example)})
-    settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
     request = openvino.Core().compile_model(model, "CPU", settings).create_infer_request()
 
     def run(*inputs: Any) -> Any:

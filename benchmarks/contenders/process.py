@@ -64,10 +64,12 @@ def _seconds_used(pid: int) -> float:
 
 @dataclass(frozen=True)
 class Finished:
-    """A command that ended well: wall seconds from start to exit, peak resident bytes, standard output."""
+    """A command that ended well: wall seconds from start to exit, peaks of its resident bytes, standard output."""
 
     seconds: float
     peak_bytes: int
+    anonymous_bytes: int
+    """Without what is mapped from files, which the system may drop; the most that was seen, many times a second."""
     output: str
 
 
@@ -84,10 +86,11 @@ def run_process(command: Sequence[str], *, threads: int | None = None) -> Finish
             env=thread_environment(threads) if threads else None,
             preexec_fn=(lambda: os.sched_setaffinity(0, pinned)) if pinned else None,
         )
-        peak = 0
+        peak = anonymous = 0
         try:
             while True:
                 peak = max(peak, peak_bytes(process.pid))
+                anonymous = max(anonymous, _status(process.pid, "RssAnon:"))
                 try:
                     code = process.wait(POLL_SECONDS)
                     break
@@ -102,7 +105,7 @@ def run_process(command: Sequence[str], *, threads: int | None = None) -> Finish
         if code:
             raise EngineError(f"`{_shown(command)}` failed with exit code {code}: {_last_line(errors.read())}")
         output.seek(0)
-        return Finished(seconds, peak, output.read().decode(errors="replace"))
+        return Finished(seconds, peak, anonymous, output.read().decode(errors="replace"))
 
 
 def interpreter(contender: str) -> str | None:

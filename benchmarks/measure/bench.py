@@ -28,7 +28,7 @@ from . import machine, method, scenarios
 from .cold import measure_cold
 from .describe import describe
 from .method import Conditions, Measured
-from .workloads import Model, Say, Workload, ensure_model
+from .workloads import Model, Say, Workload, check_memory, ensure_model
 
 ORACLE_PICTURES = 40
 Keep = Callable[[Record], None]
@@ -66,6 +66,8 @@ def run(work: Workload, options: Options, say: Say, keep: Keep = lambda record: 
     watch = machine.LoadWatch()
     began = time.monotonic()
     found = contenders.choose(options.device, options.contenders)
+    if options.checkpoint is None:
+        check_memory(work, machine.memory_bytes(options.device))
     model = ensure_model(work, checkpoint=options.checkpoint, fresh=options.fresh, say=say)
     bundle = Bundle.open(model.bundle)
     if options.contenders is None and options.device == "cpu" and model.weight_bytes > LARGE:

@@ -51,11 +51,10 @@ def describe(entry: Measured, work: Workload, bundle: Bundle, ceiling: dict[str,
 def _roofline(entry: Measured, work: Workload, bundle: Bundle, ceiling: dict[str, Any]) -> dict[str, Any]:
     """Return, for each network, operations, bytes, the machine's limit, and the share of it that was reached."""
     rows = {}
-    branches = 2 if work.guidance > 1 else 1
     for name, stage in NETWORKS.items():
         runs = entry.samples[0]["evaluations"] if name == "denoiser" else 1
         cost = roofline.graph_cost(
-            bundle, name, batch=work.batch, branches=branches, height=work.height, width=work.width
+            bundle, name, batch=work.batch, guidance=work.guidance, height=work.height, width=work.width
         )
         limit = cost.limit_seconds(ceiling["flops"], ceiling["bytes"])
         took = np.median([s.get("networks", {}).get(name, s["stages"][stage]) for s in entry.samples]) / runs

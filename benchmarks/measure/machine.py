@@ -39,6 +39,12 @@ def default_device() -> str:
     return "cuda" if DeviceMeter.open() else "cpu"
 
 
+def memory_bytes(device: str) -> int:
+    """Return all the memory of the processor's side, or for `cuda` of the first GPU."""
+    meter = DeviceMeter.open() if device == "cuda" else None
+    return int(meter.describe()["memory_gib"] * 2**30) if meter else int(psutil.virtual_memory().total)
+
+
 def source_version() -> str:
     """Return the commit of the source tree, `-dirty` when it was changed, or the installed version."""
     here = Path(__file__).parent

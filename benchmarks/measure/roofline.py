@@ -35,9 +35,9 @@ class Cost:
         return max(self.operations / flops, self.bytes / bandwidth)
 
 
-def graph_cost(bundle: Bundle, name: str, *, batch: int, branches: int, height: int, width: int) -> Cost:
+def graph_cost(bundle: Bundle, name: str, *, batch: int, guidance: float, height: int, width: int) -> Cost:
     """Count one graph of a bundle for a request; sizes in pixels. Weights are not read."""
-    shapes = requested_shapes(bundle, width, height, batch, guidance_scale=2.0 if branches == 2 else 1.0)
+    shapes = requested_shapes(bundle, width, height, batch, guidance_scale=guidance)
     return count(bundle.path / bundle.graph(name).files[0], {k: tuple(shape) for k, shape in shapes[name].items()})
 
 

@@ -57,8 +57,18 @@ WORKLOADS = {
         Workload("sd15-512", "sd15", 512, 512, 20, 7.5, _PHOTO, SDXL_LATENCY_BOUND),
         Workload("sd15-768", "sd15", 768, 768, 20, 7.5, _PHOTO, SDXL_LATENCY_BOUND),
         Workload("sd21-768", "sd21", 768, 768, 20, 7.5, _PHOTO, SDXL_LATENCY_BOUND),
+        Workload("sdxl-1024", "sdxl", 1024, 1024, 20, 5.0, _PHOTO, SDXL_LATENCY_BOUND),
+        Workload("sd35-1024", "sd35-medium", 1024, 1024, 28, 4.5, _PHOTO, SDXL_LATENCY_BOUND),
+        Workload("zimage-1024", "z-image-turbo", 1024, 1024, 9, 0.0, _PHOTO, SDXL_LATENCY_BOUND),
+        Workload("klein-1024", "flux2-klein-4b", 1024, 1024, 4, 1.0, _PHOTO, SDXL_LATENCY_BOUND),
+        Workload("flux1-1024", "flux1-dev", 1024, 1024, 28, 3.5, _PHOTO, SDXL_LATENCY_BOUND),
     )
 }
+
+
+PUBLISHED_IN_BF16 = ("z-image-turbo", "flux2-klein-4b", "flux1-dev")
+"""Architectures that overflow in fp16, or may."""
+BYTES_OF_A_WEIGHT: dict[Precision, int] = {"fp32": 4, "fp16": 2, "bf16": 2}
 
 
 def workload(name: str) -> Workload:
@@ -68,10 +78,12 @@ def workload(name: str) -> Workload:
     return WORKLOADS[name]
 
 
-def precision(given: str | None, device: str) -> Precision:
-    """Return the precision to measure in: as given, or what the device is made for; raises `RequestError`."""
+def precision(given: str | None, device: str, family: str) -> Precision:
+    """Return the precision to measure in: as given, or what device and family are made for; raises `RequestError`."""
+    if given is None and device == "cpu":
+        return "fp32"
     if given is None:
-        return "fp16" if device == "cuda" else "fp32"
+        return "bf16" if family in PUBLISHED_IN_BF16 else "fp16"
     if given not in get_args(Precision):
         raise RequestError(f"precision is {given!r}: choose {' or '.join(get_args(Precision))}")
     return cast(Precision, given)
@@ -92,6 +104,20 @@ class Model:
     def weight_bytes(self) -> int:
         """Bytes of the bundle's graphs and weights."""
         return sum(f.stat().st_size for f in self.bundle.iterdir() if f.is_file())
+
+
+def check_memory(w: Workload, memory: int) -> None:
+    """Raise `RequestError` when a random model's weights do not fit into so many bytes, before anything is written."""
+    if w.family == "embedded":
+        return
+    from ..random_checkpoint.writer import architecture, weight_count
+
+    need = weight_count(architecture(w.family)) * BYTES_OF_A_WEIGHT[w.precision]
+    if need > memory:
+        raise RequestError(
+            f"{w.name} in {w.precision} has {need / 2**30:.0f} GiB of weights, and there are {memory / 2**30:.0f} GiB "
+            "of memory here: give a smaller --precision, or run it on a larger machine"
+        )
 
 
 EXPORT = """
@@ -127,7 +153,7 @@ def ensure_model(w: Workload, *, checkpoint: Path | None = None, fresh: bool = F
         weights = f"random, {w.family} architecture"
         if not checkpoint.exists():
             say(f"writing random weights of the {w.family} architecture, once: {checkpoint}")
-            _write_random(w.family, checkpoint)
+            write_random(w.family, checkpoint)
     if bundle.exists() and not fresh:
         return Model(checkpoint, bundle, weights)
     say(f"exporting {checkpoint.name} to {bundle}")
@@ -136,8 +162,8 @@ def ensure_model(w: Workload, *, checkpoint: Path | None = None, fresh: bool = F
     return Model(checkpoint, bundle, weights, done.seconds, done.peak_bytes)
 
 
-def _write_random(family: str, checkpoint: Path) -> None:
-    """Write random weights under a temporary name and rename the folder: a killed run leaves no half checkpoint."""
+def write_random(family: str, checkpoint: Path) -> None:
+    """Write an architecture with random weights; a killed run leaves no half checkpoint under its name."""
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{checkpoint.name}-", dir=checkpoint.parent) as folder:
         written = Path(folder) / checkpoint.name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,11 @@ def shapes(network: Network) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
         module = _module(network)
     return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+
+
+def weight_count(known: Architecture) -> int:
+    """Return how many weights an architecture has."""
+    return sum(math.prod(shape) for network in known.networks.values() for shape in shapes(network).values())
 
 
 def _module(network: Network) -> torch.nn.Module:

@@ -10,7 +10,15 @@ from .tables import DASH, Table, mib
 
 WORKLOADS = ("embedded", "sd15-512")
 """What the summary tells of: fp32 on the processor, one picture a request."""
-OTHERS = ("diffusers/eager", "diffusers/compile", "openvino", "optimum")
+OTHERS = (
+    "diffusers/eager",
+    "diffusers/compile",
+    "openvino",
+    "optimum",
+    "diffusers/eager-bf16",
+    "diffusers/compile-bf16",
+    "openvino/bf16",
+)
 BF16 = "On processors with bf16 units PyTorch in bf16 is faster for now."
 
 

@@ -41,13 +41,15 @@ def bench(context: typer.Context) -> None:
 
 @app.command()
 def run(
-    workload: Annotated[str, typer.Argument(help="embedded, sd15-512, sd15-768 or sd21-768.")],
+    workload: Annotated[
+        str, typer.Argument(help="embedded, sd15-512, sdxl-1024, flux1-1024, …; `latentrt bench x` lists them.")
+    ],
     steps: Annotated[int | None, typer.Option("--steps", min=1, help="Denoising steps.")] = None,
     batch: Annotated[int | None, typer.Option("--batch", min=1, help="Pictures in one request.")] = None,
     size: Annotated[str | None, typer.Option("--size", metavar="WxH", help="Picture size in pixels.")] = None,
     guidance: Annotated[float | None, typer.Option("--guidance", help="Guidance scale.")] = None,
     precision: Annotated[
-        str | None, typer.Option("--precision", help="fp32 or fp16 (default: fp16 on a GPU, else fp32).")
+        str | None, typer.Option("--precision", help="fp32, fp16 or bf16 (default: fp32 on a processor).")
     ] = None,
     checkpoint: Annotated[
         Path | None, typer.Option("--checkpoint", help="Your own diffusers folder instead of random weights.")
@@ -95,7 +97,7 @@ def run(
         width=width,
         height=height,
         guidance=guidance,
-        precision=workloads.precision(precision, chosen),
+        precision=workloads.precision(precision, chosen, workloads.workload(workload).family),
     )
     options = benchmark.Options(
         device=chosen,

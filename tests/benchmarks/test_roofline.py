@@ -134,7 +134,7 @@ def test_limit_is_the_slower_of_arithmetic_and_memory() -> None:
 def test_an_exported_bundle_can_be_counted(tiny_sd15_bundle: Path) -> None:
     bundle = Bundle.open(tiny_sd15_bundle)
     size = {"height": 64, "width": 64}
-    costs = [graph_cost(bundle, "denoiser", batch=batch, branches=2, **size) for batch in (1, 2)]
+    costs = [graph_cost(bundle, "denoiser", batch=batch, guidance=2.0, **size) for batch in (1, 2)]
     assert 1.9 * costs[0].operations < costs[1].operations <= 2 * costs[0].operations
     for name in ("text_encoder", "decoder"):
-        assert graph_cost(bundle, name, batch=1, branches=2, **size).operations > 0
+        assert graph_cost(bundle, name, batch=1, guidance=2.0, **size).operations > 0

@@ -1,0 +1,104 @@
+"""What an export of a full-size architecture takes: time and memory, as records.
+
+    python -m latentrt.benchmarks.measure.exports sdxl --precision fp16
+    python -m latentrt.benchmarks.measure.exports flux1-dev --precision bf16 --graphs denoiser
+
+A checkpoint of the architecture with random weights is written first, and with the bundle deleted afterwards unless
+`--keep` names a folder for both. The export runs in a process of its own. Of its memory two peaks are told: all of it,
+and without the pages of weight files, which the system drops when it needs the room.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+import tempfile
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ...engines.cache import home
+from ...engines.errors import LatentRTError, RequestError
+from ..contenders.process import run_process
+from ..random_checkpoint import architecture
+from ..report import records
+from .machine import LoadWatch, describe_machine, stamp
+from .workloads import write_random
+
+EXPORT = """
+import json, sys, time
+from pathlib import Path
+from latentrt.export.checkpoints.sources import open_checkpoint
+from latentrt.export.exporter import write_network, write_tokenizers
+from latentrt.export.families import family_named
+source, out, precision, *names = sys.argv[1:]
+out = Path(out)
+out.mkdir(parents=True)
+checkpoint = open_checkpoint(source, None)
+family = family_named(checkpoint.family)
+family.check(checkpoint)
+lengths = {name: info.max_length for name, info in write_tokenizers(family, checkpoint, out).items()}
+for name in names or family.graphs(checkpoint, precision, lengths):
+    start = time.perf_counter()
+    info = write_network(family, checkpoint, lengths, name, out, precision)
+    size = sum((out / file).stat().st_size for file in info.files)
+    print(json.dumps({"graph": name, "seconds": time.perf_counter() - start, "bytes": size,
+        "precision": info.precision, "parity": info.parity.model_dump(mode="json")}), flush=True)
+"""
+"""The networks of a checkpoint, or some of them; one line of JSON for each."""
+
+
+def measure(name: str, precision: str, graphs: Sequence[str], folder: Path) -> dict[str, Any]:
+    """Write the checkpoint below `folder`, export it, and return what a record says of that."""
+    checkpoint = folder / f"{name}-random"
+    if not checkpoint.exists():
+        sys.stderr.write(f"writing random weights of {name}: {checkpoint}\n")
+        write_random(name, checkpoint)
+    bundle = folder / f"{name}-random-{precision}"
+    sys.stderr.write(f"exporting to {bundle}\n")
+    done = run_process([sys.executable, "-c", EXPORT, str(checkpoint), str(bundle), precision, *graphs])
+    return {
+        "architecture": name,
+        "stored": architecture(name).stored,
+        "precision": precision,
+        "seconds": done.seconds,
+        "peak_bytes": done.peak_bytes,
+        "anonymous_bytes": done.anonymous_bytes,
+        "graphs": [json.loads(line) for line in done.output.splitlines()],
+    }
+
+
+def main() -> None:
+    """Measure one export and append its record to this machine's file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("architecture")
+    parser.add_argument("--precision", choices=["fp32", "fp16", "bf16"], default="fp16")
+    parser.add_argument("--graphs", nargs="*", default=[], help="graphs to export, by default all")
+    parser.add_argument("--keep", type=Path, help="folder in which checkpoint and bundle stay")
+    parser.add_argument("--output", type=Path, help="file of records (default: this machine's own)")
+    given = parser.parse_args()
+    try:
+        architecture(given.architecture)
+        machine = describe_machine()
+        output = given.output or records.default_file(machine)
+        records.check_writable(output)
+        if given.keep and (given.keep / f"{given.architecture}-random-{given.precision}").exists():
+            raise RequestError(f"{given.keep} holds such an export already: give another folder to --keep")
+        watch = LoadWatch()
+        (home() / "exports").mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=home() / "exports") as temporary:
+            folder = given.keep or Path(temporary)
+            found = measure(given.architecture, given.precision, given.graphs, folder)
+        command = f"python -m latentrt.benchmarks.measure.exports {shlex.join(sys.argv[1:])}"
+        record = {"kind": "export", "run": uuid.uuid4().hex[:12], **stamp(watch, command, "cpu"), **found}
+        records.append(output, [record], show=lambda line: sys.stdout.write(line + "\n"))
+    except LatentRTError as error:
+        sys.exit(f"error: {error}")
+    sys.stdout.write(json.dumps(found, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
