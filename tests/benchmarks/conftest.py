@@ -9,8 +9,14 @@ import pytest
 from latentrt.benchmarks.contenders import process
 from latentrt.benchmarks.measure import method
 
-FAKE = """
-import os, sys
+FAKE = (
+    f"""
+import os, sys, types
+package = types.ModuleType("latentrt.benchmarks.contenders")  # without the backends that it imports: they take long
+package.__path__ = [{str(Path(process.__file__).parent)!r}]
+sys.modules[package.__name__] = package
+"""
+    + """
 from latentrt.benchmarks.contenders import worker
 
 class Contender:
@@ -41,6 +47,7 @@ worker.MODULES["fake"] = "fake"
 worker.importlib.import_module = lambda name, package: module
 worker.main(sys.argv[1:])
 """
+)
 
 
 @pytest.fixture
