@@ -50,11 +50,11 @@ def convolved(x: Array) -> Array:
     return np.asarray(sum(shifted)).astype(np.float32)
 
 
-def convolution_bundle(folder: Path, *, recorded: bool = True, **changes: Any) -> Bundle:
+def convolution_bundle(folder: Path, *, recorded: bool = True, seed: int = 0, **changes: Any) -> Bundle:
     """Write a bundle of one network, a convolution, with rows at 10x10 cells."""
     folder.mkdir(parents=True)
     x, y = (TensorInfo(name=name, dtype="float32", shape=("R", 4, "h", "w")) for name in "xy")
-    rows = random(2, 4, NATIVE, NATIVE)
+    rows = random(2, 4, NATIVE, NATIVE, seed=seed)
     reference = write_reference(folder, "net-native", [x, y], {"x": rows, "y": convolved(rows)})
     info = graph_info("net", [x], [y]).model_copy(
         update={
@@ -171,6 +171,54 @@ def test_a_right_plan_is_checked_once_for_each_gpu(
     forbid_checks(monkeypatch)
     with pytest.raises(AssertionError, match="checked again"):
         other.open(net, net.graph("net"), shapes)
+
+
+def other_rows(folder: Path, patch: pytest.MonkeyPatch) -> Bundle:
+    return convolution_bundle(folder, seed=5)
+
+
+def stricter_bound(folder: Path, patch: pytest.MonkeyPatch) -> Bundle:
+    patch.setitem(selfcheck.BOUND, "fp32", 1e-4)  # type: ignore[arg-type]
+    return convolution_bundle(folder)
+
+
+def later_check(folder: Path, patch: pytest.MonkeyPatch) -> Bundle:
+    patch.setattr(selfcheck, "CHECK", selfcheck.CHECK + 1)
+    return convolution_bundle(folder)
+
+
+@pytest.mark.parametrize("change", [other_rows, stricter_bound, later_check])
+def test_an_engine_that_passed_another_check_is_checked_again(
+    net: Bundle,
+    cache: EngineCache,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    change: Callable[[Path, pytest.MonkeyPatch], Bundle],
+) -> None:
+    backend = OnnxRuntimeCpu(cache=cache, threads=1)
+    backend.open(net, net.graph("net")).close()
+    changed, checked, check = change(tmp_path / "changed", monkeypatch), list[str](), selfcheck._check
+
+    def noted(engine: Any, bundle: Bundle, graph: Any, place: Any) -> float:
+        checked.append(graph.name)
+        return check(engine, bundle, graph, place)
+
+    monkeypatch.setattr(selfcheck, "_check", noted)
+    for _ in range(2):
+        backend.open(changed, changed.graph("net")).close()
+    assert checked == ["net"] and len(cache.entries()) == 1
+
+
+@pytest.mark.parametrize(("axes", "name"), [(2, "y"), (0, "total")])
+def test_every_output_of_a_graph_is_checked(
+    bundle: Bundle, cache: EngineCache, monkeypatch: pytest.MonkeyPatch, axes: int, name: str
+) -> None:
+    def spoil(values: Array) -> Array:
+        return values * np.float32(1.1) if values.ndim == axes else values
+
+    spoil_simulated(monkeypatch, spoil)
+    with pytest.raises(EngineError, match=f"is wrong and was not used: {name} differs"):
+        tensorrt_backend(monkeypatch, cache).open(bundle, bundle.graph("first"), {"x": (2, 8)})
 
 
 def test_a_static_plan_takes_the_recorded_rows_repeated(
