@@ -50,6 +50,19 @@ def test_a_write_removes_what_a_killed_one_has_left_of_the_same_file(tmp_path: P
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {name: b"new", ".mine.12345678": b"not ours"}
 
 
+@pytest.mark.skipif(os.name == "nt", reason="modes are POSIX's")
+@pytest.mark.parametrize(("umask", "mode", "found"), [(0o022, 0o666, 0o644), (0o077, 0o666, 0o600), (0, 0o640, 0o640)])
+def test_files_are_for_whom_the_umask_lets_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, umask: int, mode: int, found: int
+) -> None:
+    """Though what they are written under is for their owner alone."""
+    monkeypatch.setattr(files, "UMASK", umask)
+    write_atomically(tmp_path / "a.png", b"new", mode)
+    assert (tmp_path / "a.png").stat().st_mode & 0o777 == found
+    assert write_new(tmp_path / "b.png", b"new")
+    assert (tmp_path / "b.png").stat().st_mode & 0o777 == 0o666 & ~umask
+
+
 def test_what_a_living_process_writes_is_left_alone(tmp_path: Path) -> None:
     with temporary_beside(tmp_path / "bundle", folder=True) as living:
         dead = leave(tmp_path / "bundle", folder=True)
