@@ -107,6 +107,7 @@ def export(
                 graphs=tuple(graphs),
                 tokenizers=tuple(tokens.values()),
                 inputs=family.inputs(checkpoint),
+                masked_input=family.masked_input(checkpoint),
                 latent=latent,
                 scheduler=scheduler,
                 schedule=schedule,

@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from ..engines.backends import Backend, open_backend
-from ..engines.bundle import Bundle, GraphInfo, LatentInfo
+from ..engines.bundle import Bundle, GraphInfo, LatentInfo, Manifest
 from ..engines.device import Array
 from ..engines.errors import BundleError
 from ..engines.files import sha256_of
@@ -184,8 +185,9 @@ def _compare_request(pipe: Pipeline, reference: Any, prompt: str, steps: int, se
     def keep(_: Pipeline, step: int, timestep: float, values: dict[str, Any]) -> None:
         ours.append(values["latents"])
 
-    result = pipe(prompt, num_inference_steps=steps, seed=seed, callback_on_step_end=keep)
-    theirs, picture = _reference(pipe, reference, prompt, steps, seed)
+    request: dict[str, Any] = {"prompt": prompt, "num_inference_steps": steps, **_masked_picture(pipe.bundle.manifest)}
+    result = pipe(**request, seed=seed, callback_on_step_end=keep)
+    theirs, picture = _reference(pipe, reference, request, seed)
     pixels = np.stack([np.asarray(image) for image in result.images])
     return RequestReport(
         steps=[relative_error(a, b) for a, b in zip(ours, theirs, strict=True)],
@@ -197,8 +199,18 @@ def _compare_request(pipe: Pipeline, reference: Any, prompt: str, steps: int, se
     )
 
 
+def _masked_picture(manifest: Manifest) -> dict[str, Image.Image]:
+    """Return a picture and a mask of its left half, where a bundle draws nothing without."""
+    if manifest.masked_input is None:
+        return {}
+    size = (manifest.latent.default_width, manifest.latent.default_height)
+    shades, mask = Image.linear_gradient("L").resize(size).convert("RGB"), Image.new("L", size)
+    mask.paste(255, (0, 0, size[0] // 2, size[1]))
+    return {"image": shades, "mask_image": mask}
+
+
 @torch.no_grad()
-def _reference(pipe: Pipeline, reference: Any, prompt: str, steps: int, seed: int) -> tuple[list[Array], Array]:
+def _reference(pipe: Pipeline, reference: Any, request: dict[str, Any], seed: int) -> tuple[list[Array], Array]:
     """Run the same request in diffusers' pipeline and return the latents after each step and the uint8 picture."""
     manifest = pipe.bundle.manifest
     reference.set_progress_bar_config(disable=True)
@@ -209,10 +221,9 @@ def _reference(pipe: Pipeline, reference: Any, prompt: str, steps: int, seed: in
         return values
 
     images = reference(
-        prompt=prompt,
+        **request,
         height=manifest.latent.default_height,
         width=manifest.latent.default_width,
-        num_inference_steps=steps,
         guidance_scale=manifest.default_guidance_scale,
         generator=torch.Generator().manual_seed(seed),
         callback_on_step_end=keep,

@@ -105,7 +105,7 @@ REFUSED = {
         "bundles hold no IP-Adapter: start from a picture with image", EVERY, (None, [])
     ),
     "masked_image_latents": Argument(
-        "only inpainting checkpoints of 9 channels read it, and latentrt exports none: leave it out",
+        "latents of a masked picture come from image and mask_image, for checkpoints that read them: give both",
         ("inpaint",),
         (None,),
     ),

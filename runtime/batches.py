@@ -130,12 +130,16 @@ class Batches:
         if conditioning is not None:
             inputs |= conditioning.blank(rows)
         inputs |= number_inputs(bundle, request, count, rows - count)
+        cells = ((request.height or 0) // latent.downscale, (request.width or 0) // latent.downscale)
+        types = {spec.name: spec.dtype for spec in bundle.graph("denoiser").inputs}
+        if (masked := bundle.manifest.masked_input) is not None:
+            inputs[masked] = np.zeros((rows, 1 + latent.channels, *cells), types[masked])
         arrays = blank_arrays(
             table,
             count,
-            (latent.channels, (request.height or 0) // latent.downscale, (request.width or 0) // latent.downscale),
+            (latent.channels, *cells),
             mix=mix,
-            network_dtype=next(t.dtype for t in bundle.graph("denoiser").inputs if t.name == "model_input"),
+            network_dtype=types["model_input"],
         )
         return inputs, arrays
 
@@ -166,19 +170,24 @@ class Batches:
             inputs |= conditioning.rows(first, count, batch.rows)
         tokenized = time.perf_counter()
         shape = blank["latents"].shape[1:]
+        covered = initial is not None and initial.mask is not None
+        everywhere = covered and (request.strength == 1 or latents is not None)
         if noise.shared:
             if first == 0:
-                self._together = draw_together(noise.sources[0], table, (len(request.images), *shape), initial, latents)
+                whole = (len(request.images), *shape)
+                self._together = draw_together(noise.sources[0], table, whole, initial, latents, everywhere)
             draws = self._together
             assert draws is not None
             draws = draws.rows(first, count, batch.rows)
         else:
             given = None if latents is None else latents[first : first + count]
-            draws = draw_each(noise.sources[first : first + count], table, shape, initial, given)
+            draws = draw_each(noise.sources[first : first + count], table, shape, initial, given, everywhere)
             draws = draws.rows(0, count, batch.rows)
-        masked = initial is not None and initial.mask is not None
-        everywhere = masked and (request.strength == 1 or latents is not None)
         arrays = loop_arrays(blank, table, draws, initial=initial, first_image=first, from_noise=everywhere)
+        if (masked := self._bundle.manifest.masked_input) is not None and initial is not None:
+            assert draws.masked is not None
+            beside = initial.beside(first + np.arange(len(draws.masked)), draws.masked)
+            inputs[masked] = beside[arrays["image_of_row"]].astype(inputs[masked].dtype)
         finished.timings.tokenize += tokenized - began
         finished.timings.prepare += time.perf_counter() - tokenized
         return inputs, arrays

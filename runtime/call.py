@@ -58,6 +58,8 @@ class Call:
             raise RequestError(f"output_type is {output_type!r}: padding_mask_crop pastes into a picture, give pil")
         if pictures and not bundle.has_graph("image_encoder"):
             raise RequestError(f"bundle {bundle.path} has no image_encoder: it cannot start from a picture")
+        if manifest.masked_input is not None and not (pictures and pictures.masks):
+            raise RequestError(f"bundle {bundle.path} is for inpainting alone: give image and mask_image")
         embeddings = embeddings_of(bundle, given)
         if embeddings is not None and given["prompt_syntax"] is not None:
             raise RequestError("prompt_syntax and embeddings of a prompt are given: give texts alone, or no syntax")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache, partial
 from typing import Any
 
@@ -22,7 +22,7 @@ from .loop.denoise import Mode
 from .loop.inputs import InitialImage
 from .loop.session import Session
 from .pictures.initial import Pictures
-from .pictures.load import image_pixels, latent_mask
+from .pictures.load import image_pixels, latent_mask, pixel_mask
 from .prompt.conditioning import WeightedPrompts
 from .prompt.embeddings import Conditioning, Embeddings, conditioning_tensors
 from .prompt.numbers import number_inputs
@@ -165,7 +165,20 @@ class Drawing(DiffusersHabits):
         """Encode the initial pictures to latent moments, one by one, and bring the masks to latent size."""
         height, width, downscale = request.height or 0, request.width or 0, self.bundle.manifest.latent.downscale
         cut = pictures.cut(width, height)
-        encoded = [self.session.encode_picture(image_pixels(image, height, width)[None]) for image in cut.images]
+        pixels = [image_pixels(image, height, width)[None] for image in cut.images]
+        mean, std = self._moments([(each, None) for each in pixels])
+        if not cut.masks:
+            return InitialImage(mean, std)
+        mask = np.concatenate([latent_mask(each, height, width, downscale) for each in cut.masks])
+        masked = None
+        if self._manifest.masked_input is not None:
+            masks = [pixel_mask(each, height, width) for each in cut.masks]
+            both = range(max(len(pixels), len(masks)))
+            masked = self._moments([(pixels[i % len(pixels)], masks[i % len(masks)]) for i in both])
+        return InitialImage(mean, std, mask, masked)
+
+    def _moments(self, pictures: Sequence[tuple[Array, Array | None]]) -> tuple[Array, Array]:
+        """Return mean and deviation of the latents of pictures [1, H, W, 3], which are gray where a mask is true."""
+        encoded = [self.session.encode_picture(*picture) for picture in pictures]
         mean, std = (np.concatenate([each[name] for each in encoded]) for name in ("latents_mean", "latents_std"))
-        masks = [latent_mask(mask, height, width, downscale) for mask in cut.masks]
-        return InitialImage(mean, std, np.concatenate(masks) if masks else None)
+        return mean, std

@@ -107,11 +107,21 @@ class Pipeline(Drawing):
         """Open a bundle, or a checkpoint (diffusers folder, hub id, file), which is exported into the cache first.
 
         For programs that change one import: `torch_dtype`, `variant`, `revision` and `safety_checker=None` mean what
-        they mean in diffusers, `vae` and `tokenizer` are names or folders, and what has no equivalent is refused. The
-        other keywords are those of `open`. Raises as `export_checkpoint` and `open` do.
+        they mean in diffusers, `scheduler` is an object with a config, `vae` and `tokenizer` are names or folders, and
+        what has no equivalent is refused. The others are those of `open`. Raises as `export_checkpoint` and `open` do.
         """
+        scheduler = named.pop("scheduler", None)
         bundle, options = bundle_of(source, named, progress)
-        return cls.open(bundle, backend, progress=progress, **options)
+        pipe = cls.open(bundle, backend, progress=progress, **options)
+        try:
+            if scheduler is not None:
+                pipe.scheduler = scheduler
+        except BaseException:
+            pipe.close()
+            raise
+        return pipe
+
+    from_single_file = from_pretrained
 
     @overload
     def __call__(

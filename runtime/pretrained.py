@@ -56,14 +56,9 @@ def bundle_of(source: str | Path, named: Mapping[str, Any], progress: Progress) 
             raise RequestError(
                 f"{name} is not supported: {INSTEAD.get(name, 'a bundle holds its graphs only, leave it out')}"
             )
-    for name in ("unet", "text_encoder", "scheduler"):
+    for name in ("unet", "transformer", "text_encoder", "text_encoder_2", "controlnet"):
         if name in left:
-            instead = (
-                "give sampler= in the call, or set pipe.scheduler"
-                if name == "scheduler"
-                else "save a checkpoint with it"
-            )
-            raise RequestError(f"{name} cannot be given: a bundle is made of files; {instead}")
+            raise RequestError(f"{name} cannot be given: a bundle is made of files; save a checkpoint with it")
     precision = left.pop("precision", None) or _precision(left)
     options = {name: value for name in EXPORT_OPTIONS if (value := left.pop(name, None)) is not None}
     for name, value in options.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from .loop.workspace import Trace
 from .request import GenerationRequest
@@ -51,6 +51,10 @@ class GenerationResult(Generic[Images]):
 
     nsfw_content_detected: None = None
     """Always None, as in diffusers without a safety checker: bundles hold none."""
+
+    def __getitem__(self, key: int | str) -> Any:
+        """Return the pictures for 0 or "images", as results of diffusers do; raises `LookupError` for others."""
+        return {0: self.images, 1: None, "images": self.images, "nsfw_content_detected": None}[key]
 
     def warn(self, message: str) -> None:
         """Add a warning once, and log it."""

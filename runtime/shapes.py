@@ -31,5 +31,6 @@ def requested_shapes(
             bundle, *Batches.blank(bundle, complete, table, images, blank_parts(bundle, prompt_parts))
         )
     if bundle.has_graph("image_encoder"):
-        shapes["image_encoder"] = {"image": (1, height, width, 3)}
+        specs = bundle.graph("image_encoder").inputs
+        shapes["image_encoder"] = {spec.name: (1, height, width, int(spec.shape[3])) for spec in specs}
     return shapes

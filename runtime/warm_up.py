@@ -27,12 +27,14 @@ def warm_up(
     with pipe.session.keep_all():
         for (width, height), batch in product(sizes, batches):
             request = {"prompt": [""] * batch, "seed": 0, "width": width, "height": height, **arguments}
+            blank = np.zeros((height, width, 3), np.uint8)
+            if pipe.bundle.manifest.masked_input is not None:
+                request = {"image": blank, "mask_image": blank, **request}
             for output_type in ROUNDS:
                 pipe(**{**request, "strength": None}, output_type=output_type)
             if pictures and pipe.bundle.has_graph("image_encoder"):
-                blank = np.zeros((height, width, 3), np.uint8)
                 for output_type in ROUNDS:
-                    pipe(**request, output_type=output_type, image=blank, callback_on_step_end=_preview)
+                    pipe(**{**request, "image": blank}, output_type=output_type, callback_on_step_end=_preview)
     if lost := pipe.session.evictions - before:
         log.warning("memory_budget has no room for all shapes: %d were let go of again", lost)
 

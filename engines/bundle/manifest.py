@@ -130,6 +130,9 @@ class Manifest(Strict):
     """One for each text encoder."""
     inputs: tuple[NumbersInput, ...] = Field(default=(), max_length=64)
     """What graphs read beside token ids, by kind."""
+    masked_input: TensorName | None = None
+    """The graph input [R, 1 + C, h, w] of an inpainting checkpoint: where a picture is repainted, 1, and the latents of
+    what is left of it. null: requests need no picture."""
     latent: LatentInfo
     """Geometry of the latents."""
     scheduler: dict[str, Any]
@@ -183,6 +186,8 @@ class Manifest(Strict):
         read = {spec.name for graph in self.graphs for spec in graph.inputs}
         if unread := [info.name for info in self.inputs if info.name not in read]:
             raise ValueError(f"input {unread[0]!r} is read by no graph")
+        if self.masked_input is not None and self.masked_input not in read:
+            raise ValueError(f"input {self.masked_input!r} is read by no graph")
         names = [g.name for g in self.graphs]
         if len(set(names)) != len(names):
             raise ValueError(f"two graphs have one name: {names}")

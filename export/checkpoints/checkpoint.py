@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .configs import Kind, check_config, check_depth
+from .configs import Kind, check_config, check_depth, check_plain
 from .streamed import Find, load_module
 from .weights import Weights
 
@@ -76,6 +76,7 @@ class Component:
         defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
         own = config.get(part.section) if part.section else None
         complete = defaults | dict(own if isinstance(own, dict) else config)
+        check_plain(config, where)
         check_config(complete, part.kinds, where)
         check_depth(complete, part.depth, len(weights), where)
         return cls(part, where, complete, weights, find or weights.get)

@@ -48,17 +48,18 @@ NULL = Kind("null", lambda value: value is None)
 PAIR = Kind("a pair of them", lambda value: _list_of(value, _whole) and len(value) == 2)
 
 
-def check_config(config: Mapping[str, Any], kinds: Mapping[str, Kind], where: str) -> None:
-    """Raise `CheckpointError`, naming `where`, for a key whose value is not of its kind.
-
-    A quantized network, which says so in its config, raises `UnsupportedModelError`.
-    """
+def check_plain(config: Mapping[str, Any], where: str) -> None:
+    """Raise `UnsupportedModelError`, naming `where`, for the config of a quantized network, which says so."""
     if quantization := config.get("quantization_config"):
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         raise UnsupportedModelError(
             f"{where} is quantized ({shown(method)} in quantization_config): only plain floating-point weights have "
             "the values that an export needs; give the checkpoint that it was made from"
         )
+
+
+def check_config(config: Mapping[str, Any], kinds: Mapping[str, Kind], where: str) -> None:
+    """Raise `CheckpointError`, naming `where`, for a key whose value is not of its kind."""
     for key, kind in kinds.items():
         if not kind.fits(config.get(key)):
             raise CheckpointError(f"{where}: {key} is {shown(config.get(key))} in its config; give {kind.words}")

@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from typing import Any
 
 INPAINT = "StableDiffusionInpaintPipeline"
+AS_THEY_ARE = ("LatentConsistencyModelPipeline",)
+"""Pipelines that mend nothing."""
 SMALLEST_SAMPLE = 64
 
 log = logging.getLogger(__name__)
@@ -21,9 +23,11 @@ log = logging.getLogger(__name__)
 def mended_scheduler(config: Mapping[str, Any], pipeline: str) -> dict[str, Any]:
     """Return a scheduler config as the pipeline class `pipeline` leaves it.
 
-    All of them begin timesteps at an offset of 1. Inpainting skips PNDM's Runge-Kutta steps; the others leave samples
+    All that mend begin timesteps at an offset of 1. Inpainting skips PNDM's Runge-Kutta steps; the others leave samples
     unclipped.
     """
+    if pipeline in AS_THEY_ARE:
+        return dict(config)
     complete = {**_defaults(config.get("_class_name")), **config}
     wanted: dict[str, Any] = {}
     if complete.get("steps_offset", 1) != 1:

@@ -17,6 +17,9 @@ SIGNS = (
     (".weight_scale_inv", "fp8 with a scale for each block"),
     (".scale_weight", "fp8 with scales"),
     (".weight_scale", "fp8 with scales"),
+    ("scaled_fp8", "fp8 with scales"),
+    ("._scale", "quanto"),
+    (".W_q", "HQQ"),
 )
 """Parts of tensor names, the more telling first, and the format that writes them."""
 REMEDY = "the weights are not in it as plain floating-point numbers; give the fp16, bf16 or fp32 checkpoint"

@@ -112,6 +112,10 @@ class Family(ABC):
         """Return what graphs read beside token ids and no graph writes, such as the size of the picture."""
         return ()
 
+    def masked_input(self, checkpoint: Checkpoint) -> str | None:
+        """Return the denoiser's input for a picture and its mask, where it is made for inpainting."""
+        return None
+
     def guidance(self, checkpoint: Checkpoint) -> GuidanceInfo:
         """Return how predictions are combined: by default classifier-free guidance for a scale above 1."""
         return GuidanceInfo()

@@ -12,10 +12,19 @@ from ..checkpoints.checkpoint import Checkpoint, Origin, Part
 from ..checkpoints.configs import shown
 from ..checkpoints.mended import mended_sample_size, mended_scheduler
 from ..checkpoints.weights import Weights
+from ..few_steps import few_step_defaults
 from ..graph import Graph
 from ..networks.autoencoder import AUTOENCODER_KL, decoder_graph, image_encoder_graph, vae_factor
 from ..networks.clip import CLIP_TEXT, text_encoder_graph
-from ..networks.unet import EMBEDDED_GUIDANCE, UNET, denoiser_graph, embedded_guidance
+from ..networks.unet import (
+    EMBEDDED_GUIDANCE,
+    MASKED_PICTURE,
+    UNET,
+    channels_of,
+    denoiser_graph,
+    embedded_guidance,
+    inpaints,
+)
 from ..reference import reference_pipeline
 from ..single_files.stable_diffusion import open_single_file
 from .base import Family, FindTokenizer
@@ -37,7 +46,12 @@ class StableDiffusion(Family):
 
     name = "stable-diffusion"
     title = "Stable Diffusion 1.x and 2.x"
-    pipelines = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline")
+    pipelines = (
+        "StableDiffusionPipeline",
+        "StableDiffusionImg2ImgPipeline",
+        "StableDiffusionInpaintPipeline",
+        "LatentConsistencyModelPipeline",
+    )
     parts: ClassVar[Mapping[str, Part]] = {"text_encoder": CLIP_TEXT, "unet": UNET, "vae": AUTOENCODER_KL}
 
     def open_file(
@@ -73,10 +87,10 @@ class StableDiffusion(Family):
                 "mask the padding of a prompt are not supported"
             )
         latent, channels = vae["latent_channels"], (unet["in_channels"], unet["out_channels"])
-        if channels != (latent, latent):
+        if channels not in channels_of(checkpoint.pipeline, latent):
             raise UnsupportedModelError(
                 f"{where}: the U-Net takes {channels[0]} and gives {channels[1]} channels where the VAE has "
-                f"{latent}: inpainting, depth and upscaling checkpoints are not supported, use the ordinary one"
+                f"{latent}: depth, editing and upscaling checkpoints are not supported, use the ordinary one"
             )
         width = text.config["hidden_size"]
         if width != unet["cross_attention_dim"]:
@@ -89,12 +103,12 @@ class StableDiffusion(Family):
         self, checkpoint: Checkpoint, precision: Precision, lengths: Mapping[str, int]
     ) -> Mapping[str, Callable[[], Graph]]:
         """Return text encoder, denoiser, decoder and image encoder."""
-        length = lengths["tokenizer"]
+        length, masked = lengths["tokenizer"], inpaints(checkpoint.config("unet"))
         return {
             "text_encoder": lambda: text_encoder_graph(checkpoint.load("text_encoder"), length, precision),
             "denoiser": lambda: denoiser_graph(checkpoint.load("unet"), length, precision),
             "decoder": lambda: decoder_graph(checkpoint.load("vae")),
-            "image_encoder": lambda: image_encoder_graph(checkpoint.load("vae")),
+            "image_encoder": lambda: image_encoder_graph(checkpoint.load("vae"), masked=masked),
         }
 
     def latent(self, checkpoint: Checkpoint) -> LatentInfo:
@@ -103,7 +117,7 @@ class StableDiffusion(Family):
         factor, size = vae_factor(checkpoint.config("vae")), mended_sample_size(unet) or 64
         height, width = (size, size) if isinstance(size, int) else size
         return LatentInfo(
-            channels=unet["in_channels"],
+            channels=unet["out_channels"],
             downscale=factor,
             size_multiple=factor,
             default_height=height * factor,
@@ -118,13 +132,25 @@ class StableDiffusion(Family):
         """Return the guidance scale where the U-Net reads it."""
         return EMBEDDED_GUIDANCE if embedded_guidance(checkpoint.config("unet")) else ()
 
+    def masked_input(self, checkpoint: Checkpoint) -> str | None:
+        """Return the U-Net's input for a picture and its mask, where it is made for inpainting."""
+        return MASKED_PICTURE if inpaints(checkpoint.config("unet")) else None
+
     def guidance(self, checkpoint: Checkpoint) -> GuidanceInfo:
         """Return classifier-free guidance, or none where the U-Net reads the scale."""
         return GuidanceInfo(above=None) if embedded_guidance(checkpoint.config("unet")) else GuidanceInfo()
 
+    def defaults(self, checkpoint: Checkpoint) -> dict[str, Any]:
+        """Return what a checkpoint of few steps is made for."""
+        return few_step_defaults(checkpoint)
+
     def pipeline(self, checkpoint: Checkpoint) -> Any:
-        """Return a `StableDiffusionPipeline` that diffusers has opened, its scheduler as the checkpoint's own class."""
-        return reference_pipeline(checkpoint, "StableDiffusionPipeline")
+        """Return a `StableDiffusionPipeline` that diffusers has opened, its scheduler as the checkpoint's own class.
+
+        A U-Net for inpainting has the checkpoint's own pipeline.
+        """
+        masked = inpaints(checkpoint.config("unet"))
+        return reference_pipeline(checkpoint, checkpoint.pipeline if masked else "StableDiffusionPipeline")
 
 
 FAMILY = StableDiffusion()

@@ -16,10 +16,19 @@ from ..checkpoints.checkpoint import Checkpoint, Origin, Part
 from ..checkpoints.configs import shown
 from ..checkpoints.tokenizer import CLIP, TokenizerKind
 from ..checkpoints.weights import Weights
+from ..few_steps import few_step_defaults
 from ..graph import Graph, network_dtype, outward
 from ..networks.autoencoder import AUTOENCODER_KL, decoder_graph, image_encoder_graph, vae_factor
 from ..networks.clip import CLIP_TEXT, CLIP_TEXT_PROJECTION, before_last
-from ..networks.unet import EMBEDDED_GUIDANCE, UNET, denoiser_graph, embedded_guidance
+from ..networks.unet import (
+    EMBEDDED_GUIDANCE,
+    MASKED_PICTURE,
+    UNET,
+    channels_of,
+    denoiser_graph,
+    embedded_guidance,
+    inpaints,
+)
 from ..reference import reference_pipeline
 from ..single_files.stable_diffusion_xl import SCALE, open_single_file
 from .base import Family, FindTokenizer
@@ -86,10 +95,10 @@ class StableDiffusionXL(Family):
                 "'text_time'"
             )
         latent, channels = checkpoint.config("vae")["latent_channels"], (unet["in_channels"], unet["out_channels"])
-        if channels != (latent, latent):
+        if channels not in channels_of(checkpoint.pipeline, latent):
             raise UnsupportedModelError(
                 f"{where}: the U-Net takes {channels[0]} and gives {channels[1]} channels where the VAE has "
-                f"{latent}: inpainting and editing checkpoints are not supported, use the ordinary one"
+                f"{latent}: editing checkpoints are not supported, use the ordinary one"
             )
         width = sum(checkpoint.config(name)["hidden_size"] for name in ENCODERS if name in checkpoint.components)
         if width != unet["cross_attention_dim"]:
@@ -110,11 +119,12 @@ class StableDiffusionXL(Family):
     ) -> Mapping[str, Callable[[], Graph]]:
         """Return text encoder, denoiser, decoder and image encoder."""
         length, pooled = lengths["tokenizer_2"], self._pooled(checkpoint)
+        masked = inpaints(checkpoint.config("unet"))
         return {
             "text_encoder": lambda: self._text_encoder(checkpoint, precision, lengths),
             "denoiser": lambda: denoiser_graph(checkpoint.load("unet"), length, precision, pooled),
             "decoder": lambda: decoder_graph(checkpoint.load("vae")),
-            "image_encoder": lambda: image_encoder_graph(checkpoint.load("vae")),
+            "image_encoder": lambda: image_encoder_graph(checkpoint.load("vae"), masked=masked),
         }
 
     def _text_encoder(self, checkpoint: Checkpoint, precision: Precision, lengths: Mapping[str, int]) -> Graph:
@@ -145,7 +155,7 @@ class StableDiffusionXL(Family):
         size = unet["sample_size"] or 128
         height, width = (size, size) if isinstance(size, int) else size
         return LatentInfo(
-            channels=unet["in_channels"],
+            channels=unet["out_channels"],
             downscale=factor,
             size_multiple=factor,
             default_height=height * factor,
@@ -163,13 +173,18 @@ class StableDiffusionXL(Family):
             found += EMBEDDED_GUIDANCE
         return tuple(found)
 
+    def masked_input(self, checkpoint: Checkpoint) -> str | None:
+        """Return the U-Net's input for a picture and its mask, where it is made for inpainting."""
+        return MASKED_PICTURE if inpaints(checkpoint.config("unet")) else None
+
     def guidance(self, checkpoint: Checkpoint) -> GuidanceInfo:
         """Return classifier-free guidance, or none where the U-Net reads the scale."""
         return GuidanceInfo(above=None) if embedded_guidance(checkpoint.config("unet")) else GuidanceInfo()
 
     def defaults(self, checkpoint: Checkpoint) -> dict[str, Any]:
-        """Return the defaults of diffusers' pipelines."""
-        return {"default_guidance_scale": 5.0, "default_strength": 0.3, "default_inpainting_strength": 0.9999}
+        """Return the defaults of diffusers' pipelines, or what a checkpoint of few steps is made for."""
+        usual = {"default_guidance_scale": 5.0, "default_strength": 0.3, "default_inpainting_strength": 0.9999}
+        return usual | few_step_defaults(checkpoint)
 
     def pipeline(self, checkpoint: Checkpoint) -> Any:
         """Return diffusers' pipeline of the checkpoint."""

@@ -56,9 +56,13 @@ class ImageEncoder(_Half):
     def __init__(self, vae: Any) -> None:
         super().__init__(vae, "decoder", "post_quant_conv")
 
-    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """Return mean and standard deviation [B, C, h, w] of the latents of pictures [B, H, W, 3] in bytes."""
-        pixels = (image.float() / 255 * 2 - 1).permute(0, 3, 1, 2)
+    def forward(self, image: Tensor, kept: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return mean and standard deviation [B, C, h, w] of the latents of pictures [B, H, W, 3] in bytes.
+
+        Where `kept` [B, H, W, 1] is 0 they are gray, between black and white.
+        """
+        pixels = image.float() / 255 * 2 - 1
+        pixels = (pixels if kept is None else pixels * kept).permute(0, 3, 1, 2)
         moments = self.vae.encode(pixels.to(self.vae.dtype), return_dict=False)[0]
         mean, std = moments.mean.float(), moments.std.float()
         return (mean - self.shift if _is_there(self.shift) else mean) * self.scale, std * self.scale
@@ -85,15 +89,21 @@ def decoder_graph(vae: Any) -> Graph:
     )
 
 
-def image_encoder_graph(vae: Any) -> Graph:
-    """A picture [B, H, W, 3] in bytes to mean and standard deviation of its latents [B, C, h, w]."""
+def image_encoder_graph(vae: Any, *, masked: bool = False) -> Graph:
+    """A picture [B, H, W, 3] in bytes to mean and standard deviation of its latents [B, C, h, w].
+
+    With `masked` it also reads what is kept of it, 1, and what is gray, 0: [B, H, W, 1].
+    """
     factor = vae_factor(vae.config)
-    latents = ("B", vae.config.latent_channels, "h", "w")
+    latents, size = ("B", vae.config.latent_channels, "h", "w"), (f"{factor}*h", f"{factor}*w")
+    inputs = [TensorInfo(name="image", dtype="uint8", shape=("B", *size, vae.config.in_channels))]
+    if masked:
+        inputs.append(TensorInfo(name="kept", dtype="float32", shape=("B", *size, 1)))
     return Graph(
         "image_encoder",
         "image",
         ImageEncoder(vae),
-        (TensorInfo(name="image", dtype="uint8", shape=("B", f"{factor}*h", f"{factor}*w", vae.config.in_channels)),),
+        tuple(inputs),
         (
             TensorInfo(name="latents_mean", dtype="float32", shape=latents),
             TensorInfo(name="latents_std", dtype="float32", shape=latents),

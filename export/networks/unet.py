@@ -14,6 +14,8 @@ from ..checkpoints.checkpoint import Part
 from ..checkpoints.configs import NULL, PAIR, WHOLE, WHOLES, WORDS
 from ..graph import Graph, inward, network_dtype, outward
 
+MASKED_PICTURE = "masked_picture"
+"""The input of an inpainting U-Net beside the latents: where to repaint, and the latents of what is left."""
 EMBEDDED_GUIDANCE = (NumbersInput(name="guidance", values=("guidance_scale",)),)
 
 
@@ -61,9 +63,12 @@ class Denoiser(nn.Module):
         pooled: Tensor | None = None,
         time_ids: Tensor | None = None,
         guidance: Tensor | None = None,
+        masked_picture: Tensor | None = None,
     ) -> Tensor:
         """Return the prediction [R, C, h, w]."""
         inside = self.unet.dtype
+        if masked_picture is not None:
+            model_input = torch.cat([model_input, masked_picture], dim=1)
         added = None if pooled is None else {"text_embeds": pooled.float(), "time_ids": time_ids}
         condition = None
         if guidance is not None:
@@ -92,6 +97,18 @@ def embedded_guidance(config: Mapping[str, Any]) -> bool:
     return config.get("time_cond_proj_dim") is not None
 
 
+def inpaints(config: Mapping[str, Any]) -> bool:
+    """Tell whether a U-Net reads a mask and the latents of a masked picture behind its own latents."""
+    inside: bool = config["in_channels"] == 2 * config["out_channels"] + 1
+    return inside
+
+
+def channels_of(pipeline: str, latent: int) -> set[tuple[int, int]]:
+    """Return the channels that a U-Net may take and give in a pipeline of text, pictures or masks."""
+    ordinary = {(latent, latent)}
+    return ordinary | {(2 * latent + 1, latent)} if "Inpaint" in pipeline else ordinary
+
+
 class _Uneven(int):
     """A number of upsamplers by which no size divides: `size % 2**self` is 1, of symbolic sizes as well.
 
@@ -112,11 +129,13 @@ def denoiser_graph(unet: Any, length: int, precision: Precision, pooled: int | N
     """Noisy latents [R, C, h, w], timesteps [R] and conditioning [R, L, E] to the prediction [R, C, h, w].
 
     A U-Net with text and time embeddings (SDXL) also reads the whole prompt's, [R, `pooled`], and size ids [R, N]; one
-    with an embedded guidance scale reads that, [R, 1].
+    with an embedded guidance scale reads that, [R, 1]; one for inpainting reads a masked picture, [R, 1 + C, h, w].
     """
     config, dtype = unet.config, network_dtype(precision)
+    masked = inpaints(config)
+    latents = config.out_channels if masked else config.in_channels
     inputs = [
-        TensorInfo(name="model_input", dtype=dtype, shape=("R", config.in_channels, "h", "w")),
+        TensorInfo(name="model_input", dtype=dtype, shape=("R", latents, "h", "w")),
         TensorInfo(name="timestep", dtype="float32", shape=("R",)),
         TensorInfo(name="context", dtype=dtype, shape=("R", "L", config.cross_attention_dim)),
     ]
@@ -131,6 +150,8 @@ def denoiser_graph(unet: Any, length: int, precision: Precision, pooled: int | N
     if embedded_guidance(config):
         inputs.append(TensorInfo(name="guidance", dtype="float32", shape=("R", 1)))
         limits["guidance"] = 10
+    if masked:
+        inputs.append(TensorInfo(name=MASKED_PICTURE, dtype=dtype, shape=("R", 1 + latents, "h", "w")))
     return Graph(
         "denoiser",
         "step",

@@ -15,6 +15,7 @@ from ...engines.errors import CheckpointError, UnsupportedModelError
 from ..checkpoints.checkpoint import Checkpoint, Component, Origin, Part, TokenizerSource
 from ..checkpoints.streamed import Find
 from ..checkpoints.weights import Weights
+from ..networks.unet import inpaints
 from .markers import chosen
 from .names import CLIP, OPEN_CLIP, UNET, open_clip_tensor, unet_tensor
 from .shapes import clip_config, open_clip_config, read, unet_config
@@ -85,7 +86,7 @@ def open_single_file(
     return Checkpoint(
         file.name,
         family,
-        "StableDiffusionPipeline",
+        "StableDiffusionInpaintPipeline" if inpaints(unet) else "StableDiffusionPipeline",
         components,
         tokenizers={"tokenizer": TokenizerSource(tokenizer(TOKENIZER), None if version == 1 else 0)},
         scheduler=scheduler,

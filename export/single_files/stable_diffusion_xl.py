@@ -12,6 +12,7 @@ from typing import Any
 from ...engines.errors import CheckpointError
 from ..checkpoints.checkpoint import Checkpoint, Component, Origin, Part, TokenizerSource
 from ..checkpoints.weights import Weights
+from ..networks.unet import inpaints
 from .markers import chosen
 from .names import UNET, open_clip_tensor, unet_tensor
 from .shapes import clip_config, open_clip_config, read, unet_config
@@ -91,7 +92,7 @@ def open_single_file(
     return Checkpoint(
         file.name,
         family,
-        "StableDiffusionXLPipeline" if first else "StableDiffusionXLImg2ImgPipeline",
+        f"StableDiffusionXL{'Inpaint' if inpaints(unet) else '' if first else 'Img2Img'}Pipeline",
         texts
         | {
             "unet": Component.of(

@@ -34,29 +34,44 @@ class InitialImage:
     mean: Latents
     std: Latents
     mask: npt.NDArray[np.bool_] | None = None
+    masked: tuple[Latents, Latents] | None = None
+    """Latent moments [k, C, h, w] of the pictures without what their masks cover, for a denoiser that reads them."""
 
     @property
     def encoded(self) -> int:
         """How many masked pictures diffusers encodes, as inpainting checkpoints read them."""
         return 0 if self.mask is None else max(len(self.mean), len(self.mask))
 
+    def beside(self, images: npt.NDArray[np.int_], drawn: Latents) -> Latents:
+        """Return what the denoiser reads of images beside their latents, [n, 1 + C, h, w]: mask and masked picture.
+
+        `drawn` [n, C, h, w] is the noise that the masked pictures' latents are sampled with.
+        """
+        assert self.mask is not None and self.masked is not None
+        mean, std = (moment[images % len(moment)] for moment in self.masked)
+        mask = self.mask[images % len(self.mask)][:, None].astype(np.float32)
+        return np.concatenate([mask, mean + std * drawn], axis=1)
+
 
 @dataclass(frozen=True)
 class Draws:
     """What images draw: noise of the encoder [n, C, h, w], the first noise [n, C, h, w], and that of steps [n, K, ...].
 
-    The encoder's is None without initial pictures, that of the steps where no step draws.
+    The encoder's is None without initial pictures, that of the steps where no step draws. `masked` [n, C, h, w] is the
+    encoder's for masked pictures.
     """
 
     encoder: Latents | None
     first: Latents
     steps: Latents | None
+    masked: Latents | None = None
 
     def rows(self, first: int, count: int, padded: int) -> Draws:
         """Return the draws of `count` images, the last one repeated until there are `padded`."""
         index = np.minimum(np.arange(first, first + padded), first + count - 1)
-        encoder, steps = (None if part is None else part[index] for part in (self.encoder, self.steps))
-        return Draws(encoder, self.first[index], steps)
+        parts = (self.encoder, self.steps, self.masked)
+        encoder, steps, masked = (None if part is None else part[index] for part in parts)
+        return Draws(encoder, self.first[index], steps, masked)
 
 
 def blank_arrays(
@@ -93,13 +108,16 @@ def draw_each(
     shape: tuple[int, ...],
     initial: InitialImage | None = None,
     given: Latents | None = None,
+    from_noise: bool = False,
 ) -> Draws:
     """Draw for images [C, h, w] with a source each, in the order in which diffusers draws for a batch of one.
 
-    `given` [n, C, h, w] stands in for the first noise, which is then not drawn.
+    `given` [n, C, h, w] stands in for the first noise, which is then not drawn. `from_noise` starts from it alone: a
+    denoiser that reads masked pictures then does without the latents of whole ones.
     """
     count = len(sources)
-    encoder = None if initial is None else np.empty((count, *shape), np.float32)
+    encoder = np.empty((count, *shape), np.float32) if _encodes(initial, from_noise) else None
+    masked = None if initial is None or initial.mask is None else np.empty((count, *shape), np.float32)
     first = np.empty((count, *shape), np.float32) if given is None else given
     steps = np.empty((count, table.draw_count, *shape), np.float32) if table.draw_count else None
     generator = _generator()
@@ -109,13 +127,13 @@ def draw_each(
             encoder[i] = generator.randn(shape)
         if given is None:
             first[i] = generator.randn(shape)
-        if initial is not None and initial.mask is not None:
-            generator.randn(shape)  # diffusers also encodes the masked picture, which only inpainting checkpoints read
+        if masked is not None:
+            masked[i] = generator.randn(shape)  # diffusers does so also where the denoiser reads no masked picture
         for slot in range(table.draw_count):
             assert steps is not None
             steps[i, slot] = generator.randn(shape)
         generators.stop(generator, source)
-    return Draws(encoder, first, steps)
+    return Draws(encoder, first, steps, masked)
 
 
 def draw_together(
@@ -124,20 +142,26 @@ def draw_together(
     shape: tuple[int, ...],
     initial: InitialImage | None = None,
     given: Latents | None = None,
+    from_noise: bool = False,
 ) -> Draws:
     """Draw for the images [n, C, h, w] of a whole request from one source, in diffusers' order; see `draw_each`."""
     generator, count = _generator(), shape[0]
     generators.start(generator, source)
-    encoder = None
-    if initial is not None:
+    encoder = masked = None
+    if initial is not None and _encodes(initial, from_noise):
         pictures = generator.randn((len(initial.mean), *shape[1:]))
         encoder = pictures[np.arange(count) % len(pictures)]
     first = generator.randn(shape) if given is None else given
     if initial is not None and initial.encoded:
-        generator.randn((initial.encoded, *shape[1:]))
+        pictures = generator.randn((initial.encoded, *shape[1:]))
+        masked = pictures[np.arange(count) % len(pictures)]
     drawn = [generator.randn(shape) for _ in range(table.draw_count)]
     generators.stop(generator, source)
-    return Draws(encoder, first, np.stack(drawn, axis=1) if drawn else None)
+    return Draws(encoder, first, np.stack(drawn, axis=1) if drawn else None, masked)
+
+
+def _encodes(initial: InitialImage | None, from_noise: bool) -> bool:
+    return initial is not None and not (from_noise and initial.masked is not None)
 
 
 def loop_arrays(
@@ -178,7 +202,7 @@ def loop_arrays(
         "model_input": model_input[blank["image_of_row"]],
         "noise": drawn,
     }
-    if initial is not None and initial.mask is not None:
+    if initial is not None and initial.mask is not None and initial.masked is None:
         arrays["original"] = np.stack([start, noise], axis=1)
         arrays["mask"] = initial.mask[images % len(initial.mask)][:, None]
     return arrays

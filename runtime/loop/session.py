@@ -9,6 +9,8 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
+import numpy as np
+
 from ...engines.backends import Backend
 from ...engines.bundle import Bundle, Stage
 from ...engines.device import Array
@@ -108,9 +110,16 @@ class Session:
                 return workspace.preview(latents, self.stream)
         return self._run("decoder", {"latents": latents})["image"]
 
-    def encode_picture(self, pixels: Array) -> dict[str, Array]:
-        """Return the latent moments of a picture [1, H, W, 3]; the encoder stays bound while a workspace uses it."""
-        return self._run_bound("image_encoder", {"image": pixels})
+    def encode_picture(self, pixels: Array, mask: Array | None = None) -> dict[str, Array]:
+        """Return the latent moments of a picture [1, H, W, 3]; the encoder stays bound while a workspace uses it.
+
+        Where `mask` [1, H, W] is true the picture is gray, for an encoder that reads what is kept of it.
+        """
+        inputs = {"image": pixels}
+        if "kept" in (spec.name for spec in self.bundle.graph("image_encoder").inputs):
+            kept = np.ones(pixels.shape[:3], np.float32) if mask is None else ~mask
+            inputs["kept"] = kept[..., None].astype(np.float32)
+        return self._run_bound("image_encoder", inputs)
 
     def encode_prompt(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Return, on the host, what the graphs of the stage "prompt" write for token ids and numbers [n, ...]."""
@@ -151,7 +160,8 @@ class Session:
         """
         shapes = {} if self.keeps(inputs, arrays) else wired_shapes(self.bundle, inputs, arrays)
         if picture is not None:
-            shapes["image_encoder"] = {"image": picture}
+            specs = self.bundle.graph("image_encoder").inputs
+            shapes["image_encoder"] = {spec.name: (*picture[:3], int(spec.shape[3])) for spec in specs}
         if shapes:
             self.backend.prepare(self.bundle, shapes)
 

@@ -92,10 +92,14 @@ def image_pixels(image: Image.Image, height: int, width: int) -> Pixels:
     return np.array(image, dtype=np.uint8)
 
 
-def latent_mask(image: Image.Image, height: int, width: int, downscale: int) -> npt.NDArray[np.bool_]:
-    """Return a mask as bool [1, height/downscale, width/downscale]: true where it is at least half white."""
+def pixel_mask(image: Image.Image, height: int, width: int) -> npt.NDArray[np.bool_]:
+    """Return a mask as bool [1, height, width]: true where it is at least half white."""
     gray = image.convert("L")
     if gray.size != (width, height):
         gray = gray.resize((width, height), Image.Resampling.LANCZOS)
-    binary = np.asarray(gray, np.float32) / 255 >= 0.5
-    return binary[None, ::downscale, ::downscale]  # nearest neighbour, as the field does it
+    return (np.asarray(gray, np.float32) / 255 >= 0.5)[None]
+
+
+def latent_mask(image: Image.Image, height: int, width: int, downscale: int) -> npt.NDArray[np.bool_]:
+    """Return a mask in latent cells [1, height/downscale, width/downscale]: true where it is at least half white."""
+    return pixel_mask(image, height, width)[:, ::downscale, ::downscale]  # nearest neighbour, as the field does it

@@ -132,6 +132,22 @@ def test_a_scale_that_the_network_reads(tmp_path: Path) -> None:
     assert np.abs(drawn[0] - drawn[1]).max() > 1e-3
 
 
+@pytest.mark.slow
+def test_playground(tmp_path: Path) -> None:
+    """Its latents are centered, and its scheduler is the one of EDM."""
+    folder = tiny.sdxl(
+        tmp_path / "playground",
+        scheduler=diffusers.EDMDPMSolverMultistepScheduler(sigma_max=80.0, sigma_data=0.5),
+        latents={"scaling_factor": 0.5, "latents_mean": [-1.6, 1.1, 3.3, -2.6], "latents_std": [8.4, 5.9, 6.7, 5.2]},
+    )
+    other = {**QUICK, "guidance_scale": 3.0, "negative_prompt": "blue"}
+    with Pipeline.open(export_checkpoint(folder, tmp_path / "bundle"), "onnxruntime-cpu") as pipe:
+        check(pipe, opened(diffusers.StableDiffusionXLPipeline, folder), **other)
+        reference = opened(diffusers.StableDiffusionXLPipeline, folder)
+        reference.scheduler = diffusers.EDMEulerScheduler.from_config(reference.scheduler.config)
+        check(pipe, reference, sampler="EDMEulerScheduler", **other)
+
+
 def test_embeddings_stand_in_place_of_prompts(checkpoint: Path, pipe: Pipeline) -> None:
     reference = opened(diffusers.StableDiffusionXLPipeline, checkpoint)
     names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")

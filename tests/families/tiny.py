@@ -50,8 +50,19 @@ def vae(**options: Any) -> Any:
     ).eval()
 
 
-def sdxl(folder: Path, *, refiner: bool = False, original: bool = False, **options: Any) -> Path:
-    """Write a tiny Stable Diffusion XL, or its refiner; `original` gives it the heads and groups that files have."""
+def sdxl(
+    folder: Path,
+    *,
+    refiner: bool = False,
+    original: bool = False,
+    scheduler: Any = None,
+    latents: Any = (),
+    **options: Any,
+) -> Path:
+    """Write a tiny Stable Diffusion XL, or its refiner; `original` gives it the heads and groups that files have.
+
+    `latents` is what the config of its VAE says of them.
+    """
     torch.manual_seed(0)
     tokenizer, size = clip_tokenizer(folder.with_name(f"{folder.name}-tokenizer"))
     padded = transformers.CLIPTokenizer.from_pretrained(tokenizer.name_or_path, pad_token="!")
@@ -63,7 +74,6 @@ def sdxl(folder: Path, *, refiner: bool = False, original: bool = False, **optio
         block_out_channels=channels,
         layers_per_block=1,
         sample_size=32,
-        in_channels=4,
         out_channels=4,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
@@ -75,9 +85,9 @@ def sdxl(folder: Path, *, refiner: bool = False, original: bool = False, **optio
         cross_attention_dim=width,
         norm_num_groups=groups,
         attention_head_dim=1 if original else (2, 4),
-        **options,
+        **{"in_channels": 4, **options},
     ).eval()
-    scheduler = diffusers.EulerDiscreteScheduler(
+    usual = diffusers.EulerDiscreteScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="leading", steps_offset=1
     )
     parts = {
@@ -86,14 +96,48 @@ def sdxl(folder: Path, *, refiner: bool = False, original: bool = False, **optio
         "tokenizer": None if refiner else tokenizer,
         "tokenizer_2": padded,
         "unet": unet,
-        "vae": vae(block_out_channels=channels, norm_num_groups=groups),
-        "scheduler": scheduler,
+        "vae": vae(block_out_channels=channels, norm_num_groups=groups, **dict(latents)),
+        "scheduler": scheduler or usual,
     }
     if refiner:
         pipeline = diffusers.StableDiffusionXLImg2ImgPipeline(
             **parts, requires_aesthetics_score=True, force_zeros_for_empty_prompt=False
         )
     else:
-        pipeline = diffusers.StableDiffusionXLPipeline(**parts)
+        masked = unet.config.in_channels == 9
+        kind = diffusers.StableDiffusionXLInpaintPipeline if masked else diffusers.StableDiffusionXLPipeline
+        pipeline = kind(**parts)
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def sd15(folder: Path, kind: str = "StableDiffusionPipeline", **options: Any) -> Path:
+    """Write a tiny Stable Diffusion 1.x."""
+    torch.manual_seed(0)
+    tokenizer, size = clip_tokenizer(folder.with_name(f"{folder.name}-tokenizer"))
+    unet = diffusers.UNet2DConditionModel(
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        sample_size=32,
+        out_channels=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=4,
+        cross_attention_dim=32,
+        norm_num_groups=8,
+        **{"in_channels": 4, **options},
+    ).eval()
+    trained = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    usual = diffusers.PNDMScheduler(**trained, skip_prk_steps=True, steps_offset=1)
+    pipeline = getattr(diffusers, kind)(
+        text_encoder=clip(size),
+        tokenizer=tokenizer,
+        unet=unet,
+        vae=vae(scaling_factor=0.18215),
+        scheduler=diffusers.LCMScheduler(**trained) if kind.startswith("LatentC") else usual,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
     pipeline.save_pretrained(folder)
     return folder

@@ -151,7 +151,6 @@ def test_switches_of_memory_are_taken_and_others_say_what_to_do(
         "disable_vae_tiling",
     ]
     for name, message in (
-        ("enable_model_cpu_offload", "low_memory=True"),
         ("load_lora_weights", "fuse_lora"),
         ("unet", "graphs, not modules"),
         ("no_such_thing", "no attribute 'no_such_thing'"),
