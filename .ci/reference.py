@@ -103,6 +103,7 @@ def arguments() -> str:
         "as diffusers": call_arguments.SERVED,
         "as diffusers, in some families": call_arguments.READ_BY_SOME,
         "refused": call_arguments.REFUSED,
+        "refused, in some families": call_arguments.REFUSED_BY_SOME,
     }
     for outcome, known in outcomes.items():
         for name, argument in known.items():

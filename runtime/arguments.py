@@ -84,6 +84,8 @@ READ_BY_SOME = {
 }
 """Arguments of some families' pipelines."""
 
+WEIGHTS = "weights are fixed at export: merge a LoRA, at the scale you want, into the checkpoint and export it"
+
 REFUSED = {
     "guidance_rescale": Argument(
         "it measures each prediction, which no step table holds: use a checkpoint or a sampler without it",
@@ -95,11 +97,7 @@ REFUSED = {
         EVERY,
         (None,),
     ),
-    "cross_attention_kwargs": Argument(
-        "weights are fixed at export: merge a LoRA, at the scale you want, into the checkpoint and export it",
-        EVERY,
-        (None, {}),
-    ),
+    "cross_attention_kwargs": Argument(WEIGHTS, EVERY, (None, {})),
     "ip_adapter_image": Argument("bundles hold no IP-Adapter: start from a picture with image", EVERY, (None, [])),
     "ip_adapter_image_embeds": Argument(
         "bundles hold no IP-Adapter: start from a picture with image", EVERY, (None, [])
@@ -110,6 +108,46 @@ REFUSED = {
         (None,),
     ),
 }
+
+LAYERS = "every layer of the denoiser runs at every step: leave it out, and guide with guidance_scale"
+NEGATIVE_ADAPTER = "bundles hold no IP-Adapter: give a negative_prompt"
+NORMALIZED = "it measures each prediction, which no step table holds: leave it out"
+
+REFUSED_BY_SOME = {
+    "joint_attention_kwargs": Argument(WEIGHTS, EVERY, (None, {})),
+    "attention_kwargs": Argument(WEIGHTS, EVERY, (None, {})),
+    "max_sequence_length": Argument(
+        "prompts are as long as the bundle's tokenizer has it, and no other number is taken", EVERY, (None,)
+    ),
+    "text_encoder_out_layers": Argument(
+        "the layers that are read are chosen at export, as the checkpoint's pipeline has them: leave it out",
+        EVERY,
+        (None, (9, 18, 27)),
+    ),
+    "skip_guidance_layers": Argument(LAYERS, ("text",), (None, [])),
+    "skip_layer_guidance_scale": Argument(LAYERS, ("text",), (None, 2.8)),
+    "skip_layer_guidance_start": Argument(LAYERS, ("text",), (None, 0.01)),
+    "skip_layer_guidance_stop": Argument(LAYERS, ("text",), (None, 0.2)),
+    "mu": Argument(
+        "the schedule is shifted for the size of the picture, by the bundle's own rule: leave it out", EVERY, (None,)
+    ),
+    "negative_ip_adapter_image": Argument(NEGATIVE_ADAPTER, EVERY, (None, [])),
+    "negative_ip_adapter_image_embeds": Argument(NEGATIVE_ADAPTER, EVERY, (None, [])),
+    "image_reference": Argument("bundles hold no encoder of reference pictures: leave it out", ("inpaint",), (None,)),
+    "caption_upsample_temperature": Argument(
+        "bundles hold no model that writes prompts: write it out, or let another model do it", ("text",), (None,)
+    ),
+    "cfg_normalization": Argument(NORMALIZED, EVERY, (None, False, 0.0)),
+    "cfg_truncation": Argument(
+        "guidance is the same at every step, as it is with 1: leave it out", EVERY, (None, 1.0, 1)
+    ),
+    "original_inference_steps": Argument(
+        "it is an option of the scheduler: set pipe.scheduler = LCMScheduler.from_config(…, original_inference_steps=…)",
+        ("text", "image"),
+        (None,),
+    ),
+}
+"""Arguments of some families' pipelines that are refused."""
 
 
 def read_by(manifest: Manifest, others: Mapping[str, Any]) -> dict[str, Any]:
@@ -126,12 +164,13 @@ def read_by(manifest: Manifest, others: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in others.items():
         if name in READ_BY_SOME:
             continue
-        if name not in REFUSED:
+        argument = (REFUSED | REFUSED_BY_SOME).get(name)
+        if argument is None:
             raise TypeError(f"a call of the pipeline has no argument {name!r}: see its documentation for those it has")
-        if not any(
-            value is idle or (isinstance(value, type(idle)) and value == idle) for idle in REFUSED[name].idle or ()
-        ):
-            raise RequestError(f"{name} is not supported: {REFUSED[name].meaning}")
+        if name == "max_sequence_length" and value in [info.max_length for info in manifest.tokenizers]:
+            continue
+        if not any(value is idle or (isinstance(value, type(idle)) and value == idle) for idle in argument.idle or ()):
+            raise RequestError(f"{name} is not supported: {argument.meaning}")
     return taken
 
 

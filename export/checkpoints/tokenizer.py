@@ -69,19 +69,19 @@ def write_tokenizer(
         source: Any = load(str(folder), local_files_only=True)
         if pad_id is not None:
             source = load(str(folder), local_files_only=True, pad_token=source.convert_ids_to_tokens(pad_id))
+        ids = {"pad_token": source.pad_token_id}  # a token that there is not is looked up as the unknown one, for ever
+        ids |= {"bos_token": source.bos_token_id} if kind.begins else {}
+        ids |= {"eos_token": source.eos_token_id} if kind.ends else {}
+        largest = max(source.get_vocab().values())
     except Exception as error:  # tokenizers and transformers raise many kinds
         raise CheckpointError(
             f"{folder} holds no {kind.title} tokenizer that can be read ({said_by(error)})"
         ) from error
-    ids = {"pad_token": source.pad_token_id}
-    ids |= {"bos_token": source.bos_token_id} if kind.begins else {}
-    ids |= {"eos_token": source.eos_token_id} if kind.ends else {}
     if missing := [name for name, number in ids.items() if not isinstance(number, int) or number < 0]:
         raise CheckpointError(f"{folder} has no {missing[0]} among its tokens: give a {kind.title} tokenizer")
     longest = source.model_max_length
     if isinstance(longest, bool) or not isinstance(longest, int | float) or not longest > 2:
         raise CheckpointError(f"{folder}: model_max_length is {shown(longest)}; give a number of tokens, such as 77")
-    largest = max(source.get_vocab().values())
     if largest >= vocab_size:
         raise CheckpointError(f"{folder} has token id {largest} where the text encoder knows {vocab_size} tokens")
     add_words(source, words)

@@ -95,6 +95,21 @@ def test_a_padding_token_that_is_set_is_a_special_token(
         assert [info.bos_id, *plain, info.eos_id] == reference(text).input_ids, text
 
 
+@pytest.mark.parametrize("changed", [{"unk_token": "", "pad_token": ""}, {"unk_token": "<none>", "bos_token": "<no>"}])
+def test_tokens_that_there_are_not_are_refused_in_one_line(
+    tiny_sd15_checkpoint: Path, tmp_path: Path, changed: dict[str, str]
+) -> None:
+    folder = shutil.copytree(tiny_sd15_checkpoint / "tokenizer", tmp_path / "tokenizer")
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changed))
+    try:
+        write_tokenizer(folder, tmp_path / "tokenizer.json", max_length=77, vocab_size=10**6)
+    except CheckpointError as error:
+        assert str(error).isprintable() and str(folder) in str(error)
+    else:
+        assert changed.get("unk_token")  # transformers adds what it does not find
+
+
 @pytest.mark.parametrize("length", [None, "77", True, 2, -1])
 def test_lengths_that_are_none_are_refused_or_left_to_the_encoder(
     tiny_sd15_checkpoint: Path, tmp_path: Path, length: object
