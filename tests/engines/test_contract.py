@@ -24,7 +24,7 @@ from .simulated_backends import ON_A_GPU, SIMULATED, backend_named
 from .small_bundles import WEIGHT, random
 
 
-@pytest.fixture(params=["onnxruntime-cpu", *SIMULATED, *ON_A_GPU])
+@pytest.fixture(params=["onnxruntime-cpu", "openvino", *SIMULATED, *ON_A_GPU])
 def backend(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Backend:
     return backend_named(request.param, monkeypatch, EngineCache(tmp_path / "cache"))
 

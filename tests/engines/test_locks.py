@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,23 @@ def test_what_waits_to_be_freed_is_touched_under_its_lock(fails: str) -> None:
     failing.clear()
     releases.add(owner, lambda driver: None)
     assert freed == [True] * (3 if fails == "nothing" else 2)  # what a failure kept goes with the next
+
+
+def test_a_capture_that_begins_while_a_thread_waits_keeps_what_was_to_be_freed() -> None:
+    releases, freed = Releases(Driver(SimulatedDriver())), list[str]()
+
+    class Owner:
+        def enter(self) -> Any:
+            return None
+
+        def mark(self) -> Callable[[], None]:
+            return lambda: capture.enter_context(releases.paused()) if not freed else None  # type: ignore[func-returns-value]
+
+    with ExitStack() as capture:
+        releases.add(Owner(), lambda driver: freed.append("a"))
+        assert not freed  # a free would break the capture
+        freed.append("the capture ends")
+    assert freed == ["the capture ends", "a"]
 
 
 def test_two_threads_get_the_same_releases_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -156,3 +156,17 @@ def test_a_plan_whose_tensors_are_not_the_manifest_s_is_refused(bundle: Bundle) 
             check_tensors(graph, [tensors[0], {**tensors[1], **change}, tensors[2]])
     with pytest.raises(EngineError, match="a tensor 'extra' that the manifest lacks"):
         check_tensors(graph, [*tensors, {**tensors[2], "name": "extra"}])
+
+
+def test_a_plan_of_other_tensors_than_the_manifest_s_is_not_kept(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A manifest that was changed by hand, or a parser that renames."""
+    backend = tensorrt_backend(monkeypatch, EngineCache(tmp_path / "cache"))
+    graph = bundle.graph("first")
+    renamed = [spec.model_copy(update={"name": f"{spec.name}_2"}) for spec in graph.outputs]
+    with pytest.raises(EngineError, match="output y_2 of graph first is missing in the plan"):
+        backend.planner.build(
+            bundle, graph.model_copy(update={"outputs": tuple(renamed)}), profile_for(graph, {"x": (2, 8)})
+        )
+    assert not backend.planner.cache.entries()

@@ -143,3 +143,14 @@ def test_nothing_is_put_in_place_where_nothing_is_given(pipe: Pipeline, nothing:
     two: dict[str, Any] = {"seed": 1, "num_inference_steps": 2, **SMALL}
     given = pipe(PROMPTS[0], callback_on_step_end=lambda *_: nothing, **two).images
     assert np.array_equal(given, pipe(PROMPTS[0], **two).images)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_the_latents_of_the_last_step_are_those_that_are_returned_and_decoded(pipe: Pipeline, steps: int) -> None:
+    seen: list[Any] = []
+    request: dict[str, Any] = {**SMALL, "sampler": "ddim", "seed": 1, "num_inference_steps": steps}
+    latents = pipe(PROMPTS[0], callback_on_step_end=lambda *given: seen.append(given[-1]["latents"]), **request).images
+    assert len(seen) == steps and np.array_equal(latents, seen[-1])
+    picture = pipe(PROMPTS[0], **{**request, "output_type": "pil"}).images[0]
+    difference = np.asarray(picture, int) - np.asarray(pipe.decode(latents)[0], int)
+    assert np.abs(difference).max() <= 1
