@@ -37,7 +37,7 @@ SERVED = {
         ("text", "inpaint"),
     ),
     "width": Argument("as `height`", ("text", "inpaint")),
-    "image": Argument("a path, picture or array, or a list with one for each image", ("image", "inpaint")),
+    "image": Argument("a path, picture, array or tensor, or a list with one for each image", ("image", "inpaint")),
     "mask_image": Argument("as `image`; white is repainted", ("inpaint",)),
     "padding_mask_crop": Argument(
         "pixels around the mask that are drawn with it, at `height` and `width`", ("inpaint",)
@@ -142,7 +142,7 @@ REFUSED_BY_SOME = {
         "guidance is the same at every step, as it is with 1: leave it out", EVERY, (None, 1.0, 1)
     ),
     "original_inference_steps": Argument(
-        "it is an option of the scheduler: set pipe.scheduler = LCMScheduler.from_config(…, original_inference_steps=…)",
+        "it is an option of the scheduler: give it to LCMScheduler.from_config, and set pipe.scheduler to that",
         ("text", "image"),
         (None,),
     ),

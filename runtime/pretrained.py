@@ -40,7 +40,7 @@ INSTEAD = {
     "cache_dir": "set HF_HOME for checkpoints, LATENTRT_HOME for bundles and engines",
 }
 
-PRECISIONS = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "auto": "fp32", "None": "fp32"}
+PRECISIONS = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "auto": "auto", "None": "fp32"}
 
 
 def bundle_of(source: str | Path, named: Mapping[str, Any], progress: Progress) -> tuple[Bundle, dict[str, Any]]:
@@ -90,7 +90,7 @@ def _precision(left: dict[str, Any]) -> str | None:
 
 def _own(bundle: Bundle, precision: str | None, options: Mapping[str, Any]) -> Bundle:
     """Return a bundle, for which nothing can be chosen any more; raises `RequestError` where something else was."""
-    if precision not in (None, bundle.manifest.precision):
+    if precision not in (None, "auto", bundle.manifest.precision):
         raise RequestError(f"bundle {bundle.path} is {bundle.manifest.precision}: export the checkpoint in {precision}")
     if options:
         raise RequestError(f"{next(iter(options))} is for checkpoints, and {bundle.path} is a bundle: leave it out")

@@ -9,8 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
+from ...engines.bundle import MANIFEST, Bundle
 from ...engines.cache import SIDECAR, EngineCache, home
-from ...engines.errors import RequestError
+from ...engines.errors import LatentRTError, RequestError
 from .bundle import readable_size
 
 app = typer.Typer(rich_markup_mode=None)
@@ -27,15 +28,23 @@ def cache(context: typer.Context) -> None:
 
 @app.command("list", short_help="List the engines in the cache.", epilog="Example: latentrt cache list --json")
 def list_engines(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
-    """List the engines in the cache: of which graph, for what, how large and how old."""
-    found = _engines()
+    """List the engines in the cache: of which graph, for what, how large and how old.
+
+    Bundles that were exported into it, by Pipeline.from_pretrained, come behind them.
+    """
+    found, bundles = _engines(), _bundles()
     if as_json:
-        typer.echo(json.dumps([{**engine, "folder": str(engine["folder"])} for engine in found], indent=2))
+        typer.echo(json.dumps([{**each, "folder": str(each["folder"])} for each in (*found, *bundles)], indent=2))
         return
     for engine in found:
         typer.echo(_line(engine))
     total = sum(engine["bytes"] for engine in found)
     typer.echo(f"{len(found)} engines, {readable_size(total)} in {EngineCache().root}")
+    if bundles:
+        for bundle in bundles:
+            typer.echo(_line(bundle))
+        total = sum(bundle["bytes"] for bundle in bundles)
+        typer.echo(f"{len(bundles)} bundles, {readable_size(total)} in {home() / 'bundles'}: remove the folder of one")
 
 
 @app.command(short_help="Check every engine.", epilog="Example: latentrt cache verify")
@@ -97,6 +106,28 @@ def _engines() -> list[dict[str, Any]]:
             }
         )
     return sorted(found, key=lambda engine: engine["age_days"])
+
+
+def _bundles() -> list[dict[str, Any]]:
+    """Return the bundles that were exported into the cache, the newest first."""
+    now, found = time.time(), []
+    for manifest in (home() / "bundles").glob(f"*/{MANIFEST}"):
+        files = [file.stat() for file in manifest.parent.rglob("*") if file.is_file()]
+        try:
+            source = Bundle.open(manifest.parent).manifest.source.get("name", "unknown")
+        except LatentRTError as error:
+            source = f"cannot be read: {str(error)[:60]}"
+        found.append(
+            {
+                "graph": "bundle",
+                "backend": "any",
+                "for": f"{source}, {manifest.parent.name}",
+                "bytes": sum(each.st_size for each in files),
+                "age_days": round(max(0.0, now - manifest.stat().st_mtime) / DAY, 3),
+                "folder": manifest.parent,
+            }
+        )
+    return sorted(found, key=lambda bundle: bundle["age_days"])
 
 
 def _purpose(key: Mapping[str, Any]) -> str:

@@ -77,8 +77,10 @@ def load_pictures(image: Any, mask: Any, strength: float | None, padding: int | 
 
 
 def _each(source: Any, what: str) -> tuple[Image.Image, ...]:
-    """Load one picture, a list of them, or an array of several [n, H, W, 3]."""
+    """Load one picture, a list of them, or several in an array [n, H, W, 3] or a tensor [n, 3, H, W]."""
     if isinstance(source, np.ndarray) and source.ndim == 4 and len(source) > 1 and source.shape[-1] in (1, 3):
+        source = list(source)
+    if hasattr(source, "detach") and source.ndim == 4 and len(source) > 1:
         source = list(source)
     if not isinstance(source, list | tuple):
         return (load_image(source, what),)

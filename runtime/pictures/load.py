@@ -31,6 +31,8 @@ def load_image(source: Any, what: str = "image") -> Image.Image:
         return _rgb(source, what)
     if isinstance(source, np.ndarray):
         return _from_array(source, what)
+    if hasattr(source, "detach"):
+        return _from_tensor(source, what)
     if isinstance(source, list | tuple):
         raise RequestError(f"{what} is a {type(source).__name__} of {len(source)}: give one picture for all prompts")
     if not isinstance(source, str | os.PathLike) and not hasattr(source, "read"):
@@ -53,6 +55,18 @@ def load_image(source: Any, what: str = "image") -> Image.Image:
         raise RequestError(f"{name} cannot be read as a picture: {FORMATS}") from error
     except Exception as error:  # decoders of damaged files raise many kinds
         raise RequestError(f"{name} cannot be read as a picture ({reason(error)}): {FORMATS}") from error
+
+
+def _from_tensor(tensor: Any, what: str) -> Image.Image:
+    """Return PyTorch's tensor [3, H, W], [1, H, W] or [H, W] in [0, 1] as a picture; one below 0 is in [-1, 1]."""
+    array = np.asarray(tensor.detach().cpu().float() if tensor.is_floating_point() else tensor.detach().cpu())
+    array = array[0] if array.ndim == 4 and len(array) == 1 else array
+    if array.ndim == 3 and array.shape[0] not in (1, 3):
+        raise RequestError(f"{what} is a tensor of shape {list(tensor.shape)}: give one picture as [3, H, W] or [H, W]")
+    array = np.moveaxis(array, 0, -1) if array.ndim == 3 else array
+    if array.dtype.kind == "f" and array.size and -1 <= array.min() < 0:
+        array = (array + 1) / 2
+    return _from_array(array, what)
 
 
 def _from_array(array: Array, what: str) -> Image.Image:

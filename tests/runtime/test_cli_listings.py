@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -80,7 +81,7 @@ def test_every_sampler_is_listed_with_suffixes_that_it_takes(capsys: pytest.Capt
 
 def test_every_backend_is_listed_with_its_options(capsys: pytest.CaptureFixture[str]) -> None:
     found = json.loads(output(capsys, "backends", "--json"))
-    assert list(found) == ["tensorrt", "tensorrt-rtx", "onnxruntime-cuda", "onnxruntime-cpu"]
+    assert list(found) == ["tensorrt", "tensorrt-rtx", "onnxruntime-cuda", "onnxruntime-cpu", "openvino"]
     assert found["onnxruntime-cuda"]["options"]["gpu"]["default"] == 0
     assert set(found["onnxruntime-cpu"]["options"]) == {"threads"}
     assert all(backend["unavailable"] is None or len(backend["unavailable"]) > 10 for backend in found.values())
@@ -162,6 +163,23 @@ def test_the_cache_is_listed(engines: EngineCache, capsys: pytest.CaptureFixture
     found = json.loads(output(capsys, "cache", "list", "--json"))
     assert [engine["graph"] for engine in found] == ["denoiser", "decoder"]
     assert output(capsys, "cache", "path").strip() == str(engines.root.parent)
+
+
+def test_bundles_in_the_cache_are_listed_behind_the_engines(
+    engines: EngineCache, tiny_sd15_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = engines.root.parent / "bundles" / "mine-fp32-0123"
+    shutil.copytree(tiny_sd15_bundle, folder)
+    broken = engines.root.parent / "bundles" / "broken-fp32-0123"
+    broken.mkdir()
+    (broken / "manifest.json").write_text("{")
+    lines = output(capsys, "cache", "list").splitlines()
+    assert len(lines) == 6 and lines[2].startswith("2 engines") and lines[5].startswith("2 bundles, ")
+    assert {line.split()[0] for line in lines[3:5]} == {"bundle"}
+    assert any("mine-fp32-0123" in line and "cannot" not in line for line in lines[3:5])
+    assert any("cannot be read" in line and "broken-fp32-0123" in line for line in lines[3:5])
+    found = json.loads(output(capsys, "cache", "list", "--json"))
+    assert [each["graph"] for each in found] == ["denoiser", "decoder", "bundle", "bundle"]
 
 
 def test_old_engines_are_pruned(engines: EngineCache, capsys: pytest.CaptureFixture[str]) -> None:

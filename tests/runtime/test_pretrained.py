@@ -61,6 +61,21 @@ def test_a_checkpoint_is_exported_at_its_first_use_only(
     assert [opened(), opened()] == [4, 4]
 
 
+@pytest.mark.parametrize(("kind", "precision"), [("float16", "fp16"), ("bfloat16", "bf16"), ("float32", "fp32")])
+def test_a_precision_that_is_auto_is_that_of_the_weights(
+    tiny_sd15_checkpoint: Path, exports: list[dict[str, Any]], tmp_path: Path, kind: str, precision: str
+) -> None:
+    torch = pytest.importorskip("torch")
+    safetensors = pytest.importorskip("safetensors.torch")
+    checkpoint = shutil.copytree(tiny_sd15_checkpoint, tmp_path / "mine")
+    file = checkpoint / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = {name: tensor.to(getattr(torch, kind)) for name, tensor in safetensors.load_file(file).items()}
+    file.unlink()
+    safetensors.save_file(weights, file)
+    Pipeline.from_pretrained(checkpoint, torch_dtype="auto", **ON).close()
+    assert exports[-1]["precision"] == precision
+
+
 def test_a_hub_id_is_exported_at_the_commit_that_it_stands_for(
     exports: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -185,6 +185,22 @@ def test_compel_reads_the_pipeline_s_tokenizer_and_text_encoder(
     assert_same(weighted, checkpoint)
 
 
+@pytest.mark.parametrize("low", [0.0, -1.0])
+def test_pictures_may_be_tensors(low: float, pipe: Pipeline) -> None:
+    array = np.moveaxis(np.asarray(init_image(), np.float32) / 255, -1, 0)
+    tensor = torch.from_numpy(array * (1 - low) + low)
+    mask = torch.from_numpy(np.asarray(mask_image(), np.float32) / 255)
+    given = {"num_inference_steps": 2, "strength": 0.7, "seed": 1, "output_type": "np"}
+    wanted = pipe(PROMPT, image=init_image(), mask_image=mask_image(), **given).images
+    for image, painted in ((tensor, mask), (tensor[None], mask[None, None]), (tensor.bfloat16(), mask[None])):
+        got = pipe(PROMPT, image=image, mask_image=painted, **given).images
+        assert np.abs(got - wanted).max() <= (0.02 if image.dtype == torch.bfloat16 else 1e-5)
+    both = pipe([PROMPT] * 2, image=torch.stack([tensor, tensor]), **given).images
+    assert both.shape[0] == 2
+    with pytest.raises(RequestError, match=r"image is a tensor of shape \[4, 8, 8\]: give one picture as \[3, H, W\]"):
+        pipe(PROMPT, image=torch.zeros(4, 8, 8))
+
+
 @pytest.fixture(scope="module")
 def pipe(tiny_sd15_bundle: Path) -> Iterator[Pipeline]:
     with Pipeline.open(tiny_sd15_bundle, "onnxruntime-cpu", threads=1) as opened:
