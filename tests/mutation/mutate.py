@@ -47,6 +47,11 @@ MUTATED = ("engines", "runtime")
 TESTS = ("tests/engines/", "tests/runtime/")
 LEFT_OUT = ("tests/runtime/test_killed.py", "tests/runtime/test_interrupts.py")
 """Tests whose work is done in other processes, which nobody traces."""
+ELSEWHERE = {
+    "engines/tensorrt/worker.py": ("tests/engines/test_child.py", "tests/engines/test_tensorrt_build.py"),
+    "engines/tensorrt/child.py": ("tests/engines/test_child.py",),
+}
+"""Modules whose work is done in other processes, and the tests of them."""
 PRELOADED = ("torch", "transformers", "diffusers", "onnx.reference", "onnxruntime", "scipy", "hypothesis", "pydantic")
 """What tests import that takes long: it is imported once, and every run of tests is a fork of this process."""
 PLUGINS = ("-p", "tracing", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning")
@@ -247,8 +252,9 @@ def concerned(tests: dict[str, Any], source: str, mutant: Mutant) -> list[str]:
     found = []
     for name, facts in tests.items():
         inside = [place for place in facts["ran"] if place.startswith(f"{mutant.path}:")]
-        if facts["passed"] and (f"{mutant.path}:{function}" in inside if function else inside):
-            found.append((facts["seconds"] * len(facts["ran"]) / len(inside), name))
+        elsewhere = name.partition("::")[0] in ELSEWHERE.get(mutant.path, ())
+        if facts["passed"] and (elsewhere or (f"{mutant.path}:{function}" in inside if function else inside)):
+            found.append((facts["seconds"] * len(facts["ran"]) / max(len(inside), 1), name))
     chosen, total = [], 0.0
     for _, name in sorted(found):  # quick ones first that run little else
         total += tests[name]["seconds"]
