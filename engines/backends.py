@@ -16,6 +16,7 @@ from .engine import Engine, Shapes
 from .errors import BackendUnavailableError, RequestError
 from .onnxruntime import cpu as onnxruntime_cpu
 from .onnxruntime import cuda as onnxruntime_cuda
+from .openvino import backend as openvino
 from .options import describe
 from .tensorrt import backend as tensorrt
 from .tensorrt.library import MODULES
@@ -63,9 +64,10 @@ _BACKENDS: dict[str, tuple[Callable[[], str | None], Callable[..., Backend]]] = 
     "tensorrt-rtx": (partial(tensorrt.unavailable_reason, "tensorrt-rtx"), partial(tensorrt.TensorRt, "tensorrt-rtx")),
     "onnxruntime-cuda": (onnxruntime_cuda.unavailable_reason, onnxruntime_cuda.OnnxRuntimeCuda),
     "onnxruntime-cpu": (onnxruntime_cpu.unavailable_reason, onnxruntime_cpu.OnnxRuntimeCpu),
+    "openvino": (openvino.unavailable_reason, openvino.OpenVino),
 }
 
-_MODULES = {**MODULES, "onnxruntime-cuda": "onnxruntime", "onnxruntime-cpu": "onnxruntime"}
+_MODULES = {**MODULES, "onnxruntime-cuda": "onnxruntime", "onnxruntime-cpu": "onnxruntime", "openvino": "openvino"}
 
 log = logging.getLogger(__name__)
 

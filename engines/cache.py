@@ -20,15 +20,17 @@ import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from .errors import EngineError, StorageError, reason
+from .errors import EngineError, StorageError, is_out_of_memory, reason
 from .files import flush_folder, locked, sha256_of, write_atomically
 from .trust import check_trusted
 
 SIDECAR = "engine.json"
 CHECKED = "checked.json"
 """Sizes, times and inodes of an engine's files when they were last found to be as built."""
+
+Loaded = TypeVar("Loaded")
 
 log = logging.getLogger(__name__)
 
@@ -134,6 +136,35 @@ class EngineCache:
             if problem and self.remove({"folder": folder}):
                 damaged[folder] = problem
         return damaged
+
+    def load(
+        self,
+        built: Callable[[], Path],
+        opened: Callable[[Path], Loaded],
+        out_of_memory: Callable[[], EngineError],
+        advice: str,
+    ) -> tuple[Path, Loaded]:
+        """Return an engine's folder and what `opened` makes of it, building the engine anew when it does not load.
+
+        An engine may be whole by its hashes and not load all the same. It is built once more; raises `EngineError`,
+        with advice, when that does not load either, and at once when memory runs out.
+        """
+        folder = built()
+        try:
+            return folder, opened(folder)
+        except EngineError as error:
+            if is_out_of_memory(error):
+                raise out_of_memory() from error
+            log.warning("%s: it is built again", error)
+        removed = self.remove({"folder": folder})
+        folder = built()
+        try:
+            return folder, opened(folder)
+        except EngineError as error:
+            if is_out_of_memory(error):
+                raise out_of_memory() from error
+            built_when = "it was built just now" if removed else "another process holds it"
+            raise EngineError(f"{error}, although {built_when}: {advice}") from error
 
     def remove(self, entry: Mapping[str, Any]) -> bool:
         """Remove an engine that `entries` has listed; one whose lock another process holds stays, and gives False.

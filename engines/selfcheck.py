@@ -49,10 +49,12 @@ class Place:
     ranges: Ranges | None = None
     """None for an engine that takes every shape."""
     tf32: bool = False
+    computes: Precision = "fp32"
+    """What the engine computes in where that is less than the graph says."""
 
     def bound(self, graph: GraphInfo) -> float:
         """Return the largest relative error that an engine of a graph may have."""
-        bound = BOUND[graph.precision or "fp32"]
+        bound = max(BOUND[graph.precision or "fp32"], BOUND[self.computes])
         return max(bound, BOUND["fp16"]) if self.tf32 else bound
 
 

@@ -8,10 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 import torch
 
 from ..engines.bundle import Parity, Precision, ReferenceInfo
@@ -20,6 +18,7 @@ from ..engines.errors import ExportError
 from .checkpoints.streamed import filled
 from .compare import EXPORT_BOUND, TensorReport, compare
 from .graph import Graph, split_size
+from .pieces import run_in_pieces
 
 CHECK_SIZES = (((1, 16, 8), 2), ((4, 9, 13), 1))
 """Batch, latent height and latent width of the two checks, and how many times the usual tokens: even and odd, none as
@@ -76,10 +75,10 @@ def check_parity(name: str, file: Path, cases: Sequence[Case], precision: Precis
 
     Raises `ExportError` beyond `EXPORT_BOUND`, also when either side is not finite.
     """
-    session, bound = _session(file), EXPORT_BOUND[precision]
+    bound = EXPORT_BOUND[precision]
     worst = TensorReport(name, 0.0, 0.0, 1.0, 0, bound)
-    for inputs, references in cases:
-        outputs = session.run(None, {key: value.numpy() for key, value in inputs.items()})
+    found_outputs = run_in_pieces(file, [{key: value.numpy() for key, value in inputs.items()} for inputs, _ in cases])
+    for (_, references), outputs in zip(cases, found_outputs, strict=True):
         for output, reference in zip(outputs, references, strict=True):
             if output.shape != reference.shape:
                 raise ExportError(f"graph {name} gives shape {output.shape} where its module gives {reference.shape}")
@@ -92,13 +91,3 @@ def check_parity(name: str, file: Path, cases: Sequence[Case], precision: Precis
                 )
             worst = max(worst, found, key=lambda report: report.relative_error)
     return Parity(max_abs_error=worst.max_abs_error, relative_error=worst.relative_error)
-
-
-def _session(file: Path) -> Any:
-    """Open a graph without optimizations and without repacking its weights, so that they stay memory-mapped."""
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.add_session_config_entry("session.disable_prepacking", "1")
-    return ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])

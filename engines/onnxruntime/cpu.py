@@ -18,7 +18,7 @@ from ..bundle import Bundle, GraphInfo
 from ..cache import EngineCache
 from ..device import Stream, Tensor
 from ..engine import Shapes
-from ..errors import BackendUnavailableError, EngineError, RequestError, is_out_of_memory, reason
+from ..errors import BackendUnavailableError, EngineError, RequestError, reason
 from ..host import HostDevice, HostStream
 from ..machine import physical_cores, processor_identity
 from ..onnx_graph import follow_links, graph_files, load_graph
@@ -79,20 +79,14 @@ class OnnxRuntimeCpu:
             accept(engine, bundle, graph, Place(self.name, self.device, {}, folder))
         return engine
 
-    def _loaded(self, bundle: Bundle, graph: GraphInfo, *, again: bool = False) -> tuple[Path, Any]:
-        """Return an engine's folder and session; one that is whole by its hashes and does not load is built again."""
-        folder = self._built(bundle, graph)
-        try:
-            return folder, self._session(folder, graph)
-        except EngineError as error:
-            if is_out_of_memory(error):
-                raise out_of_memory(self.name, f"engine {graph.name} was loaded") from error
-            if again:
-                advice = "install another version of onnxruntime, and report it"
-                raise EngineError(f"{error}, although it was built just now: {advice}") from error
-            log.warning("%s: it is built again", error)
-        self._cache.remove({"folder": folder})
-        return self._loaded(bundle, graph, again=True)
+    def _loaded(self, bundle: Bundle, graph: GraphInfo) -> tuple[Path, Any]:
+        """Return an engine's folder and session."""
+        return self._cache.load(
+            lambda: self._built(bundle, graph),
+            lambda folder: self._session(folder, graph),
+            lambda: out_of_memory(self.name, f"engine {graph.name} was loaded"),
+            "install another version of onnxruntime, and report it",
+        )
 
     def _built(self, bundle: Bundle, graph: GraphInfo) -> Path:
         return self._cache.get(graph.name, self.key(bundle, graph), lambda out: self._build(bundle, graph, out))

@@ -16,11 +16,11 @@ from ...engines.cache import EngineCache, home
 from ...engines.cuda.device import CudaDevice
 from ...engines.cuda.driver import load_driver, unavailable_reason
 from ...engines.errors import LatentRTError
-from ...engines.machine import processor_name, usable_cores
+from ...engines.machine import has_bf16, processor_name, usable_cores
 from .bundle import readable_size
 
 _PACKAGES = ["latentrt", "numpy", "pillow", "tokenizers", "pydantic", "typer"]
-_PACKAGES += ["onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx", "cuda-bindings"]
+_PACKAGES += ["onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx", "openvino", "cuda-bindings"]
 _PACKAGES += ["onnx", "onnxscript", "torch", "diffusers", "transformers", "safetensors", "polygraphy"]
 
 
@@ -31,6 +31,8 @@ def env(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = F
         typer.echo(json.dumps(report, indent=2))
         return
     typer.echo(f"{report['system']}, Python {report['python']}, {report['cores']} cores: {report['processor']}")
+    bf16 = "multiplies in bf16: see `--backend openvino --option precision=bf16`"
+    typer.echo(f"the processor {bf16 if report['bf16'] else 'does not multiply in bf16'}")
     for gpu in report["gpus"]:
         typer.echo(f"GPU {gpu['number']}: {gpu.get('error') or _gpu_text(gpu)}")
     if report["cache"] is None:
@@ -51,6 +53,7 @@ def _report() -> dict[str, Any]:
         "python": platform.python_version(),
         "processor": processor_name(),
         "cores": usable_cores(),
+        "bf16": has_bf16(),
         "gpus": gpus(),
         **_cache(),
         "latentrt_home": os.environ.get("LATENTRT_HOME"),

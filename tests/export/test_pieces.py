@@ -1,0 +1,51 @@
+"""A graph that runs piece by piece gives what it gives as a whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from latentrt.export import pieces
+from onnx import TensorProto, helper, numpy_helper
+
+WEIGHT = 8 * 8 * 4
+"""Bytes of one matrix of the graph."""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """A graph of five products, of which the last ones read what the first ones made, with weights beside it."""
+    rng = np.random.default_rng(0)
+    weights = [numpy_helper.from_array(rng.standard_normal((8, 8), np.float32), f"w{n}") for n in range(5)]
+    nodes = [helper.make_node("MatMul", ["x", "w0"], ["a"]), helper.make_node("Shape", ["a"], ["shape"])]
+    nodes += [helper.make_node("MatMul", ["a", "w1"], ["b"]), helper.make_node("MatMul", ["b", "w2"], ["c"])]
+    nodes += [helper.make_node("Add", ["a", "c"], ["d"]), helper.make_node("MatMul", ["d", "w3"], ["e"])]
+    nodes += [helper.make_node("MatMul", ["e", "w4"], ["f"]), helper.make_node("Reshape", ["f", "shape"], ["y"])]
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N", 8]) for name in ("x", "a", "y")]
+    graph = helper.make_graph(nodes, "chain", values[:1], values[1:], weights)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    onnx.save(model, tmp_path / "m.onnx", save_as_external_data=True, location="m.data", size_threshold=0)
+    return tmp_path / "m.onnx"
+
+
+@pytest.mark.parametrize(("most", "count"), [(1 << 30, 1), (2 * WEIGHT, 3), (WEIGHT, 5), (1, 5)])
+def test_pieces_give_what_the_whole_gives(file: Path, most: int, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[int] = []
+    ordinary = pieces._session
+
+    def session(model: bytes, folder: Path) -> Any:
+        opened.append(len(onnx.load_from_string(model).graph.initializer))
+        return ordinary(model, folder)
+
+    monkeypatch.setattr(pieces, "_session", session)
+    cases = [{"x": np.random.default_rng(rows).standard_normal((rows, 8), np.float32)} for rows in (1, 3)]
+    found = pieces.run_in_pieces(file, cases, most=most)
+    whole = ort.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    for case, outputs in zip(cases, found, strict=True):
+        for output, expected in zip(outputs, whole.run(None, case), strict=True):
+            np.testing.assert_allclose(output, expected, rtol=1e-5, atol=1e-5)
+    assert len(opened) == count and sum(opened) == 5 and max(opened) <= max(1, most // WEIGHT)
