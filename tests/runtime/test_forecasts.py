@@ -1,0 +1,176 @@
+"""Forecasts folded into step tables, against loops that forecast as their authors do, step by step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from latentrt.engines.errors import RequestError
+from latentrt.runtime.sampling import names, step_table
+from latentrt.runtime.sampling.forecast import folded, forecast_named
+
+CONFIG = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
+SHAPE = (2, 3)
+Ask = Callable[[int, Any], Any]
+
+
+def taylor(evaluations: int, ask: Ask, update: Callable[[int, Any], Any], start: Any) -> tuple[Any, int]:
+    """The published loop: value and difference quotient of each evaluation; every third after six, all at the end."""
+    value = slope = None
+    at, calls, latents = 0, 0, start
+    for step in range(evaluations):
+        full = step < 6 or step >= evaluations - 2 or (step - 6 >= 2 and (step - 8) % 3 == 0)
+        if full:
+            new = ask(step, latents)
+            slope = None if value is None else (new - value) / (step - at)
+            value, at, output, calls = new, step, new, calls + 1
+        else:
+            output = value + slope * (step - at)
+        latents = update(step, output)
+    return latents, calls
+
+
+def spectrum(evaluations: int, ask: Ask, update: Callable[[int, Any], Any], start: Any) -> tuple[Any, int]:
+    """The published loop: a buffer of six outputs, Chebyshev polynomials of degree 3, a window that grows."""
+    outputs: list[Any] = []
+    times: list[float] = []
+    window, since, calls, latents = 2.0, 0, 0, start
+
+    def basis(time: float) -> list[float]:
+        row = [1.0, time]
+        for _ in range(2):
+            row.append(2 * time * row[-1] - row[-2])
+        return row
+
+    for step in range(evaluations):
+        time = step / 50 * 2 - 1
+        guess = step >= 4 and step < int(0.9 * evaluations) and len(outputs) > 1
+        if guess and (since + 1) % max(1, math.floor(window)) != 0:
+            design = np.array([basis(each) for each in times])
+            solved = np.linalg.solve(design.T @ design + np.eye(4), np.array(basis(time)))
+            fitted = sum(weight * output for weight, output in zip(design @ solved, outputs, strict=True))
+            output = 0.6 * (outputs[-1] + 0.5 * (outputs[-1] - outputs[-2])) + 0.4 * fitted
+            since += 1
+        else:
+            output = ask(step, latents)
+            outputs, times = [*outputs, output][-6:], [*times, time][-6:]
+            window += 0.5 if step >= 4 else 0.0
+            since, calls = 0, calls + 1
+        latents = update(step, output)
+    return latents, calls
+
+
+LOOPS = {"taylor": taylor, "spectrum": spectrum}
+
+
+def network(timestep: float, latents: Any) -> Any:
+    """A smooth function of both, that is not linear."""
+    return np.tanh(latents * (0.3 + timestep / 2000)) + 0.1 * np.sin(timestep / 100)
+
+
+def deterministic() -> list[str]:
+    """Return the samplers whose rows neither draw noise nor clip."""
+    found = []
+    for name in names():
+        table = step_table(CONFIG, 10, sampler=name)
+        if not table.draws.any() and not table.clip_limits.any():
+            found.append(name)
+    return found
+
+
+def run(table: Any, known: Any = None, mask: Any = None) -> tuple[Any, int]:
+    """Return the last latents of a run without forecasts of its own, and how often it asked the network."""
+    latents, history = np.random.default_rng(0).standard_normal(SHAPE), [np.zeros(SHAPE)] * table.history
+    for i in range(len(table)):
+        output = network(float(table.timesteps[i]), latents * table.input_scales[i])
+        latents, history = table.apply(i, latents, output, history)
+        if known is not None:
+            signal, noise = table.original[i + 1]
+            latents = np.where(mask, latents, signal * known[0] + noise * known[1])
+    return latents, len(table)
+
+
+@pytest.mark.parametrize("method", LOOPS)
+@pytest.mark.parametrize("steps", [10, 17, 30, 50])
+def test_a_folded_run_is_the_run_that_forecasts_step_by_step(method: str, steps: int) -> None:
+    assert len(deterministic()) > 10
+    for sampler in deterministic():
+        table = step_table(CONFIG, steps, sampler=sampler)
+        history = [np.zeros(SHAPE)] * table.history
+        state = {"latents": np.random.default_rng(0).standard_normal(SHAPE), "history": history}
+
+        def ask(i: int, latents: Any, table: Any = table) -> Any:
+            return network(float(table.timesteps[i]), latents * table.input_scales[i])
+
+        def update(i: int, output: Any, table: Any = table, state: Any = state) -> Any:
+            state["latents"], state["history"] = table.apply(i, state["latents"], output, state["history"])
+            return state["latents"]
+
+        expected, calls = LOOPS[method](len(table), ask, update, state["latents"])
+        short = folded(table, forecast_named(method))
+        found, asked = run(short)
+        assert asked == calls and (calls < len(table) or steps == 10), sampler
+        assert np.linalg.norm(found - expected) <= 1e-9 * np.linalg.norm(expected), sampler
+
+
+def test_thirty_steps_take_half_as_many_calls() -> None:
+    table = step_table(CONFIG, 30, sampler="ddim")
+    assert [len(folded(table, forecast_named(name))) for name in LOOPS] == [15, 14]
+    assert [folded(table, forecast_named(name)).history for name in LOOPS] == [1, 5]
+
+
+def test_what_is_not_repainted_follows_the_picture_and_the_rest_does_not_notice() -> None:
+    rng = np.random.default_rng(1)
+    known, mask = rng.standard_normal((2, *SHAPE)), np.array([[True, False, True], [False, True, False]])
+    table = folded(step_table(CONFIG, 20, sampler="dpmpp_2m"), forecast_named("taylor"))
+    free, painted = run(table)[0], run(table, known, mask)[0]
+    np.testing.assert_allclose(painted[mask], free[mask], rtol=1e-12)  # this network looks at each cell alone
+    np.testing.assert_allclose(painted[~mask], known[0][~mask], rtol=1e-12)  # its noise is gone at the end
+
+
+def test_options_change_the_plan() -> None:
+    table = step_table(CONFIG, 30, sampler="ddim")
+    assert (
+        len(folded(table, forecast_named("taylor:interval=2")))
+        > 16
+        > len(folded(table, forecast_named("taylor:interval=5, first=2,last=0")))
+    )
+    assert len(folded(table, forecast_named("taylor:interval=1"))) == 30
+    assert (
+        len(folded(table, forecast_named("spectrum:growth=0")))
+        > 14
+        > len(folded(table, forecast_named("spectrum:growth=3")))
+    )
+    same = folded(table, forecast_named("taylor:first=40"))
+    np.testing.assert_array_equal(same.weights, table.weights)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("newton", "forecast is 'newton': choose taylor or spectrum"),
+        ("taylor:order=2", "forecast taylor has no option 'order': it has interval, first, last"),
+        ("taylor:interval=0", "forecast taylor has interval=0: give a number from 1"),
+        ("taylor:interval=two", "forecast taylor has interval=two: give a number from 1"),
+        ("spectrum:blend=nan", "forecast spectrum has blend=nan"),
+        ("spectrum:until=2", "forecast spectrum has until=2"),
+    ],
+)
+def test_a_forecast_that_there_is_not_is_one_line(text: str, message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        forecast_named(text)
+
+
+@pytest.mark.parametrize(("sampler", "why"), [("euler_a", "draws noise at its steps"), ("DDPMScheduler", "draws")])
+def test_what_no_row_can_do_for_the_next_is_refused(sampler: str, why: str) -> None:
+    with pytest.raises(RequestError, match=why):
+        folded(step_table(CONFIG, 30, sampler=sampler), forecast_named("taylor"))
+
+
+def test_clipped_latents_are_refused() -> None:
+    clipping = step_table(CONFIG | {"clip_sample": True}, 30, sampler="DDIMScheduler")
+    with pytest.raises(RequestError, match="this sampler clips latents"):
+        folded(clipping, forecast_named("spectrum"))
