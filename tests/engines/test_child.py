@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import json
 import logging
 import os
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -97,12 +99,65 @@ logging.getLogger("latentrt.engines.tensorrt.library").debug("a detail")"""
     assert (facts["compute_capability"], facts["timing_cache"], facts["gpu"]) == ("8.9", str(tmp_path / "t"), 3)
 
 
+class Here:
+    """A child that is this process."""
+
+    def ask(self, request: dict[str, Any], progress: Any) -> dict[str, Any]:
+        return worker.serve(json.loads(json.dumps(request)), lambda answer: progress(*answer["progress"]))
+
+    def close(self) -> int:
+        return 0
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any]]]:
+    """Build in this process, and return what `build_plan` is called with; GPUs are noted as they are made current."""
+    called: list[dict[str, Any]] = []
+
+    def build_plan(library: Any, graph: Path, output: Path, profile: Profile, options: PlanOptions, **how: Any) -> Any:
+        progress, activate = how.pop("progress"), how.pop("activate")
+        if progress is not None:
+            progress("tactics", 3, 7)
+        gpu = None if activate is None else activate()
+        called.append({"graph": graph, "output": output, "profile": profile, "options": options, "gpu": gpu, **how})
+        return {"plan_bytes": 5}
+
+    monkeypatch.setattr(child, "_take", lambda backend, gpu: Here())
+    monkeypatch.setattr(child, "_keep", lambda child: None)
+    monkeypatch.setattr(worker, "load_library", lambda name: SimpleNamespace(backend=name, version=LIBRARY.version))
+    monkeypatch.setattr(worker, "build_plan", build_plan)
+    monkeypatch.setattr(worker, "CudaContext", lambda gpu: SimpleNamespace(activate=lambda: gpu))
+    worker._context.cache_clear()
+    yield called
+    worker._context.cache_clear()
+
+
+@pytest.mark.parametrize("gpu", [None, 0, 3])
+def test_a_child_builds_what_it_was_asked_for(tmp_path: Path, here: list[dict[str, Any]], gpu: int | None) -> None:
+    steps: list[tuple[str, int, int]] = []
+    files = {"timing_cache": tmp_path / "timings"} if gpu else {}
+    facts = build(tmp_path, compute_capability="8.9", progress=lambda *step: steps.append(step), gpu=gpu, **files)
+    wanted = {"graph": tmp_path / "denoiser.onnx", "output": tmp_path / "plan", "timing_cache": None, **files}
+    wanted |= {"profile": PROFILE, "options": PlanOptions(tf32=True), "gpu": gpu, "compute_capability": "8.9"}
+    assert here == [wanted] and facts == {"plan_bytes": 5} and steps == [("tactics", 3, 7)]
+    build(tmp_path)
+    assert len(here) == 2 and steps == [("tactics", 3, 7)]  # nobody asks for progress
+
+
+def test_another_version_than_the_program_s_builds_nothing(tmp_path: Path, here: list[dict[str, Any]]) -> None:
+    with pytest.raises(EngineError, match=r"tensorrt-rtx 1\.5 was replaced by 0\.0 while this program ran: start"):
+        build(tmp_path, SimpleNamespace(backend="tensorrt-rtx", version="1.5"))
+    assert not here
+
+
 def test_a_child_serves_builds_that_follow_each_other_and_then_ends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stub(monkeypatch, "pass")
+    monkeypatch.setattr(child, "IDLE", 600.0)  # longer than a busy machine takes to start another
     first, second = build(tmp_path)["pid"], build(tmp_path)["pid"]
     assert first == second != os.getpid()
+    assert os.getsid(first) == first  # Ctrl-C in a terminal reaches its parent alone
     assert build(tmp_path, gpu=1)["pid"] != first  # it would hold memory of both
     os.kill(first, signal.SIGKILL)
     next(each for each in child._idle if each.pid == first)._process.wait()
@@ -126,6 +181,24 @@ def test_errors_are_those_of_a_build_in_this_process(name: str, monkeypatch: pyt
     monkeypatch.setattr(worker, "_build", fail)
     error = child._error(worker.serve({"log_level": logging.NOTSET}, lambda message: None))
     assert type(error) is kind and str(error) == str(raised) and isinstance(error, LatentRTError)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks are POSIX's")
+def test_a_fork_has_no_child_of_its_parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stub(monkeypatch, "pass")
+    monkeypatch.setattr(child, "IDLE", 600.0)
+    build(tmp_path)
+    read, write = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of threads that the fork does not have: it only counts
+        process = os.fork()
+    if process == 0:
+        os.write(write, bytes([len(child._idle)]))
+        os._exit(0)
+    os.waitpid(process, 0)
+    assert os.read(read, 1) == b"\0" and len(child._idle) == 1
+    os.close(read)
+    os.close(write)
 
 
 def test_errors_of_the_system_and_of_unknown_releases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
