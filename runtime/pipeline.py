@@ -31,6 +31,7 @@ from .prompt.syntax import PromptSyntax
 from .request import GenerationRequest, RequestArguments
 from .result import GenerationResult
 from .sampling import takes_eta
+from .sampling.forecast import folded, forecast_named
 from .sampling.step_table import StepTable
 from .warm_up import warm_up
 
@@ -176,6 +177,7 @@ class Pipeline(Drawing):
         prompt_syntax: PromptSyntax | None = None,
         sampler: str | None = None,
         eta: float = 0.0,
+        forecast: str | None = None,
         image: Any = None,
         mask_image: Any = None,
         padding_mask_crop: int | None = None,
@@ -200,6 +202,7 @@ class Pipeline(Drawing):
         each; `generator` takes torch generators. `prompt_embeds` [prompts, L, E] stand in place of prompts, `latents`
         [images, C, h, w] in place of the first noise, `timesteps` or `sigmas` in place of a number of steps.
         `prompt_syntax` reads weights in prompts, and prompts of any length; without it a prompt is what it says.
+        `forecast` ("taylor" or "spectrum") leaves out evaluations of the network in long runs, at a cost in fidelity.
 
         `callback_on_step_end(pipe, step, timestep, {"latents": array})` may return replaced latents, show
         `pipe.decode(latents)`, end the request with `pipe.stop()`, or raise to cancel; with it no more than a step is
@@ -248,6 +251,7 @@ class Pipeline(Drawing):
         guidance_scale: float | None = None,
         sampler: str | None = None,
         eta: float = 0.0,
+        forecast: str | None = None,
         strength: float | None = None,
     ) -> None:
         """Do what a first request would wait for, for every size (width, height) and batch: build, open, bind, capture.
@@ -262,6 +266,7 @@ class Pipeline(Drawing):
             "guidance_scale": guidance_scale,
             "sampler": sampler,
             "eta": eta,
+            "forecast": forecast,
             "strength": strength,
         }
         warm_up(self, sizes or [(latent.default_width, latent.default_height)], batches, pictures, arguments)
@@ -274,9 +279,10 @@ class Pipeline(Drawing):
             custom = {"timesteps": request.timesteps, "sigmas": request.sigmas}
             steps = None if any(custom.values()) else request.num_inference_steps
             share = (request.denoising_start or 0.0, request.denoising_end or 1.0)
-            return self._table(steps, size=size, share=share, **custom, **chosen_by)
+            table = self._table(steps, size=size, share=share, **custom, **chosen_by)
         except SchedulerError as error:
             raise (RequestError(str(error)) if chosen else error) from error
+        return table if request.forecast is None else folded(table, forecast_named(request.forecast))
 
     def close(self) -> None:
         """Free all engines and memory, once a request of another thread is done; calling it again does nothing."""

@@ -20,6 +20,7 @@ from pydantic import (
 from ..engines.bundle import GuidanceInfo, Manifest
 from ..engines.errors import RequestError
 from .prompt.syntax import PromptSyntax
+from .sampling.forecast import forecast_named
 from .sizes import check_size
 
 MAX_SEED = 2**64 - 1
@@ -69,6 +70,7 @@ class RequestArguments(TypedDict, total=False):
     prompt_syntax: PromptSyntax | None
     sampler: str | None
     eta: float
+    forecast: str | None
     image: Any
     mask_image: Any
     padding_mask_crop: int | None
@@ -120,6 +122,7 @@ class GenerationRequest(BaseModel):
     seed: int | tuple[int, ...] = Field(default_factory=lambda: secrets.randbits(32))
     sampler: str | None = None
     eta: float = Field(default=0.0, ge=0, le=1)
+    forecast: str | None = None
     strength: float = Field(default=1.0, gt=0, le=1)
 
     @field_validator(*TEXTS, mode="before")
@@ -142,6 +145,13 @@ class GenerationRequest(BaseModel):
                 raise ValueError(
                     f"character {error.start + 1} is half of a pair, which is no text: give valid Unicode (UTF-8)"
                 ) from error
+        return value
+
+    @field_validator("forecast")
+    @classmethod
+    def _is_forecast(cls, value: str | None) -> str | None:
+        if value is not None:
+            forecast_named(value)
         return value
 
     @field_validator("seed", mode="plain")

@@ -65,6 +65,10 @@ def generate(
     sampler: Annotated[str | None, typer.Option("--sampler", help="Sampler; `latentrt samplers` lists them.")] = None,
     guidance: Annotated[float | None, typer.Option("--guidance", "-g", help="Guidance scale.")] = None,
     eta: Annotated[float, typer.Option("--eta", help="Noise of the DDIM sampler, 0 to 1.")] = 0.0,
+    forecast: Annotated[
+        str | None,
+        typer.Option("--forecast", help="Leave out evaluations of the network, not exact: taylor, or spectrum."),
+    ] = None,
     size: Annotated[str | None, typer.Option("--size", metavar="WxH", help="Picture size in pixels.")] = None,
     count: Annotated[int, typer.Option("--count", "-c", help="Pictures per prompt.")] = 1,
     init_image: Annotated[Path | None, typer.Option("--init-image", help="Picture to start from.")] = None,
@@ -115,6 +119,7 @@ def generate(
         "seed": _seeds(seed),
         "sampler": sampler,
         "eta": eta,
+        "forecast": forecast,
         "image": init_image,
         "mask_image": mask,
         "padding_mask_crop": padding,
