@@ -93,7 +93,8 @@ REFUSED = {
         (None, 0.0),
     ),
     "clip_skip": Argument(
-        "the bundle's text encoder ends at its last layer: encode the prompt elsewhere and give prompt_embeds",
+        "the layer that is read is chosen at export: lower num_hidden_layers in text_encoder/config.json by clip_skip "
+        "and export again, or give prompt_embeds",
         EVERY,
         (None,),
     ),

@@ -17,6 +17,8 @@ from latentrt.export.checkpoints.sources import open_checkpoint  # noqa: E402
 from latentrt.export.families import family_named  # noqa: E402
 from latentrt.runtime.sampling.catalog import SAMPLERS  # noqa: E402
 
+from .loaded import loaded  # noqa: E402
+
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 CONFIGS: dict[str, dict[str, Any]] = {
     "silent DDIM": {"_class_name": "DDIMScheduler"},
@@ -118,3 +120,19 @@ def test_sample_sizes_of_old_versions(folder: Path, networks: dict[str, Any], ve
         unet = kind.from_config(kind.load_config(folder / "unet"))
     theirs = opened_by_diffusers(folder, PIPELINES[0], networks | {"unet": unet})
     assert mended_sample_size(open_checkpoint(folder).config("unet")) == theirs.unet.config.sample_size
+
+
+def test_skipping_layers_of_the_text_encoder_is_having_fewer(folder: Path, tmp_path: Path) -> None:
+    """As diffusers' clip_skip: the output of an earlier layer, and the norm behind the last one."""
+    copy = shutil.copytree(folder, tmp_path / "checkpoint")
+    file = copy / "text_encoder" / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | {"num_hidden_layers": config["num_hidden_layers"] - 1}))
+    ours = loaded(open_checkpoint(copy), "text_encoder")
+    theirs = pytest.importorskip("transformers").CLIPTextModel.from_pretrained(folder / "text_encoder").eval()
+    ids = torch.arange(77)[None]
+    with torch.no_grad():
+        states = theirs(ids, output_hidden_states=True)
+        wanted = getattr(theirs, "text_model", theirs).final_layer_norm(states.hidden_states[-2])
+        got = ours(ids)[0]
+    assert torch.allclose(got, wanted, atol=1e-5) and not torch.allclose(got, states[0], atol=1e-2)
