@@ -154,3 +154,14 @@ def test_the_latents_of_the_last_step_are_those_that_are_returned_and_decoded(pi
     picture = pipe(PROMPTS[0], **{**request, "output_type": "pil"}).images[0]
     difference = np.asarray(picture, int) - np.asarray(pipe.decode(latents)[0], int)
     assert np.abs(difference).max() <= 1
+
+
+def test_a_preview_of_anything_leaves_the_request_as_it_was(pipe: Pipeline) -> None:
+    request: dict[str, Any] = {**SMALL, "sampler": "dpmpp_2m", "seed": 1, "num_inference_steps": 3}
+    other = np.random.default_rng(3).standard_normal((1, 4, 4, 4)).astype(np.float32)
+    shown: list[Any] = []
+    drawn = pipe(
+        PROMPTS[0], callback_on_step_end=lambda pipe, *_: shown.append(pipe.decode(other)[0]), **request
+    ).images
+    assert np.array_equal(drawn, pipe(PROMPTS[0], **request).images)
+    assert len(shown) == 3 and all(np.array_equal(each, shown[0]) for each in shown)
