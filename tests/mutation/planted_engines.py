@@ -110,7 +110,12 @@ ENGINES: list[tuple[str, str, str, str]] = [
     # the check of new engines
     ("NaN passes the check", SELFCHECK, "        if not error <= bound:", "        if error > bound:"),
     ("not finite passes the check", SELFCHECK, "        if not np.isfinite(values).all():", "        if False:"),
-    ("bound of bf16 for all", SELFCHECK, 'bound = BOUND[graph.precision or "fp32"]', 'bound = BOUND["bf16"]'),
+    (
+        "bound of bf16 for all",
+        SELFCHECK,
+        'bound = max(BOUND[graph.precision or "fp32"], BOUND[self.computes])',
+        'bound = BOUND["bf16"]',
+    ),
     ("wrong engine left open", SELFCHECK, "        engine.close()\n        raise", "        raise"),
     (
         "passed on one device, passed on all",

@@ -53,8 +53,8 @@ LOOP: list[tuple[str, str, str, str]] = [
     (
         "masked picture draws no noise",
         INPUTS,
-        "            generator.randn(shape)  # diffusers also",
-        "            pass  # diffusers also",
+        "            masked[i] = generator.randn(shape)  # diffusers does",
+        "            masked[i] = 0.0  # diffusers does",
     ),
     ("picture's deviation dropped", INPUTS, "initial.std[which] * draws.encoder", "0 * draws.encoder"),
     (

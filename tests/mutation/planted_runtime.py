@@ -74,15 +74,15 @@ RUNTIME: list[tuple[str, str, str, str]] = [
     (
         "mask at cell centres",
         LOAD,
-        "binary[None, ::downscale, ::downscale]",
-        "binary[None, downscale // 2 :: downscale, downscale // 2 :: downscale]",
+        "[:, ::downscale, ::downscale]",
+        "[:, downscale // 2 :: downscale, downscale // 2 :: downscale]",
     ),
     ("mask from any white", LOAD, "/ 255 >= 0.5", "/ 255 > 0"),
     # arguments of diffusers
     (
         "argument refused in silence",
         ARGUMENTS,
-        '            raise RequestError(f"{name} is not supported: {REFUSED[name].meaning}")',
+        '            raise RequestError(f"{name} is not supported: {argument.meaning}")',
         "            pass",
     ),
     (
@@ -95,8 +95,8 @@ RUNTIME: list[tuple[str, str, str, str]] = [
     (
         "misspelt argument taken",
         ARGUMENTS,
-        "        if name not in REFUSED:\n",
-        "        if name not in REFUSED:\n            continue\n        if False:\n",
+        "        if argument is None:\n",
+        "        if argument is None:\n            continue\n        if False:\n",
     ),
     ("None of some families refused", ARGUMENTS, " and value is not None}", "}"),
     ("other tensors for callbacks", ARGUMENTS, "        if name not in STEP_TENSORS:", "        if False:"),
