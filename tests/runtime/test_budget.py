@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from latentrt.engines.cache import EngineCache
 from latentrt.engines.errors import RequestError
@@ -50,3 +51,14 @@ def test_a_gpu_is_filled_to_three_quarters_of_what_is_free(tmp_path: Path, monke
 def test_a_budget_is_a_number_of_bytes(budget: Any) -> None:
     with pytest.raises(RequestError, match=r"memory_budget is .*: give bytes, 1 or more, or leave it out"):
         Pipeline.open(BUNDLE, "onnxruntime-cpu", threads=1, memory_budget=budget)
+
+
+def test_what_a_shape_binds_for_its_pictures_goes_with_the_shape() -> None:
+    with Pipeline.open(BUNDLE, "onnxruntime-cpu", threads=1) as pipe:
+        pipe.session.kept = 1
+        held: list[int] = []
+        for width in WIDTHS:
+            pipe(**{**SMALL, "height": None}, image=np.zeros((32, width, 3), np.uint8), strength=1.0)
+            assert len(pipe.session._shared._bound) == len(pipe.session._workspaces) == 1
+            held.append(pipe.backend.device.tensor_bytes())
+    assert held[0] == held[-1] < held[1] < held[2]
