@@ -135,6 +135,26 @@ class TokenizerSource:
 
 
 @dataclass(frozen=True)
+class SingleFile:
+    """A file in an original layout, and what it does not hold itself.
+
+    `tokenizer` returns a folder with tokenizer files for a hub id, unless the user named another. `replaced` are
+    components from somewhere else, which the file need not have.
+    """
+
+    path: Path
+    weights: Weights
+    tokenizer: Callable[[str], Path]
+    prediction_type: str | None = None
+    replaced: Mapping[str, Origin] = field(default_factory=dict)
+
+    @property
+    def files(self) -> dict[str, Path]:
+        """Weight files by the name that the bundle records."""
+        return {self.path.name: self.path} | {n: path for o in self.replaced.values() for n, path in o.files.items()}
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """An opened checkpoint; weights are read when a network is loaded.
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ...engines.errors import CheckpointError, RequestError, UnsupportedModelError
 from ..families import families, family_named
-from .checkpoint import Checkpoint, Origin
+from .checkpoint import Checkpoint, Origin, SingleFile
 from .diffusers_folder import family_of_index, open_folder
 from .hub import download_checkpoint, download_configs, is_hub_id, tokenizer_folder
 from .json_files import read_json
@@ -88,11 +88,9 @@ def _open_file(
     path: Path, tokenizer: str | Path | None, prediction_type: str | None, replaced: dict[str, Origin]
 ) -> Checkpoint:
     weights = Weights([path])
+    file = SingleFile(path, weights, lambda own: tokenizer_folder(tokenizer or own), prediction_type, replaced)
     for family in families():
-        opened = family.open_file(
-            path, weights, lambda own: tokenizer_folder(tokenizer or own), prediction_type, replaced
-        )
-        if opened is not None:
+        if (opened := family.open_file(file)) is not None:
             return opened
     for family in families():
         if family.open_network(path, weights, {}) is not None:

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ...engines.bundle import GuidanceInfo, LatentInfo, NumbersInput, Precision, ScheduleRule
-from ..checkpoints.checkpoint import Checkpoint, Component, Origin, Part
+from ..checkpoints.checkpoint import Checkpoint, Component, Part, SingleFile
 from ..checkpoints.tokenizer import CLIP, TokenizerKind
 from ..checkpoints.weights import Weights
 from ..graph import Graph
-
-FindTokenizer = Callable[[str], Path]
-"""Returns a folder with tokenizer files for the family's own hub id of one, unless the user named another."""
+from ..networks.autoencoder import decoder_graph, image_encoder_graph
+from ..networks.unet import EMBEDDED_GUIDANCE
+from ..reference import reference_pipeline
 
 
 class Family(ABC):
@@ -36,6 +36,8 @@ class Family(ABC):
     """Its tokenizers by their folder."""
     vae_scale: ClassVar[Mapping[str, float]] = {"scaling_factor": 0.18215}
     """What the config of its VAE says of the latents' size: files with nothing but a VAE do not tell it."""
+    reference: ClassVar[str | None] = None
+    """diffusers' class that `verify` compares with, where it is not the checkpoint's own."""
     optional: ClassVar[tuple[str, ...]] = ()
     """Networks and tokenizers that a checkpoint of the family may lack."""
 
@@ -47,20 +49,10 @@ class Family(ABC):
     @property
     def denoiser(self) -> str:
         """The folder of the network that is called once for each step."""
-        return next(name for name in ("transformer", "unet", *self.parts) if name in self.parts)
+        return next(name for name in ("transformer", "unet", "denoiser") if name in self.parts)
 
-    def open_file(
-        self,
-        file: Path,
-        weights: Weights,
-        tokenizer: FindTokenizer,
-        prediction_type: str | None,
-        replaced: Mapping[str, Origin],
-    ) -> Checkpoint | None:
-        """Open a single file of the family's original layout; None for a file of any other layout.
-
-        `replaced` are components from somewhere else, which the file need not have.
-        """
+    def open_file(self, file: SingleFile) -> Checkpoint | None:
+        """Open a single file of the family's original layout; None for a file of any other layout."""
         return None
 
     def open_network(self, file: Path, weights: Weights, base: Mapping[str, Any]) -> Component | None:
@@ -87,6 +79,18 @@ class Family(ABC):
         """Return the kinds of the tokenizers with what a checkpoint says itself, such as a template for prompts."""
         return self.tokenizers
 
+    def tokens(self, checkpoint: Checkpoint, lengths: Mapping[str, int]) -> dict[str, tuple[int, int]]:
+        """Return the length of a prompt and the size of the vocabulary, by the graph input that token ids feed."""
+        sizes = self.token_lengths(checkpoint)
+        return {name.replace("tokenizer", "token_ids"): (lengths[name], sizes[name][1]) for name in sizes}
+
+    def vae_graphs(self, checkpoint: Checkpoint, *, masked: bool = False) -> dict[str, Callable[[], Graph]]:
+        """Return decoder and image encoder, which with `masked` reads what is kept of a picture as well."""
+        return {
+            "decoder": lambda: decoder_graph(checkpoint.load("vae")),
+            "image_encoder": lambda: image_encoder_graph(checkpoint.load("vae"), masked=masked),
+        }
+
     @abstractmethod
     def graphs(
         self, checkpoint: Checkpoint, precision: Precision, lengths: Mapping[str, int]
@@ -109,8 +113,10 @@ class Family(ABC):
         return None
 
     def inputs(self, checkpoint: Checkpoint) -> tuple[NumbersInput, ...]:
-        """Return what graphs read beside token ids and no graph writes, such as the size of the picture."""
-        return ()
+        """Return what graphs read beside token ids and no graph writes: by default an embedded guidance scale."""
+        config = checkpoint.config(self.denoiser)
+        embedded = config.get("guidance_embeds") or config.get("time_cond_proj_dim") is not None
+        return EMBEDDED_GUIDANCE if embedded else ()
 
     def masked_input(self, checkpoint: Checkpoint) -> str | None:
         """Return the denoiser's input for a picture and its mask, where it is made for inpainting."""
@@ -124,6 +130,6 @@ class Family(ABC):
         """Return what the manifest says for requests that do not, where it is not the usual: its fields `default_…`."""
         return {}
 
-    @abstractmethod
     def pipeline(self, checkpoint: Checkpoint) -> Any:
         """Return diffusers' own pipeline of the checkpoint, in float32 on the CPU, as the reference of `verify`."""
+        return reference_pipeline(checkpoint, self.reference or checkpoint.pipeline, {})

@@ -6,18 +6,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
 
-from ...engines.bundle import GuidanceInfo, LatentInfo, NumbersInput, Precision, ScheduleRule, ShiftLine
-from ...engines.errors import CheckpointError, UnsupportedModelError
+from ...engines.bundle import GuidanceInfo, LatentInfo, Precision, ScheduleRule, ShiftLine
 from ..checkpoints.checkpoint import Checkpoint, Part
-from ..checkpoints.configs import shown
 from ..checkpoints.tokenizer import QWEN, TokenizerKind
 from ..graph import Graph
-from ..networks.autoencoder import decoder_graph, vae_factor
+from ..networks.autoencoder import decoder_graph, geometry, vae_factor
 from ..networks.flux2 import FLUX2_TRANSFORMER, FLUX2_VAE, SquaresDecoder, denoiser_graph
 from ..networks.qwen import QWEN3_CAUSAL, chat_template, check_encoder, text_encoder_graph
-from ..networks.unet import EMBEDDED_GUIDANCE
-from ..reference import reference_pipeline
 from .base import Family
+from .checks import check_axes, check_channels, check_equal
 
 TOKENS = 512
 """Of a conversation, padding among them: the transformer sees it all, so that other numbers make other pictures."""
@@ -29,6 +26,8 @@ SHIFTS = (
 )
 """diffusers' `compute_empirical_mu`."""
 MANY_TOKENS = 4300
+CELLS = 64
+"""Squares of four cells of the VAE, on each side of the pipelines' own size."""
 
 
 class Flux2(Family):
@@ -37,6 +36,7 @@ class Flux2(Family):
     name = "flux2"
     title = "FLUX.2"
     pipelines = ("Flux2KleinPipeline", "Flux2KleinInpaintPipeline", "Flux2Pipeline")
+    reference = "Flux2KleinPipeline"
     parts: ClassVar[Mapping[str, Part]] = {
         "text_encoder": QWEN3_CAUSAL,
         "transformer": FLUX2_TRANSFORMER,
@@ -46,25 +46,21 @@ class Flux2(Family):
 
     def check(self, checkpoint: Checkpoint) -> None:
         """Raise `UnsupportedModelError` for transformers with other inputs, `CheckpointError` for parts of others."""
-        config, where = checkpoint.config("transformer"), checkpoint.components["transformer"].where
-        wanted, given = 4 * checkpoint.config("vae")["latent_channels"], config["in_channels"]
-        if config["patch_size"] != 1 or (given, config["out_channels"] or given) != (wanted, wanted):
-            raise UnsupportedModelError(
-                f"{where}: the transformer takes {given} and gives {shown(config['out_channels'] or given)} channels "
-                f"where four cells of the VAE have {wanted}"
-            )
-        if sum(config["axes_dims_rope"]) != config["attention_head_dim"] or len(config["axes_dims_rope"]) != 4:
-            raise CheckpointError(
-                f"{where}: axes_dims_rope {shown(config['axes_dims_rope'])} are not four numbers of which "
-                f"attention_head_dim {config['attention_head_dim']} is the sum"
-            )
+        channels, config = 4 * checkpoint.config("vae")["latent_channels"], checkpoint.config("transformer")
+        check_channels(
+            checkpoint,
+            "transformer",
+            {(channels, channels)} if config["patch_size"] == 1 else (),
+            f"four cells of the VAE have {channels}",
+            "use an ordinary one",
+        )
+        check_axes(checkpoint, 4)
         encoder = checkpoint.config("text_encoder")
         check_encoder(encoder, LAYERS, checkpoint.components["text_encoder"].where)
-        if config["joint_attention_dim"] != len(LAYERS) * encoder["hidden_size"]:
-            raise CheckpointError(
-                f"{where}: joint_attention_dim is {config['joint_attention_dim']} where {len(LAYERS)} layers of the "
-                f"text encoder give {len(LAYERS) * encoder['hidden_size']}: the parts belong to different checkpoints"
-            )
+        width = len(LAYERS) * encoder["hidden_size"]
+        check_equal(
+            checkpoint, "transformer", "joint_attention_dim", width, f"{len(LAYERS)} layers of the text encoder"
+        )
 
     def token_lengths(self, checkpoint: Checkpoint) -> Mapping[str, tuple[int, int]]:
         """Return the pipelines' own length."""
@@ -88,23 +84,13 @@ class Flux2(Family):
 
     def latent(self, checkpoint: Checkpoint) -> LatentInfo:
         """Return the geometry of squares of four cells of the VAE, which are one of the latents."""
-        factor = vae_factor(checkpoint.config("vae"))
-        return LatentInfo(
-            channels=checkpoint.config("transformer")["in_channels"],
-            downscale=2 * factor,
-            size_multiple=2 * factor,
-            default_height=128 * factor,
-            default_width=128 * factor,
-        )
+        factor = 2 * vae_factor(checkpoint.config("vae"))
+        return geometry(factor, checkpoint.config("transformer")["in_channels"], CELLS, CELLS)
 
     def schedule(self, checkpoint: Checkpoint) -> ScheduleRule:
         """Return even sigmas, shifted by the number of tokens and of steps where the scheduler asks for it."""
-        side = 2 * vae_factor(checkpoint.config("vae"))
+        side = self.latent(checkpoint).downscale
         return ScheduleRule(sigmas="even", lines=SHIFTS, last_line_above=MANY_TOKENS, pixels_per_token=side)
-
-    def inputs(self, checkpoint: Checkpoint) -> tuple[NumbersInput, ...]:
-        """Return the guidance scale, where the transformer reads it."""
-        return EMBEDDED_GUIDANCE if checkpoint.config("transformer").get("guidance_embeds") else ()
 
     def guidance(self, checkpoint: Checkpoint) -> GuidanceInfo:
         """Return classifier-free guidance, or none for a distilled transformer."""
@@ -114,10 +100,6 @@ class Flux2(Family):
         """Return the defaults of diffusers' pipelines, or what a distilled transformer is made for."""
         scale, steps = (1.0, 4) if checkpoint.options.get("is_distilled") else (4.0, 50)
         return {"default_guidance_scale": scale, "default_num_inference_steps": steps}
-
-    def pipeline(self, checkpoint: Checkpoint) -> Any:
-        """Return diffusers' pipeline of the checkpoint."""
-        return reference_pipeline(checkpoint, "Flux2KleinPipeline", {})
 
 
 FAMILY = Flux2()

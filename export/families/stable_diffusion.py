@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, ClassVar
 
-from ...engines.bundle import GuidanceInfo, LatentInfo, NumbersInput, Precision
-from ...engines.errors import CheckpointError, UnsupportedModelError
-from ..checkpoints.checkpoint import Checkpoint, Origin, Part
+from ...engines.bundle import GuidanceInfo, LatentInfo, Precision
+from ...engines.errors import UnsupportedModelError
+from ..checkpoints.checkpoint import Checkpoint, Part, SingleFile
 from ..checkpoints.configs import shown
 from ..checkpoints.mended import mended_sample_size, mended_scheduler
-from ..checkpoints.weights import Weights
 from ..few_steps import few_step_defaults
 from ..graph import Graph
-from ..networks.autoencoder import AUTOENCODER_KL, decoder_graph, image_encoder_graph, vae_factor
+from ..networks.autoencoder import AUTOENCODER_KL, geometry, vae_factor
 from ..networks.clip import CLIP_TEXT, text_encoder_graph
 from ..networks.unet import (
-    EMBEDDED_GUIDANCE,
     MASKED_PICTURE,
     UNET,
     channels_of,
@@ -27,7 +24,8 @@ from ..networks.unet import (
 )
 from ..reference import reference_pipeline
 from ..single_files.stable_diffusion import open_single_file
-from .base import Family, FindTokenizer
+from .base import Family
+from .checks import check_channels, check_equal
 
 ORDINARY_UNET = {  # config keys that change what a U-Net takes in, with the values that leave it alone
     "addition_embed_type": (None,),
@@ -54,16 +52,9 @@ class StableDiffusion(Family):
     )
     parts: ClassVar[Mapping[str, Part]] = {"text_encoder": CLIP_TEXT, "unet": UNET, "vae": AUTOENCODER_KL}
 
-    def open_file(
-        self,
-        file: Path,
-        weights: Weights,
-        tokenizer: FindTokenizer,
-        prediction_type: str | None,
-        replaced: Mapping[str, Origin],
-    ) -> Checkpoint | None:
+    def open_file(self, file: SingleFile) -> Checkpoint | None:
         """Open a single file of the original layout."""
-        return open_single_file(file, weights, self.name, self.parts, tokenizer, prediction_type, replaced)
+        return open_single_file(file, self.name, self.parts)
 
     def check(self, checkpoint: Checkpoint) -> None:
         """Raise `UnsupportedModelError` for U-Nets with other inputs than latents, timestep and text."""
@@ -86,18 +77,10 @@ class StableDiffusion(Family):
                 f"{text.where}: use_attention_mask is {shown(text.config['use_attention_mask'])}; text encoders that "
                 "mask the padding of a prompt are not supported"
             )
-        latent, channels = vae["latent_channels"], (unet["in_channels"], unet["out_channels"])
-        if channels not in channels_of(checkpoint.pipeline, latent):
-            raise UnsupportedModelError(
-                f"{where}: the U-Net takes {channels[0]} and gives {channels[1]} channels where the VAE has "
-                f"{latent}: depth, editing and upscaling checkpoints are not supported, use the ordinary one"
-            )
-        width = text.config["hidden_size"]
-        if width != unet["cross_attention_dim"]:
-            raise CheckpointError(
-                f"{where}: cross_attention_dim is {shown(unet['cross_attention_dim'])} where the text encoder "
-                f"gives {width}: the parts belong to different checkpoints"
-            )
+        advice = "depth, editing and upscaling checkpoints are not supported, use the ordinary one"
+        latent = vae["latent_channels"]
+        check_channels(checkpoint, "unet", channels_of(checkpoint.pipeline, latent), f"the VAE has {latent}", advice)
+        check_equal(checkpoint, "unet", "cross_attention_dim", text.config["hidden_size"], "the text encoder")
 
     def graphs(
         self, checkpoint: Checkpoint, precision: Precision, lengths: Mapping[str, int]
@@ -107,30 +90,19 @@ class StableDiffusion(Family):
         return {
             "text_encoder": lambda: text_encoder_graph(checkpoint.load("text_encoder"), length, precision),
             "denoiser": lambda: denoiser_graph(checkpoint.load("unet"), length, precision),
-            "decoder": lambda: decoder_graph(checkpoint.load("vae")),
-            "image_encoder": lambda: image_encoder_graph(checkpoint.load("vae"), masked=masked),
+            **self.vae_graphs(checkpoint, masked=masked),
         }
 
     def latent(self, checkpoint: Checkpoint) -> LatentInfo:
         """Return the VAE's geometry; the U-Net takes every latent size."""
         unet = checkpoint.config("unet")
-        factor, size = vae_factor(checkpoint.config("vae")), mended_sample_size(unet) or 64
+        size = mended_sample_size(unet) or 64
         height, width = (size, size) if isinstance(size, int) else size
-        return LatentInfo(
-            channels=unet["out_channels"],
-            downscale=factor,
-            size_multiple=factor,
-            default_height=height * factor,
-            default_width=width * factor,
-        )
+        return geometry(vae_factor(checkpoint.config("vae")), unet["out_channels"], height, width)
 
     def scheduler(self, checkpoint: Checkpoint) -> dict[str, Any]:
         """Return the scheduler config as the checkpoint's own pipeline class mends it."""
         return mended_scheduler(checkpoint.scheduler, checkpoint.pipeline)
-
-    def inputs(self, checkpoint: Checkpoint) -> tuple[NumbersInput, ...]:
-        """Return the guidance scale where the U-Net reads it."""
-        return EMBEDDED_GUIDANCE if embedded_guidance(checkpoint.config("unet")) else ()
 
     def masked_input(self, checkpoint: Checkpoint) -> str | None:
         """Return the U-Net's input for a picture and its mask, where it is made for inpainting."""

@@ -7,17 +7,17 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 from ...engines.bundle import Branch, GuidanceInfo, LatentInfo, Precision, ScheduleRule
-from ...engines.errors import CheckpointError, UnsupportedModelError
+from ...engines.errors import UnsupportedModelError
 from ..checkpoints.checkpoint import Checkpoint, Part
 from ..checkpoints.configs import shown
 from ..checkpoints.tokenizer import QWEN, TokenizerKind
 from ..graph import Graph
-from ..networks.autoencoder import AUTOENCODER_KL, decoder_graph, image_encoder_graph, vae_factor
+from ..networks.autoencoder import AUTOENCODER_KL, geometry, vae_factor
 from ..networks.qwen import QWEN3, chat_template, check_encoder, text_encoder_graph
 from ..networks.z_image_transformer import Z_IMAGE_TRANSFORMER, denoiser_graph
-from ..reference import reference_pipeline
 from ..shift import shift_line
 from .base import Family
+from .checks import check_equal
 
 LENGTHS = (64, 128, 256)
 """Tokens that captions are filled up to, multiples of 32; more are cut off at 512, as the pipelines do it."""
@@ -53,12 +53,8 @@ class ZImage(Family):
             )
         encoder = checkpoint.config("text_encoder")
         check_encoder(encoder, (self._layers(checkpoint),), checkpoint.components["text_encoder"].where)
-        found = (config["cap_feat_dim"], config["in_channels"])
-        if found != (encoder["hidden_size"], checkpoint.config("vae")["latent_channels"]):
-            raise CheckpointError(
-                f"{where}: cap_feat_dim and in_channels are {shown(found)}, which text encoder and VAE do not give: "
-                "the parts belong to different checkpoints"
-            )
+        check_equal(checkpoint, "transformer", "cap_feat_dim", encoder["hidden_size"], "the text encoder")
+        check_equal(checkpoint, "transformer", "in_channels", checkpoint.config("vae")["latent_channels"], "the VAE")
 
     def token_lengths(self, checkpoint: Checkpoint) -> Mapping[str, tuple[int, int]]:
         """Return the pipelines' own length."""
@@ -81,24 +77,17 @@ class ZImage(Family):
         return {
             "text_encoder": lambda: text_encoder_graph(checkpoint.load("text_encoder"), layers, precision),
             "denoiser": lambda: denoiser_graph(checkpoint.load("transformer"), precision),
-            "decoder": lambda: decoder_graph(checkpoint.load("vae")),
-            "image_encoder": lambda: image_encoder_graph(checkpoint.load("vae")),
+            **self.vae_graphs(checkpoint),
         }
 
     def latent(self, checkpoint: Checkpoint) -> LatentInfo:
         """Return the VAE's geometry in tokens of two cells on each side; 128 cells, 1024 pixels, are the usual size."""
-        factor = vae_factor(checkpoint.config("vae"))
-        return LatentInfo(
-            channels=checkpoint.config("transformer")["in_channels"],
-            downscale=factor,
-            size_multiple=2 * factor,
-            default_height=CELLS * factor,
-            default_width=CELLS * factor,
-        )
+        channels = checkpoint.config("transformer")["in_channels"]
+        return geometry(vae_factor(checkpoint.config("vae")), channels, CELLS, CELLS, square=2)
 
     def schedule(self, checkpoint: Checkpoint) -> ScheduleRule:
         """Return even sigmas, and a shift for schedulers that take one."""
-        pixels = 2 * vae_factor(checkpoint.config("vae"))
+        pixels = self.latent(checkpoint).size_multiple
         return ScheduleRule(sigmas="even", lines=(shift_line(checkpoint.scheduler),), pixels_per_token=pixels)
 
     def guidance(self, checkpoint: Checkpoint) -> GuidanceInfo:
@@ -113,10 +102,6 @@ class ZImage(Family):
         else:
             steps, scale = 50, 5.0
         return {"default_num_inference_steps": steps, "default_guidance_scale": scale, "default_strength": 0.6}
-
-    def pipeline(self, checkpoint: Checkpoint) -> Any:
-        """Return diffusers' pipeline of the checkpoint."""
-        return reference_pipeline(checkpoint, checkpoint.pipeline, {})
 
     def _layers(self, checkpoint: Checkpoint) -> int:
         """Return how many of the text encoder's layers a caption goes through: all but the last."""

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...engines.bundle import TensorInfo
-from ..checkpoints.checkpoint import Part
+from ...engines.bundle import LatentInfo, TensorInfo
 from ..checkpoints.configs import NULL, NUMBER, NUMBERS, SCALE, WHOLE, WHOLES, WORDS
 from ..graph import Graph
+from .parts import diffusers_part
 
 Scale = float | Tensor
 """One number, or [1, C, 1, 1] with one for each channel."""
@@ -117,6 +117,20 @@ def vae_factor(config: Mapping[str, Any]) -> int:
     return 2 ** (len(config["block_out_channels"]) - 1)
 
 
+def geometry(factor: int, channels: int, height: int, width: int, square: int = 1) -> LatentInfo:
+    """Return the geometry of latents whose cells are `factor` pixels wide, for a usual size in cells.
+
+    A picture must be whole squares of `square` cells.
+    """
+    return LatentInfo(
+        channels=channels,
+        downscale=factor,
+        size_multiple=square * factor,
+        default_height=height * factor,
+        default_width=width * factor,
+    )
+
+
 def _old_attention_name(name: str) -> str:
     """Return the name that autoencoders saved before diffusers 0.15 give to an attention weight."""
     for new, old in {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}.items():
@@ -124,30 +138,25 @@ def _old_attention_name(name: str) -> str:
     return name
 
 
-def _class() -> Any:
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-
-    return AutoencoderKL
-
-
-AUTOENCODER_KL = Part(
+LAYOUT = {
+    "in_channels": WHOLE,
+    "out_channels": WHOLE,
+    "latent_channels": WHOLE,
+    "block_out_channels": WHOLES,
+    "down_block_types": WORDS,
+    "up_block_types": WORDS,
+    "layers_per_block": WHOLE,
+}
+AUTOENCODER_KL = diffusers_part(
     "AutoencoderKL",
-    "diffusion_pytorch_model",
-    configured=_class,
-    build=lambda config: _class().from_config(dict(config)),
-    renames=(_old_attention_name,),
-    kinds={
-        "in_channels": WHOLE,
-        "out_channels": WHOLE,
-        "latent_channels": WHOLE,
-        "block_out_channels": WHOLES,
-        "down_block_types": WORDS,
-        "up_block_types": WORDS,
-        "layers_per_block": WHOLE,
+    "autoencoders.autoencoder_kl",
+    LAYOUT
+    | {
         "scaling_factor": SCALE,
         "shift_factor": NUMBER | NULL,
         "latents_mean": NUMBERS | NULL,
         "latents_std": NUMBERS | NULL,
     },
+    renames=(_old_attention_name,),
     depth=("layers_per_block",),
 )

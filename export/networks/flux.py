@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from ...engines.bundle import Precision, TensorInfo
-from ..checkpoints.checkpoint import Part
 from ..checkpoints.configs import NULL, WHOLE, WHOLES, Kind
 from ..graph import Graph, inward, network_dtype, outward
 from .packed import Rotary, frequencies, grid, packed, rotary, unpacked
+from .parts import diffusers_part
 
 THETA = 10_000
 LARGEST_HALF = 65504.0
@@ -96,29 +96,22 @@ def denoiser_graph(transformer: Any, length: int, precision: Precision) -> Graph
     )
 
 
-def _class() -> Any:
-    from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
-
-    return FluxTransformer2DModel
-
-
-FLUX_TRANSFORMER = Part(
+LAYOUT = {
+    "patch_size": WHOLE,
+    "in_channels": WHOLE,
+    "out_channels": WHOLE | NULL,
+    "num_layers": LAYERS,
+    "num_single_layers": LAYERS,
+    "attention_head_dim": WHOLE,
+    "num_attention_heads": WHOLE,
+    "joint_attention_dim": WHOLE,
+    "axes_dims_rope": WHOLES,
+}
+STACKS = {"num_layers": "transformer_blocks", "num_single_layers": "single_transformer_blocks"}
+FLUX_TRANSFORMER = diffusers_part(
     "FluxTransformer2DModel",
-    "diffusion_pytorch_model",
-    configured=_class,
-    build=lambda config: _class().from_config(dict(config)),
-    kinds={
-        "patch_size": WHOLE,
-        "in_channels": WHOLE,
-        "out_channels": WHOLE | NULL,
-        "num_layers": LAYERS,
-        "num_single_layers": LAYERS,
-        "attention_head_dim": WHOLE,
-        "num_attention_heads": WHOLE,
-        "joint_attention_dim": WHOLE,
-        "pooled_projection_dim": WHOLE,
-        "axes_dims_rope": WHOLES,
-    },
+    "transformers.transformer_flux",
+    LAYOUT | {"pooled_projection_dim": WHOLE},
     depth=("num_single_layers",),
-    stacks={"num_layers": "transformer_blocks", "num_single_layers": "single_transformer_blocks"},
+    stacks=STACKS,
 )

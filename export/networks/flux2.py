@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...engines.bundle import Precision, TensorInfo
-from ..checkpoints.checkpoint import Part
-from ..checkpoints.configs import NULL, NUMBER, SCALE, WHOLE, WHOLES, WORDS
+from ..checkpoints.configs import NUMBER, SCALE
 from ..graph import Graph, inward, network_dtype, outward
 from .autoencoder import AUTOENCODER_KL
-from .flux import LAYERS
+from .autoencoder import LAYOUT as VAE_LAYOUT
+from .flux import FLUX_TRANSFORMER, LAYOUT, STACKS
 from .packed import Rotary, frequencies, grid, rotary
+from .parts import diffusers_part
 
 
 class Denoiser(nn.Module):
@@ -116,61 +116,25 @@ class SquaresDecoder(nn.Module):
         return (self.decoder(cells if self.post_quant_conv is None else self.post_quant_conv(cells)),)
 
 
-def _class() -> Any:
-    from diffusers.models.transformers.transformer_flux2 import Flux2Transformer2DModel
-
-    return Flux2Transformer2DModel
-
-
-def _vae_class() -> Any:
-    from diffusers.models.autoencoders.autoencoder_kl_flux2 import AutoencoderKLFlux2
-
-    return AutoencoderKLFlux2
-
-
-def _vae(config: Mapping[str, Any]) -> nn.Module:
-    """Build the VAE without the count of its batch norm, a whole number that nothing reads."""
-    vae: Any = _vae_class().from_config(dict(config))
+def _without_count(vae: Any) -> nn.Module:
+    """Return the VAE without the count of its batch norm, a whole number that nothing reads."""
     vae.bn.num_batches_tracked = None
-    result: nn.Module = vae
-    return result
+    network: nn.Module = vae
+    return network
 
 
-FLUX2_TRANSFORMER = Part(
+FLUX2_TRANSFORMER = diffusers_part(
     "Flux2Transformer2DModel",
-    "diffusion_pytorch_model",
-    configured=_class,
-    build=lambda config: _class().from_config(dict(config)),
-    kinds={
-        "patch_size": WHOLE,
-        "in_channels": WHOLE,
-        "out_channels": WHOLE | NULL,
-        "num_layers": LAYERS,
-        "num_single_layers": LAYERS,
-        "attention_head_dim": WHOLE,
-        "num_attention_heads": WHOLE,
-        "joint_attention_dim": WHOLE,
-        "axes_dims_rope": WHOLES,
-        "rope_theta": SCALE,
-    },
-    depth=("num_single_layers",),
-    stacks={"num_layers": "transformer_blocks", "num_single_layers": "single_transformer_blocks"},
+    "transformers.transformer_flux2",
+    LAYOUT | {"rope_theta": SCALE},
+    depth=FLUX_TRANSFORMER.depth,
+    stacks=STACKS,
 )
 
-FLUX2_VAE = Part(
+FLUX2_VAE = diffusers_part(
     "AutoencoderKLFlux2",
-    "diffusion_pytorch_model",
-    configured=_vae_class,
-    build=_vae,
-    kinds={
-        "in_channels": WHOLE,
-        "out_channels": WHOLE,
-        "latent_channels": WHOLE,
-        "block_out_channels": WHOLES,
-        "down_block_types": WORDS,
-        "up_block_types": WORDS,
-        "layers_per_block": WHOLE,
-        "batch_norm_eps": NUMBER,
-    },
+    "autoencoders.autoencoder_kl_flux2",
+    VAE_LAYOUT | {"batch_norm_eps": NUMBER},
+    mended=_without_count,
     depth=AUTOENCODER_KL.depth,
 )

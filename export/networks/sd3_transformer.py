@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from ...engines.bundle import Precision, TensorInfo
-from ..checkpoints.checkpoint import Part
 from ..checkpoints.configs import NULL, WHOLE
 from ..graph import Graph, inward, network_dtype, outward
+from .parts import diffusers_part
 
 
 class _Patches(nn.Module):
@@ -95,18 +95,10 @@ def denoiser_graph(transformer: Any, length: int, precision: Precision) -> Graph
     )
 
 
-def _class() -> Any:
-    from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
-
-    return SD3Transformer2DModel
-
-
-SD3_TRANSFORMER = Part(
+SD3_TRANSFORMER = diffusers_part(
     "SD3Transformer2DModel",
-    "diffusion_pytorch_model",
-    configured=_class,
-    build=lambda config: _class().from_config(dict(config)),
-    kinds={
+    "transformers.transformer_sd3",
+    {
         "sample_size": WHOLE,
         "patch_size": WHOLE,
         "in_channels": WHOLE,

@@ -10,27 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from ...engines.bundle import NumbersInput, Precision, TensorInfo
-from ..checkpoints.checkpoint import Part
 from ..checkpoints.configs import NULL, PAIR, WHOLE, WHOLES, WORDS
 from ..graph import Graph, inward, network_dtype, outward
+from .parts import diffusers_part
 
 MASKED_PICTURE = "masked_picture"
 """The input of an inpainting U-Net beside the latents: where to repaint, and the latents of what is left."""
 EMBEDDED_GUIDANCE = (NumbersInput(name="guidance", values=("guidance_scale",)),)
 
 
-def _unet_class() -> Any:
-    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-
-    return UNet2DConditionModel
-
-
-UNET = Part(
+UNET = diffusers_part(
     "UNet2DConditionModel",
-    "diffusion_pytorch_model",
-    configured=_unet_class,
-    build=lambda config: _unet_class().from_config(dict(config)),
-    kinds={
+    "unets.unet_2d_condition",
+    {
         "in_channels": WHOLE,
         "out_channels": WHOLE,
         "block_out_channels": WHOLES,

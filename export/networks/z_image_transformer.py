@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ...engines.bundle import Precision, TensorInfo
-from ..checkpoints.checkpoint import Part
 from ..checkpoints.configs import NUMBER, WHOLE, WHOLES
 from ..graph import Graph, inward, network_dtype, outward
+from .parts import diffusers_part
 from .qwen import USUAL_TOKENS
 
 MULTIPLE = 32
@@ -153,18 +153,10 @@ def denoiser_graph(transformer: Any, precision: Precision) -> Graph:
     )
 
 
-def _class() -> Any:
-    from diffusers.models.transformers.transformer_z_image import ZImageTransformer2DModel
-
-    return ZImageTransformer2DModel
-
-
-Z_IMAGE_TRANSFORMER = Part(
+Z_IMAGE_TRANSFORMER = diffusers_part(
     "ZImageTransformer2DModel",
-    "diffusion_pytorch_model",
-    configured=_class,
-    build=lambda config: _class().from_config(dict(config)),
-    kinds={
+    "transformers.transformer_z_image",
+    {
         "all_patch_size": WHOLES,
         "all_f_patch_size": WHOLES,
         "in_channels": WHOLE,

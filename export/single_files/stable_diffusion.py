@@ -7,12 +7,12 @@ heads everywhere, 2.x the first 23 of OpenCLIP's layers and heads of 64 channels
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ...engines.errors import CheckpointError, UnsupportedModelError
-from ..checkpoints.checkpoint import Checkpoint, Component, Origin, Part, TokenizerSource
+from ..checkpoints.checkpoint import Checkpoint, Component, Part, SingleFile, TokenizerSource
 from ..checkpoints.streamed import Find
 from ..checkpoints.weights import Weights
 from ..networks.unet import inpaints
@@ -43,25 +43,17 @@ ZERO_TERMINAL_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "traili
 log = logging.getLogger(__name__)
 
 
-def open_single_file(
-    file: Path,
-    weights: Weights,
-    family: str,
-    parts: Mapping[str, Part],
-    tokenizer: Callable[[str], Path],
-    prediction_type: str | None = None,
-    replaced: Mapping[str, Origin] | None = None,
-) -> Checkpoint | None:
-    """Open a single file of this layout, None for any other; `tokenizer` turns the default hub id into a folder.
+def open_single_file(source: SingleFile, family: str, parts: Mapping[str, Part]) -> Checkpoint | None:
+    """Open a single file of this layout, None for any other.
 
-    What the U-Net predicts is `prediction_type`, else what the file says. A file of version 2.x that says nothing is
-    taken for the v-prediction model at 768 pixels. `replaced` are components from somewhere else.
+    What the U-Net predicts is what was asked for, else what the file says. A file of version 2.x that says nothing is
+    taken for the v-prediction model at 768 pixels.
     """
+    file, weights, replaced = source.path, source.weights, source.replaced
     version = _version(file, weights)
     if version is None:
         return None
-    replaced = replaced or {}
-    scheduler = _scheduler(file, weights, version, prediction_type)
+    scheduler = _scheduler(file, weights, version, source.prediction_type)
     is_large = version == 2 and scheduler["prediction_type"] == "v_prediction"
     unet = read(weights, lambda weights: _unet_config(weights, version)) | {"sample_size": 96 if is_large else 64}
     layers = unet["layers_per_block"]
@@ -88,9 +80,9 @@ def open_single_file(
         family,
         "StableDiffusionInpaintPipeline" if inpaints(unet) else "StableDiffusionPipeline",
         components,
-        tokenizers={"tokenizer": TokenizerSource(tokenizer(TOKENIZER), None if version == 1 else 0)},
+        tokenizers={"tokenizer": TokenizerSource(source.tokenizer(TOKENIZER), None if version == 1 else 0)},
         scheduler=scheduler,
-        files={file.name: file} | {name: path for origin in replaced.values() for name, path in origin.files.items()},
+        files=source.files,
         path=file,
         replaced=replaced,
     )

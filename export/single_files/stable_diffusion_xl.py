@@ -5,12 +5,12 @@ Sizes come from the tensors' shapes. What no shape tells is the same in all of t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ...engines.errors import CheckpointError
-from ..checkpoints.checkpoint import Checkpoint, Component, Origin, Part, TokenizerSource
+from ..checkpoints.checkpoint import Checkpoint, Component, Part, SingleFile, TokenizerSource
 from ..checkpoints.weights import Weights
 from ..networks.unet import inpaints
 from .markers import chosen
@@ -52,16 +52,9 @@ PLAYGROUND: dict[str, Any] = {
 PLAYGROUND_SCALE = 0.5
 
 
-def open_single_file(
-    file: Path,
-    weights: Weights,
-    family: str,
-    parts: Mapping[str, Part],
-    tokenizer: Callable[[str], Path],
-    prediction_type: str | None,
-    replaced: Mapping[str, Origin],
-) -> Checkpoint | None:
-    """Open a single file of this layout, None for any other; `tokenizer` turns the default hub id into a folder."""
+def open_single_file(source: SingleFile, family: str, parts: Mapping[str, Part]) -> Checkpoint | None:
+    """Open a single file of this layout, None for any other."""
+    file, weights, replaced = source.path, source.weights, source.replaced
     prefix = next((each for each in SECOND if f"{each}positional_embedding" in weights), None)
     if prefix is None or f"{UNET}label_emb.0.0.weight" not in weights:
         if any(name.startswith("conditioner.") for name in weights):
@@ -88,7 +81,7 @@ def open_single_file(
     )
     unet = read(weights, unet_config) | _added(weights, config["projection_dim"], SIZE_IDS[first])
     layers = unet["layers_per_block"]
-    second = TokenizerSource(tokenizer(TOKENIZER), 0)
+    second = TokenizerSource(source.tokenizer(TOKENIZER), 0)
     return Checkpoint(
         file.name,
         family,
@@ -101,8 +94,8 @@ def open_single_file(
             "vae": replaced["vae"].component if "vae" in replaced else _vae(file, weights, parts["vae"]),
         },
         tokenizers=({"tokenizer": TokenizerSource(second.folder)} if first else {}) | {"tokenizer_2": second},
-        scheduler=_scheduler(file, weights, prediction_type),
-        files={file.name: file} | {name: path for origin in replaced.values() for name, path in origin.files.items()},
+        scheduler=_scheduler(file, weights, source.prediction_type),
+        files=source.files,
         path=file,
         replaced=replaced,
         options={"force_zeros_for_empty_prompt": first, "requires_aesthetics_score": not first},

@@ -23,7 +23,7 @@ from latentrt.export.checkpoints.streamed import filled  # noqa: E402
 from latentrt.export.families.z_image import FAMILY  # noqa: E402
 from latentrt.export.networks.qwen import chat_template  # noqa: E402
 
-from . import tiny_transformers  # noqa: E402
+from . import tiny_flux, tiny_transformers  # noqa: E402
 from .compare import check, mask, opened, picture  # noqa: E402
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
@@ -113,7 +113,7 @@ def test_embeddings_cannot_stand_for_a_caption_and_its_mask(pipe: Pipeline) -> N
 
 
 def test_templates_that_change_prompts_are_refused(tmp_path: Path) -> None:
-    tokenizer = tiny_transformers.qwen_tokenizer()
+    tokenizer = tiny_flux.qwen_tokenizer()
     tokenizer.save_pretrained(tmp_path / "thinking")
     made = chat_template(tmp_path / "thinking", thinking=False)
     assert made.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")

@@ -6,40 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-import tokenizers
 import torch
 import transformers
 
 from .tiny import clip, clip_tokenizer, vae
-from .tiny_flux import TEXTS, t5, t5_tokenizer
-
-CHAT = (
-    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
-    "{% if enable_thinking is defined and enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
-    "{% endif %}"
-)
-"""Qwen3's chat template for a text alone."""
-
-
-def qwen_tokenizer() -> Any:
-    """Return a Qwen tokenizer of a small byte-level BPE, with the marks of a conversation and its template."""
-    model = tokenizers.Tokenizer(tokenizers.models.BPE())
-    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    model.decoder = tokenizers.decoders.ByteLevel()
-    letters = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=300, initial_alphabet=letters, show_progress=False)
-    model.train_from_iterator(TEXTS * 4, trainer)
-    tokenizer = transformers.Qwen2TokenizerFast(
-        tokenizer_object=model,
-        unk_token=None,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        additional_special_tokens=["<|im_start|>"],
-        model_max_length=131072,
-    )
-    tokenizer.chat_template = CHAT
-    return tokenizer
+from .tiny_flux import qwen_tokenizer, t5, t5_tokenizer
 
 
 def qwen3(vocab_size: int, kind: str = "Qwen3Model", **options: Any) -> Any:
