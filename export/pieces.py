@@ -6,8 +6,10 @@ billions of them those are more memory than the network itself.
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,21 @@ import onnx
 import onnxruntime as ort
 import torch
 
+M_MMAP_THRESHOLD, LARGE_BLOCK = -3, 1 << 20
+"""glibc's name of an option, and its value: blocks of more bytes have pages of their own, which a free gives back."""
+
 MOST_BYTES = 1 << 30
 """Bytes of weights, as they are stored, after which a piece ends."""
+
+
+def give_memory_back() -> None:
+    """Let the allocator return large blocks to the system as soon as they are free.
+
+    glibc learns from the first large blocks that are freed to keep those of up to 32 MiB, and weights come and go one
+    at a time here. Other systems' allocators stay as they are.
+    """
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK)
 
 
 def run_in_pieces(

@@ -29,26 +29,30 @@ from .machine import LoadWatch, describe_machine, stamp
 from .workloads import write_random
 
 EXPORT = """
-import json, sys, time
+import json, sys
 from pathlib import Path
+from latentrt.engines.bundle import Bundle
+from latentrt.export import export_checkpoint
 from latentrt.export.checkpoints.sources import open_checkpoint
 from latentrt.export.exporter import write_network, write_tokenizers
 from latentrt.export.families import family_named
 source, out, precision, *names = sys.argv[1:]
 out = Path(out)
-out.mkdir(parents=True)
-checkpoint = open_checkpoint(source, None)
-family = family_named(checkpoint.family)
-family.check(checkpoint)
-lengths = {name: info.max_length for name, info in write_tokenizers(family, checkpoint, out).items()}
-for name in names or family.graphs(checkpoint, precision, lengths):
-    start = time.perf_counter()
-    info = write_network(family, checkpoint, lengths, name, out, precision)
+if names:
+    out.mkdir(parents=True)
+    checkpoint = open_checkpoint(source, None)
+    family = family_named(checkpoint.family)
+    family.check(checkpoint)
+    lengths = {name: info.max_length for name, info in write_tokenizers(family, checkpoint, out).items()}
+    graphs = [write_network(family, checkpoint, lengths, name, out, precision) for name in names]
+else:
+    graphs = Bundle.open(export_checkpoint(source, out, precision=precision)).manifest.graphs
+for info in graphs:
     size = sum((out / file).stat().st_size for file in info.files)
-    print(json.dumps({"graph": name, "seconds": time.perf_counter() - start, "bytes": size,
-        "precision": info.precision, "parity": info.parity.model_dump(mode="json")}), flush=True)
+    parity = info.parity and info.parity.model_dump(mode="json")
+    print(json.dumps({"graph": info.name, "bytes": size, "precision": info.precision, "parity": parity}))
 """
-"""The networks of a checkpoint, or some of them; one line of JSON for each."""
+"""A whole export, or some networks of a checkpoint alone; one line of JSON for each graph."""
 
 
 def measure(name: str, precision: str, graphs: Sequence[str], folder: Path) -> dict[str, Any]:

@@ -131,7 +131,7 @@ def forecast_named(text: str) -> Forecast:
     if name not in METHODS:
         raise RequestError(f"forecast is {text!r}: choose {' or '.join(METHODS)}, or leave it out")
     method: Any = METHODS[name]
-    kinds = {each.name: type(each.default) for each in fields(method)}
+    kinds: dict[str, Any] = {each.name: type(each.default) for each in fields(method)}
     options: dict[str, float] = {}
     for part in filter(None, given.split(",")):
         option, _, value = (piece.strip() for piece in part.partition("="))
