@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import platform
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -49,3 +52,33 @@ def test_pieces_give_what_the_whole_gives(file: Path, most: int, count: int, mon
         for output, expected in zip(outputs, whole.run(None, case), strict=True):
             np.testing.assert_allclose(output, expected, rtol=1e-5, atol=1e-5)
     assert len(opened) == count and sum(opened) == 5 and max(opened) <= max(1, most // WEIGHT)
+
+
+MEASURE = """
+import sys
+import numpy as np
+from latentrt.export.pieces import give_memory_back
+
+def held():
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+
+if sys.argv[1] == "with":
+    give_memory_back()
+np.ones((1 << 22) - 4096)  # what the allocator learns from
+before, blocks, between = held(), [], []
+for _ in range(40):
+    blocks.append(np.ones(1 << 19))
+    between.append(np.ones(1 << 13))
+blocks.clear()
+print(held() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators keep blocks in their own ways")
+def test_blocks_that_are_free_go_back_to_the_system() -> None:
+    kept = {}
+    for how in ("with", "without"):
+        command = [sys.executable, "-c", MEASURE, how]
+        kept[how] = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert kept["with"] < 20_000 < 100_000 < kept["without"]  # KiB, of 160 MiB
