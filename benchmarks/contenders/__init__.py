@@ -23,8 +23,10 @@ NETWORKS = {"text_encoder": "encode", "denoiser": "denoise", "decoder": "decode"
 
 OWN_GRAPHS = "own-graphs"
 """A mode in which the backend's library captures and replays its graphs itself."""
-MODES = {"onnxruntime-cuda": ("eager", OWN_GRAPHS)}
-"""Modes of the backends that do not have all of the loop's."""
+MODES = {"onnxruntime-cuda": ("eager", OWN_GRAPHS), "openvino": ("step",)}
+"""Modes of the backends that do not have all of the loop's, or differ from others in the networks alone."""
+ON_A_PROCESSOR = ("onnxruntime-cpu", "openvino")
+"""Backends that are measured on the processor; the others on a GPU."""
 
 
 @dataclass(frozen=True)
@@ -45,10 +47,14 @@ def candidates(device: str) -> list[Candidate]:
     """Return every contender that this project knows for a device, `cpu` or `cuda`, latentrt first."""
     ours = []
     for backend, reason in unavailable_reasons().items():
-        if (backend.endswith("-cpu")) == (device == "cpu"):
+        if (backend in ON_A_PROCESSOR) == (device == "cpu"):
             for mode in MODES.get(backend, sorted(get_args(Mode), key=lambda mode: mode != "step")):
                 ours.append(Candidate(f"latentrt/{backend}/{mode}", f"latentrt ({backend}, {mode})", reason))
     torch = _missing("torch", "diffusers", "transformers")
+    bf16 = None if has_bf16() else "this processor has no bf16 units"
+    if device == "cpu":
+        unavailable = unavailable_reasons()["openvino"] or bf16
+        ours.append(Candidate("latentrt/openvino-bf16/step", "latentrt (openvino, bf16, step)", unavailable))
     others = [
         Candidate("diffusers/eager", "diffusers", torch),
         Candidate("diffusers/compile", "diffusers + torch.compile", torch or _no_compiler(device)),
@@ -56,7 +62,6 @@ def candidates(device: str) -> list[Candidate]:
     ]
     if device == "cpu":
         openvino = _missing("openvino") or torch
-        bf16 = None if has_bf16() else "this processor has no bf16 units"
         others += [
             Candidate("diffusers/eager-bf16", "diffusers in bf16", torch or bf16),
             Candidate(
@@ -80,6 +85,12 @@ def choose(device: str, names: Sequence[str] | None = None) -> list[Candidate]:
         if not any(c.name.startswith(name) for c in known):
             raise RequestError(f"unknown contender {name!r}: choose from {', '.join(c.name for c in known)}")
     return [c for c in known if any(c.name.startswith(name) for name in names)]
+
+
+def precision_apart(backend: str) -> tuple[str, str | None]:
+    """Return a backend and the precision that a contender's name asks it for: `openvino-bf16`."""
+    plain = backend.removesuffix("-bf16")
+    return plain, None if plain == backend else "bf16"
 
 
 def _missing(*modules: str) -> str | None:

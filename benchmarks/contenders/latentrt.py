@@ -1,4 +1,4 @@
-"""latentrt as a contender; its variant is `BACKEND/MODE`."""
+"""latentrt as a contender; its variant is `BACKEND/MODE`, or `BACKEND-PRECISION/MODE` for one that has a choice."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from . import OWN_GRAPHS, STAGES
+from . import ON_A_PROCESSOR, OWN_GRAPHS, STAGES, precision_apart
 
 LIBRARIES = {
     "onnxruntime-cpu": ("onnxruntime", "onnxruntime-gpu"),
     "onnxruntime-cuda": ("onnxruntime-gpu", "onnxruntime"),
+    "openvino": ("openvino",),
     "tensorrt": ("tensorrt",),
     "tensorrt-rtx": ("tensorrt-rtx",),
 }
@@ -53,6 +54,7 @@ class Contender:
 
         self._png = image.encode_png
         backend, _, mode = variant.partition("/")
+        backend, inside = precision_apart(backend)
         if backend.startswith("onnxruntime"):
             import onnxruntime  # noqa: F401
         imported = time.perf_counter()
@@ -62,10 +64,12 @@ class Contender:
         settings: dict[str, Any] = {"mode": mode or "step", "max_batch": options.get("max_batch", 4)}
         if mode == OWN_GRAPHS:
             settings |= {"mode": "eager", "graphs": "onnxruntime"}
-        self._on_cpu = backend.endswith("cpu")
+        if inside is not None:
+            settings["precision"] = inside
+        self._on_cpu = backend in ON_A_PROCESSOR
         if self._on_cpu:
             settings["threads"] = options["threads"]
-            self._watch_networks()
+            self._watch_networks(backend)
         elif self._slow:
             raise RequestError("only engines on the CPU can be drawn out")
         build = None
@@ -84,11 +88,13 @@ class Contender:
             "options": {"backend": backend, **settings},
         }
 
-    def _watch_networks(self) -> None:
+    def _watch_networks(self, backend: str) -> None:
         """Note what each graph's runs cost: two clock readings a run, added up when the request is done."""
-        from ...engines.onnxruntime import cpu as onnxruntime_cpu
+        from ...engines.onnxruntime.cpu import OnnxRuntimeBinding
+        from ...engines.openvino.engine import OpenVinoBinding
 
-        run = onnxruntime_cpu.OnnxRuntimeBinding._run
+        kind: Any = OpenVinoBinding if backend == "openvino" else OnnxRuntimeBinding
+        run = kind._run
         clock, note, slow = time.perf_counter, self._runs.append, self._slow
 
         @functools.wraps(run)
@@ -102,7 +108,7 @@ class Contender:
                     pass
             note((binding, start, end))
 
-        onnxruntime_cpu.OnnxRuntimeBinding._run = timed  # type: ignore[method-assign, assignment]
+        kind._run = timed
 
     def _network_seconds(self) -> dict[str, float]:
         seconds: dict[str, float] = defaultdict(float)

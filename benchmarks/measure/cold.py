@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..contenders import precision_apart
 from ..contenders.process import run_process
 from .method import Conditions
 from .statistics import summarize
@@ -48,7 +49,8 @@ def commands(names: Sequence[str], conditions: Conditions, output: Path) -> dict
     ]
     found = {}
     if first := next((name for name in names if name.startswith("latentrt/")), None):
-        found[first] = [*ours, "--backend", first.split("/")[1]]
+        backend, inside = precision_apart(first.split("/")[1])
+        found[first] = [*ours, "--backend", backend, *(["--option", f"precision={inside}"] if inside else [])]
     if "diffusers/eager" in names:
         found["diffusers/eager"] = theirs
     return found

@@ -1,0 +1,63 @@
+"""Who is measured on which machine, and what is too large for it."""
+
+from __future__ import annotations
+
+import pytest
+from latentrt.benchmarks import contenders
+from latentrt.benchmarks.measure import workloads
+from latentrt.engines.errors import RequestError
+
+IN_BF16 = {"latentrt/openvino-bf16/step", "diffusers/eager-bf16", "diffusers/compile-bf16", "openvino/bf16"}
+
+
+@pytest.mark.parametrize("able", [True, False])
+def test_contenders_in_bf16_are_there_where_the_processor_has_it(able: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contenders, "has_bf16", lambda: able)
+    found = {each.name: each.missing for each in contenders.candidates("cpu")}
+    assert set(found) >= IN_BF16 | {"latentrt/openvino/step", "openvino", "diffusers/eager"}
+    reasons = {found[name] for name in IN_BF16}
+    assert ("this processor has no bf16 units" in reasons) == (not able)
+    assert found["diffusers/eager"] != "this processor has no bf16 units"
+
+
+def test_backends_of_processors_are_not_measured_on_a_gpu() -> None:
+    names = [each.name for each in contenders.candidates("cuda")]
+    assert not [name for name in names if "openvino" in name or "bf16" in name or "cpu" in name]
+
+
+def test_a_precision_in_a_name_becomes_an_option() -> None:
+    assert contenders.precision_apart("openvino-bf16") == ("openvino", "bf16")
+    assert contenders.precision_apart("onnxruntime-cpu") == ("onnxruntime-cpu", None)
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "gib", "fits"),
+    [("sdxl-1024", "fp32", 14, True), ("sdxl-1024", "fp32", 12, False), ("sdxl-1024", "fp16", 7, True)],
+)
+def test_a_model_whose_weights_do_not_fit_is_refused_before_it_is_written(
+    name: str, precision: str, gib: int, fits: bool
+) -> None:
+    pytest.importorskip("diffusers")
+    work = workloads.workload(name).but(precision=precision)
+    if fits:
+        workloads.check_memory(work, gib * 2**30)
+        return
+    with pytest.raises(RequestError, match=rf"sdxl-1024 in fp32 has 13 GiB of weights, and there are {gib} GiB"):
+        workloads.check_memory(work, gib * 2**30)
+
+
+def test_the_embedded_model_fits_everywhere() -> None:
+    workloads.check_memory(workloads.workload("embedded"), 0)
+
+
+@pytest.mark.parametrize(
+    ("given", "device", "family", "expected"),
+    [
+        (None, "cpu", "flux1-dev", "fp32"),
+        (None, "cuda", "sdxl", "fp16"),
+        (None, "cuda", "flux1-dev", "bf16"),
+        ("bf16", "cpu", "sdxl", "bf16"),
+    ],
+)
+def test_the_precision_follows_device_and_family(given: str, device: str, family: str, expected: str) -> None:
+    assert workloads.precision(given, device, family) == expected
