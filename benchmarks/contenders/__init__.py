@@ -11,6 +11,7 @@ from ...engines.backends import unavailable_reasons
 from ...engines.errors import RequestError
 from ...engines.machine import has_bf16
 from ...runtime.loop.denoise import Mode
+from ...runtime.sampling.forecast import METHODS
 from .process import interpreter
 
 REFERENCE = "diffusers/eager"
@@ -38,6 +39,11 @@ class Candidate:
     missing: str | None = None
 
     @property
+    def lossy(self) -> bool:
+        """Whether it leaves out evaluations of the network, and says so in its name."""
+        return "+" in self.name
+
+    @property
     def ours(self) -> bool:
         """Whether this is latentrt."""
         return self.name.startswith("latentrt/")
@@ -55,6 +61,12 @@ def candidates(device: str) -> list[Candidate]:
     if device == "cpu":
         unavailable = unavailable_reasons()["openvino"] or bf16
         ours.append(Candidate("latentrt/openvino-bf16/step", "latentrt (openvino, bf16, step)", unavailable))
+    ours += [
+        Candidate(f"{c.name}+{name}", f"{c.title[:-1]}, forecast {name}: not exact)", c.missing)
+        for c in ours
+        if c.name.endswith("/step")
+        for name in METHODS
+    ]
     others = [
         Candidate("diffusers/eager", "diffusers", torch),
         Candidate("diffusers/compile", "diffusers + torch.compile", torch or _no_compiler(device)),
@@ -73,12 +85,12 @@ def candidates(device: str) -> list[Candidate]:
     return ours + others
 
 
-def choose(device: str, names: Sequence[str] | None = None) -> list[Candidate]:
+def choose(device: str, names: Sequence[str] | None = None, *, lossy: bool = False) -> list[Candidate]:
     """Return the candidates whose names begin with one of `names` (all of them by default), missing ones included.
 
-    Raises `RequestError` for a name that no candidate has.
+    `lossy` adds those that are not exact. Raises `RequestError` for a name that no candidate has.
     """
-    known = candidates(device)
+    known = [candidate for candidate in candidates(device) if lossy or not candidate.lossy]
     if not names:
         return known
     for name in names:

@@ -54,6 +54,8 @@ class Contender:
 
         self._png = image.encode_png
         backend, _, mode = variant.partition("/")
+        mode, _, forecast = mode.partition("+")
+        self._forecast = forecast or None
         backend, inside = precision_apart(backend)
         if backend.startswith("onnxruntime"):
             import onnxruntime  # noqa: F401
@@ -85,7 +87,7 @@ class Contender:
             "build": build,
             "open": time.perf_counter() - start,
             "versions": _versions("latentrt", "numpy", *LIBRARIES[backend]),
-            "options": {"backend": backend, **settings},
+            "options": {"backend": backend, "forecast": self._forecast, **settings},
         }
 
     def _watch_networks(self, backend: str) -> None:
@@ -168,5 +170,6 @@ class Contender:
             guidance_scale=request["guidance"],
             num_images_per_prompt=request["batch"],
             seed=request["seed"],
+            forecast=self._forecast,
             **options,
         )

@@ -43,6 +43,7 @@ class Options:
     device: str = "cpu"
     threads: int = field(default_factory=physical_cores)
     contenders: Sequence[str] | None = None
+    lossy: bool = False
     warmup: int = 2
     rounds: int | None = None
     budget: float = 30.0
@@ -65,13 +66,13 @@ def run(work: Workload, options: Options, say: Say, keep: Keep = lambda record: 
     """
     watch = machine.LoadWatch()
     began = time.monotonic()
-    found = contenders.choose(options.device, options.contenders)
+    found = contenders.choose(options.device, options.contenders, lossy=options.lossy)
     if options.checkpoint is None:
         check_memory(work, machine.memory_bytes(options.device))
     model = ensure_model(work, checkpoint=options.checkpoint, fresh=options.fresh, say=say)
     bundle = Bundle.open(model.bundle)
     if options.contenders is None and options.device == "cpu" and model.weight_bytes > LARGE:
-        found = [c for c in found if not c.ours or c.name.endswith("/step")]
+        found = [c for c in found if not c.ours or "/step" in c.name]
     names = [c.name for c in found if c.missing is None]
     if not names:
         raise RequestError("; ".join(f"{c.name}: {c.missing}" for c in found))
@@ -252,7 +253,8 @@ def _scenarios(
         found["Server"] = scenarios.server(
             entry.seconds, work.latency_bound, options.server_seconds, lambda: worker.run(work.as_request())
         )
-    if work.family == "embedded" and options.oracle and name == lead:
+    not_exact = name.startswith("latentrt/") and ("+" in name or "-bf16" in name)
+    if work.family == "embedded" and options.oracle and (name == lead or not_exact):
         extra["oracle"] = _oracle(worker, work, options.oracle, conditions)
 
 

@@ -48,7 +48,7 @@ def commands(names: Sequence[str], conditions: Conditions, output: Path) -> dict
         str(work.seed),
     ]
     found = {}
-    if first := next((name for name in names if name.startswith("latentrt/")), None):
+    if first := next((name for name in names if name.startswith("latentrt/") and "+" not in name), None):
         backend, inside = precision_apart(first.split("/")[1])
         found[first] = [*ours, "--backend", backend, *(["--option", f"precision={inside}"] if inside else [])]
     if "diffusers/eager" in names:

@@ -42,7 +42,7 @@ def bench(context: typer.Context) -> None:
 @app.command()
 def run(
     workload: Annotated[
-        str, typer.Argument(help="embedded, sd15-512, sdxl-1024, flux1-1024, …; `latentrt bench x` lists them.")
+        str, typer.Argument(help="embedded, sd15-512, …; any other word lists them all.")
     ],
     steps: Annotated[int | None, typer.Option("--steps", min=1, help="Denoising steps.")] = None,
     batch: Annotated[int | None, typer.Option("--batch", min=1, help="Pictures in one request.")] = None,
@@ -61,6 +61,9 @@ def run(
     threads: Annotated[int | None, typer.Option("--threads", min=1, help="Processor threads (default: all).")] = None,
     rounds: Annotated[int | None, typer.Option("--rounds", min=1, help="Measured requests of each.")] = None,
     warmup: Annotated[int, typer.Option("--warmup", min=1, help="Requests before them.")] = 2,
+    lossy: Annotated[
+        bool, typer.Option("--lossy", help="Also modes of latentrt that are not exact: forecasts.")
+    ] = False,
     quick: Annotated[bool, typer.Option("--quick", help="Few rounds, no cold processes, no scenarios.")] = False,
     scaling: Annotated[
         bool, typer.Option("--scaling", help="Study growth with steps, batch and size instead.")
@@ -102,6 +105,7 @@ def run(
     options = benchmark.Options(
         device=chosen,
         contenders=contenders.split(",") if contenders else None,
+        lossy=lossy,
         warmup=warmup,
         rounds=rounds,
         memory_limit=int(memory * 2**30),

@@ -20,6 +20,14 @@ def test_contenders_in_bf16_are_there_where_the_processor_has_it(able: bool, mon
     assert found["diffusers/eager"] != "this processor has no bf16 units"
 
 
+def test_modes_that_are_not_exact_are_measured_when_asked_for() -> None:
+    exact = [each.name for each in contenders.choose("cpu", ["latentrt/onnxruntime-cpu/step", "diffusers/eager"])]
+    assert exact[0] == "latentrt/onnxruntime-cpu/step" and not [name for name in exact if "+" in name]
+    more = contenders.choose("cpu", ["latentrt/onnxruntime-cpu/step"], lossy=True)
+    assert [each.name.partition("+")[2] for each in more] == ["", "taylor", "spectrum"]
+    assert all("not exact" in each.title for each in more[1:])
+
+
 def test_backends_of_processors_are_not_measured_on_a_gpu() -> None:
     names = [each.name for each in contenders.candidates("cuda")]
     assert not [name for name in names if "openvino" in name or "bf16" in name or "cpu" in name]
