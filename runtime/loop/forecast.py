@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...engines.errors import RequestError
-from .step_table import HISTORY, StepTable
+from ..sampling.step_table import HISTORY, StepTable
 
 __all__ = ["Forecast", "folded", "forecast_named"]
 
