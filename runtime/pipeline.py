@@ -25,13 +25,13 @@ from .call import Call, OutputType, calls_of_a_step, legacy_callback
 from .callbacks import BatchCallback, LegacyCallback, Listeners, StepCallback
 from .drawing import Drawing
 from .loop.denoise import Mode
+from .loop.forecast import folded, forecast_named
 from .loop.session import Session
 from .pretrained import bundle_of
 from .prompt.syntax import PromptSyntax
 from .request import GenerationRequest, RequestArguments
 from .result import GenerationResult
 from .sampling import takes_eta
-from .sampling.forecast import folded, forecast_named
 from .sampling.step_table import StepTable
 from .warm_up import warm_up
 

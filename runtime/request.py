@@ -19,8 +19,8 @@ from pydantic import (
 
 from ..engines.bundle import GuidanceInfo, Manifest
 from ..engines.errors import RequestError
+from .loop.forecast import forecast_named
 from .prompt.syntax import PromptSyntax
-from .sampling.forecast import forecast_named
 from .sizes import check_size
 
 MAX_SEED = 2**64 - 1

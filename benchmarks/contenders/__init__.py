@@ -11,7 +11,7 @@ from ...engines.backends import unavailable_reasons
 from ...engines.errors import RequestError
 from ...engines.machine import has_bf16
 from ...runtime.loop.denoise import Mode
-from ...runtime.sampling.forecast import METHODS
+from ...runtime.loop.forecast import METHODS
 from .process import interpreter
 
 REFERENCE = "diffusers/eager"

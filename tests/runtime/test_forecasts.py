@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 from latentrt.engines.errors import RequestError
+from latentrt.runtime.loop.forecast import folded, forecast_named
 from latentrt.runtime.sampling import names, step_table
-from latentrt.runtime.sampling.forecast import folded, forecast_named
 
 CONFIG = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
 SHAPE = (2, 3)
