@@ -10,6 +10,7 @@ import time
 from typing import Any
 
 from ...engines.errors import EngineError
+from ...engines.openvino.library import load_openvino
 from . import diffusers as contender_diffusers
 
 
@@ -23,10 +24,9 @@ class Contender(contender_diffusers.Contender):
         self.settings |= {"performance_hint": "LATENCY", "inference_precision": self._inference, "shapes": "static"}
 
     def _load(self, options: dict[str, Any]) -> Any:
-        import openvino
         import torch
 
-        self.versions["openvino"] = openvino.__version__
+        self.versions["openvino"] = load_openvino().__version__
         pipe = super()._load(options)
         if not type(pipe).__name__.startswith("StableDiffusionPipeline"):
             raise EngineError(f"{type(pipe).__name__} is not converted here: only Stable Diffusion 1 and 2 are")
@@ -61,8 +61,9 @@ class Contender(contender_diffusers.Contender):
 
 def _compiled(module: Any, example: tuple[Any, ...], settings: dict[str, Any]) -> Any:
     """Return a function from tensors to a tensor that runs a module in OpenVINO, for the example's shapes only."""
-    import openvino
     import torch
+
+    openvino = load_openvino()
 
     with torch.no_grad():
         model = openvino.convert_model(module.eval(), example_input=example)

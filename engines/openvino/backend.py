@@ -26,6 +26,7 @@ from ..machine import physical_cores, processor_identity
 from ..onnx_graph import graph_files
 from ..selfcheck import Place, accept, out_of_memory
 from .engine import OpenVinoEngine
+from .library import load_openvino
 
 BUILDER = 1
 """Raised when what `_build` does to a graph changes, so that engines built before are not reused."""
@@ -40,7 +41,7 @@ log = logging.getLogger(__name__)
 def unavailable_reason() -> str | None:
     """Return why this backend cannot run here, or None when it can."""
     try:
-        import openvino  # noqa: F401
+        load_openvino()
     except ImportError:
         return "openvino is not installed: run `pip install 'latentrt[openvino]'`"
     return None
@@ -74,9 +75,7 @@ class OpenVino:
             raise RequestError(f"device is {device!r}: choose {' or '.join(DEVICES)}")
         if problem := unavailable_reason():
             raise BackendUnavailableError(f"backend {self.name}: {problem}")
-        import openvino
-
-        self._core = openvino.Core()
+        self._core = load_openvino().Core()
         if not any(known.partition(".")[0] == device for known in self._core.available_devices):
             raise BackendUnavailableError(
                 f"backend {self.name} finds no {device} here: it has {', '.join(self._core.available_devices)}"
@@ -111,13 +110,11 @@ class OpenVino:
 
     def key(self, bundle: Bundle, graph: GraphInfo) -> dict[str, Any]:
         """Return everything that changes an engine of this backend."""
-        import openvino
-
         return {
             "backend": self.name,
             "builder": BUILDER,
             "graph": bundle.digest(graph),
-            "openvino": openvino.__version__,
+            "openvino": load_openvino().__version__,
             "cpu": processor_identity(),
             "device": self._core.get_property(self._on, "FULL_DEVICE_NAME"),
             "precision": self._inside(graph),
@@ -128,13 +125,11 @@ class OpenVino:
         return "f32" if _updates_latents(graph) else self._precision
 
     def _build(self, bundle: Bundle, graph: GraphInfo, out: Path) -> dict[str, Any]:
-        import openvino
-
         files = graph_files(bundle, graph, "openvino")
         log.info("building %s for %s", graph.name, self.name)
         written, compiled = out / "model.xml", out / "compiled.blob"
         try:
-            openvino.serialize(self._read(files, out), written, out / "model.bin")
+            load_openvino().serialize(self._read(files, out), written, out / "model.bin")
             model = self._core.read_model(written)
             stream = self._core.compile_model(
                 model, self._on, {**self._settings(graph), "CACHE_MODE": "OPTIMIZE_SIZE"}
@@ -169,11 +164,9 @@ class OpenVino:
         return settings
 
     def _compiled(self, folder: Path, graph: GraphInfo) -> Any:
-        import openvino
-
         settings = self._settings(graph) | {"ENABLE_WEIGHTLESS": True, "WEIGHTS_PATH": str(folder / "model.bin")}
         try:
-            stored = openvino.Tensor(np.fromfile(folder / "compiled.blob", np.uint8))
+            stored = load_openvino().Tensor(np.fromfile(folder / "compiled.blob", np.uint8))
             return self._core.import_model(stored, self._on, settings)
         except Exception as error:  # OpenVINO raises bare RuntimeErrors
             raise EngineError(f"engine {folder} cannot be loaded ({reason(error)})") from error

@@ -10,6 +10,7 @@ from ..device import Stream, Tensor
 from ..engine import check_binding
 from ..errors import EngineError, reason
 from ..host import HostStream, HostTensor
+from .library import load_openvino
 
 
 class OpenVinoEngine:
@@ -42,8 +43,6 @@ class OpenVinoBinding:
     """A request whose inputs and outputs are the memory of tensors: nothing is copied on the processor."""
 
     def __init__(self, engine: OpenVinoEngine, compiled: Any, tensors: Mapping[str, Tensor]) -> None:
-        import openvino
-
         self._engine = engine
         self._tensors = dict(tensors)  # keeps the memory alive
         try:
@@ -52,7 +51,7 @@ class OpenVinoBinding:
                 if name := next((name for name in port.names if name in tensors), None):
                     tensor = tensors[name]
                     assert isinstance(tensor, HostTensor)
-                    self._request.set_tensor(port, openvino.Tensor(tensor.array, shared_memory=True))
+                    self._request.set_tensor(port, load_openvino().Tensor(tensor.array, shared_memory=True))
         except Exception as error:  # OpenVINO raises bare RuntimeErrors
             raise EngineError(f"engine {engine.name} cannot be bound: {reason(error)}") from error
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -12,14 +15,18 @@ from latentrt.engines.bundle import Bundle, Parity
 from latentrt.engines.cache import EngineCache
 from latentrt.engines.errors import EngineError, RequestError
 from latentrt.engines.machine import has_bf16
+from latentrt.engines.openvino.library import load_openvino
 
 from .small_bundles import WEIGHT, random
 from .test_loading import only, truncate
 
-openvino = pytest.importorskip("openvino")
+try:
+    openvino: Any = load_openvino()
+except ImportError:
+    pytest.skip("openvino is not installed", allow_module_level=True)
 
-from latentrt.engines.openvino import backend as module  # noqa: E402
-from latentrt.engines.openvino.backend import OpenVino  # noqa: E402
+from latentrt.engines.openvino import backend as module
+from latentrt.engines.openvino.backend import OpenVino
 
 NETWORK = Parity(max_abs_error=0, relative_error=0)
 with_bf16 = pytest.mark.skipif(not has_bf16(), reason="this processor has no bf16 units")
@@ -161,3 +168,25 @@ def test_a_closed_engine_says_so(bundle: Bundle, cache: EngineCache) -> None:
         bound.enqueue(stream)
     with pytest.raises(EngineError, match="engine first is closed"):
         engine.bind(tensors)
+
+
+def test_nothing_is_sent_and_no_id_is_kept(tmp_path: Path) -> None:
+    """OpenVINO's own first import looks up an analytics server and writes an id below the home folder."""
+    program = (
+        "import sys\n"
+        "from latentrt.engines.backends import open_backend\n"
+        "open_backend('openvino', threads=1)\n"
+        "import openvino.tools.ovc.telemetry_utils as utils\n"
+        "print('openvino_telemetry' in sys.modules, utils.tm.__name__)\n"
+    )
+    environment = {**os.environ, "HOME": str(tmp_path), "LATENTRT_HOME": str(tmp_path / "cache")}
+    environment.pop("CI", None)
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "openvino.tools.ovc.telemetry_stub"]
+    assert not list(tmp_path.rglob("*ga_cid*")) and not (tmp_path / "intel").exists()
+
+
+def test_a_program_that_has_telemetry_of_its_own_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = ModuleType("openvino_telemetry")
+    monkeypatch.setitem(sys.modules, "openvino_telemetry", own)
+    assert load_openvino() is openvino and sys.modules["openvino_telemetry"] is own
