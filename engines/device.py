@@ -13,6 +13,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from .errors import ShapeError
+
 Array = npt.NDArray[Any]
 
 
@@ -41,8 +43,27 @@ class Tensor(Protocol):
     def read(self, stream: Stream) -> Array:
         """Wait for the stream and return a copy on the host."""
 
+    def copy(self, source: Tensor, stream: Stream) -> None:
+        """Copy another tensor of this device, of the same shape and dtype, in stream order."""
+
+    def rows(self, first: int, count: int) -> Tensor:
+        """Return a part of the outermost axis as a tensor that owns no memory: use it while this one is open."""
+
     def close(self) -> None:
         """Free the memory; calling it again does nothing."""
+
+
+def check_rows(tensor: Tensor, first: int, count: int) -> None:
+    """Raise `ShapeError` unless a tensor has `count` rows from `first` on."""
+    if not tensor.shape or first < 0 or count < 1 or first + count > tensor.shape[0]:
+        raise ShapeError(f"rows {first} to {first + count} of a tensor {list(tensor.shape)} were asked for")
+
+
+def check_copy(target: Tensor, source: Tensor) -> None:
+    """Raise `ShapeError` unless one tensor can be copied to another."""
+    if source.shape != target.shape or source.dtype != target.dtype:
+        one, other = (f"{tensor.dtype}{list(tensor.shape)}" for tensor in (source, target))
+        raise ShapeError(f"cannot copy {one} to {other}")
 
 
 class Event(Protocol):

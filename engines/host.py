@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .device import Array, Event, Stream
+from .device import Array, Event, Stream, Tensor, check_copy, check_rows
 from .errors import EngineError, ShapeError
 
 
@@ -45,12 +45,33 @@ class HostTensor:
         stream.synchronize()
         return self.array.copy()
 
+    def copy(self, source: Tensor, stream: Stream) -> None:
+        """Copy another tensor of this shape and dtype."""
+        check_copy(self, source)
+        assert isinstance(source, HostTensor)
+        _host(stream).submit(lambda: np.copyto(self.array, source.array))
+
+    def rows(self, first: int, count: int) -> HostRows:
+        """Return a part of the outermost axis, which owns no memory."""
+        return HostRows(self, first, count)
+
     def close(self) -> None:
         """Give the memory back; calling it again does nothing."""
         if self._device is not None:
             self._device._bytes -= self.nbytes
             self._device = None
             self.array = np.empty(0, self.dtype)
+
+
+class HostRows(HostTensor):
+    """A part of another tensor's outermost axis."""
+
+    def __init__(self, whole: HostTensor, first: int, count: int) -> None:
+        check_rows(whole, first, count)
+        self.shape, self.dtype = (count, *whole.shape[1:]), whole.dtype
+        self.array = whole.array[first : first + count]
+        self.nbytes, self.pointer = self.array.nbytes, whole.pointer + first * (whole.nbytes // whole.shape[0])
+        self._device = None
 
 
 class HostEvent:

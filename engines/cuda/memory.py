@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..device import Array, Stream
+from ..device import Array, Stream, Tensor, check_copy, check_rows
 from ..errors import EngineError, ShapeError
 from .context import CudaContext
 from .driver import Driver
@@ -92,6 +92,17 @@ class CudaTensor:
         queue.synchronize()
         return np.array(block.bytes.view(self.dtype).reshape(self.shape))
 
+    def copy(self, source: Tensor, stream: Stream) -> None:
+        """Copy another tensor of this shape and dtype on the GPU, in stream order."""
+        check_copy(self, source)
+        driver, queue = self._open(), cuda_stream(stream)
+        if self.nbytes:
+            driver.cuMemcpyDtoDAsync(self.pointer, source.pointer, self.nbytes, queue.handle)
+
+    def rows(self, first: int, count: int) -> CudaRows:
+        """Return a part of the outermost axis, which owns no memory of the GPU."""
+        return CudaRows(self, first, count)
+
     def close(self) -> None:
         """Free the memory once the work that uses it is done; calling it again does nothing."""
         if not self.pointer:
@@ -113,3 +124,25 @@ class CudaTensor:
         if self._pinned is None:
             self._pinned = Pinned(self._context, self.nbytes)
         return self._pinned
+
+
+class CudaRows(CudaTensor):
+    """A part of another tensor's outermost axis, with a pinned block of its own."""
+
+    def __init__(self, whole: CudaTensor, first: int, count: int) -> None:
+        check_rows(whole, first, count)
+        each = whole.nbytes // whole.shape[0]
+        self.shape, self.dtype, self.nbytes = (count, *whole.shape[1:]), whole.dtype, count * each
+        self.pointer = whole.pointer + first * each
+        self._whole, self._context, self._pinned = whole, whole._context, None
+
+    def close(self) -> None:
+        """Free the pinned block; calling it again does nothing."""
+        self.pointer = 0
+        pinned, self._pinned = self._pinned, None
+        if pinned is not None:
+            pinned.close()
+
+    def _open(self) -> Driver:
+        self._whole._open()
+        return super()._open()

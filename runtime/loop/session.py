@@ -12,10 +12,12 @@ from contextlib import ExitStack, contextmanager
 import numpy as np
 
 from ...engines.backends import Backend
-from ...engines.bundle import Bundle, Stage
+from ...engines.bundle import Bundle, GraphInfo, Stage
 from ...engines.device import Array
+from ...engines.engine import Engine, Shapes
 from ...engines.errors import EngineError, RequestError
 from ...engines.progress import Progress, silent
+from .denoise import OpenEngine
 from .shared import Key, SharedEngines
 from .wiring import wired_shapes
 from .workspace import Workspace, run_once
@@ -53,6 +55,7 @@ class Session:
         self._workspaces: OrderedDict[Key, Workspace] = OrderedDict()
         self._shared = SharedEngines(bundle, backend, self._used)
         self._wanted: set[Key] = set()  # by the running request, before a workspace answers for it
+        self._held: list[set[Key]] = []  # by those who came for engines alone
         self._busy = self._closed = False
         self._process = os.getpid()
         _SESSIONS.add(self)
@@ -199,7 +202,25 @@ class Session:
         self._shared.let_go()
 
     def _used(self) -> set[Key]:
-        return self._wanted.union(*(workspace.uses for workspace in self._workspaces.values()))
+        return self._wanted.union(*self._held, *(workspace.uses for workspace in self._workspaces.values()))
+
+    def hold(self, uses: set[Key]) -> OpenEngine:
+        """Return what opens engines that stay open, whatever requests come and go, until `let_go` of their keys.
+
+        `uses` takes the keys, and is what `let_go` is told.
+        """
+        self._held.append(uses)
+
+        def open_engine(graph: GraphInfo, shapes: Shapes) -> Engine:
+            uses.add(self._shared.key(graph, shapes))
+            return self._shared.engine(graph, shapes)
+
+        return open_engine
+
+    def let_go(self, uses: set[Key]) -> None:
+        """Close the engines that were held for `uses` alone; calling it again does nothing."""
+        self._held = [each for each in self._held if each is not uses]
+        self._shared.let_go()
 
     @contextmanager
     def keep_all(self) -> Iterator[None]:

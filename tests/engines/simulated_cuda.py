@@ -146,6 +146,10 @@ class SimulatedDriver:
         self._at_home(stream, source)
         self._submit(stream, lambda: self._copy(target, source, nbytes, self._pinned, self._memory))
 
+    def _cuMemcpyDtoDAsync(self, target: int, source: int, nbytes: int, stream: int) -> None:
+        self._at_home(stream, target)
+        self._submit(stream, lambda: self._copy(target, source, nbytes, self._memory, self._memory))
+
     # streams and events
 
     def _cuStreamCreate(self, flags: int) -> int:
@@ -294,6 +298,7 @@ class SimulatedDriver:
         self.live[kind] -= 1
 
     def _copy(self, target: int, source: int, nbytes: int, to: dict[int, Any], of: dict[int, Any]) -> None:
-        if target not in to or source not in of:
-            raise Failure(CUresult.CUDA_ERROR_ILLEGAL_ADDRESS)
+        for table, pointer in ((to, target), (of, source)):
+            if not any(first <= pointer and pointer + nbytes <= first + len(memory) for first, memory in table.items()):
+                raise Failure(CUresult.CUDA_ERROR_ILLEGAL_ADDRESS)
         ctypes.memmove(target, source, nbytes)

@@ -211,6 +211,7 @@ def test_every_call_fits_the_bindings(
     graph = capture.finish()
     graph.replay(stream)
     second.follow(stream)
+    tensor.rows(0, 2).copy(tensor.rows(4, 2), stream)
     tensor.read(stream)
     stream.record().milliseconds_since(stream.record())
     assert (other.compute_capability, other.driver_version, other.memory_free()[1]) == ("8.9", "13.0", 1 << 20)

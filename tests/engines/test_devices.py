@@ -71,6 +71,46 @@ def test_an_array_that_does_not_fit_is_refused(device: Device, array: Array) -> 
     tensor.close()
 
 
+def test_rows_are_a_part_of_their_tensor(device: Device) -> None:
+    stream, whole, array = device.stream(), device.empty((4, 3), np.float32), random(4, 3)
+    whole.write(array, stream)
+    before = device.tensor_bytes()
+    part = whole.rows(1, 2)
+    assert part.shape == (2, 3) and part.pointer == whole.pointer + 12 and part.nbytes == 24
+    np.testing.assert_array_equal(part.read(stream), array[1:3])
+    part.write(random(2, 3, seed=1), stream)
+    part.close()
+    assert device.tensor_bytes() == before
+    np.testing.assert_array_equal(whole.read(stream), [array[0], *random(2, 3, seed=1), array[3]])
+    whole.close()
+
+
+def test_a_tensor_is_copied_in_the_order_of_its_stream(device: Device) -> None:
+    stream, one, other = device.stream(), device.empty((4, 3), np.float32), device.empty((2, 3), np.float32)
+    first, second = random(4, 3), random(4, 3, seed=1)
+    one.write(first, stream)
+    other.copy(one.rows(2, 2), stream)
+    one.write(second, stream)
+    one.rows(0, 1).copy(one.rows(3, 1), stream)
+    np.testing.assert_array_equal(other.read(stream), first[2:])
+    np.testing.assert_array_equal(one.read(stream), [second[3], *second[1:]])
+    one.close()
+    other.close()
+
+
+def test_rows_and_copies_that_do_not_fit_are_refused(device: Device) -> None:
+    tensor, single = device.empty((2, 3), np.float32), device.empty((), np.float32)
+    for first, count in ((-1, 1), (0, 0), (1, 2), (2, 1)):
+        with pytest.raises(ShapeError, match=rf"rows {first} to {first + count} of a tensor \[2, 3\]"):
+            tensor.rows(first, count)
+    with pytest.raises(ShapeError, match=r"rows 0 to 1 of a tensor \[\]"):
+        single.rows(0, 1)
+    with pytest.raises(ShapeError, match=r"cannot copy float32\[2, 3\] to float32\[1, 3\]"):
+        tensor.rows(0, 1).copy(tensor, device.stream())
+    tensor.close()
+    single.close()
+
+
 def test_memory_is_counted_and_given_back_once(device: Device) -> None:
     before = device.tensor_bytes()
     tensors = [device.empty((16, 16), dtype) for dtype in ("float32", "float16")]
