@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterable
 from itertools import pairwise
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from latentrt.engines import backends, errors
 from latentrt.engines.bundle import manifest, records
@@ -126,6 +126,31 @@ def compared() -> str:
     return table(["family", "against", "requests", "pixels, of 255", "latents, relative", "lines of its file"], rows)
 
 
+def exports() -> str:
+    """Return what exports of full-size architectures took, the newest record of each."""
+    found: dict[tuple[str, ...], dict[str, Any]] = {}
+    for file in sorted((DOCS.parent / "benchmarks" / "results").glob("*.jsonl")):
+        for record in map(json.loads, file.read_text(encoding="utf-8").splitlines()):
+            if record["kind"] == "export":
+                names = tuple(graph["graph"] for graph in record["graphs"])
+                found[(record["architecture"], record["precision"], *names)] = record
+    rows = []
+    for record in found.values():
+        graphs = [graph for graph in record["graphs"] if graph["parity"]]
+        worst = max(graphs, key=lambda graph: float(graph["parity"]["relative_error"]))["parity"]
+        shallow = ", of a copy of few layers" if worst["layers"] else ""
+        size = sum(graph["bytes"] for graph in record["graphs"]) / 2**30
+        what = "all" if len(record["graphs"]) > 1 else record["graphs"][0]["graph"]
+        memory = [f"{record[name] / 2**30:.1f} GiB" for name in ("anonymous_bytes", "peak_bytes")]
+        times = f"{record['seconds'] / 60:.0f} min"
+        error = f"{worst['relative_error']:.1e}{shallow}"
+        where = f"{record['machine']['processor']}, {record['machine']['cores']} cores, {record['date'][:10]}"
+        named = [record["architecture"], record["precision"], what, f"{size:.1f} GiB"]
+        rows.append([*named, times, *memory, error, where])
+    head = ["architecture", "in", "graphs", "size", "time", "memory", "with mapped files", "largest error", "where"]
+    return table(head, rows)
+
+
 def family() -> str:
     """Return the file of the family that the tests add."""
     source = DOCS.parent / "tests" / "export" / "more_families" / "toy.py"
@@ -136,7 +161,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "options.md": {"samplers": samplers, "backend-options": backend_options},
     "arguments.md": {"arguments": arguments},
     "bundle.md": {"manifest": manifest_fields},
-    "families.md": {"families": compared},
+    "families.md": {"families": compared, "exports": exports},
     "troubleshooting.md": {"errors": error_tree},
     "extend/family.md": {"family": family},
 }
