@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from importlib import metadata
 from math import inf
@@ -17,9 +17,11 @@ import torch
 from ..engines.bundle import (
     FORMAT_VERSION,
     GraphInfo,
+    LatentInfo,
     Manifest,
     Parity,
     Precision,
+    ScheduleRule,
     TensorInfo,
     TokenizerInfo,
     atomic_folder,
@@ -27,9 +29,11 @@ from ..engines.bundle import (
     write_manifest,
 )
 from ..engines.bundle.references import write_reference
+from ..engines.errors import UnsupportedModelError
 from ..engines.files import sha256_of
 from ..engines.progress import Progress
 from ..runtime.sampling import check_scheduler
+from ..runtime.sampling.step_table import STEP_INPUTS, StepOption
 from .activations import HALF_LIMIT, largest_activation
 from .checkpoints.checkpoint import LAYERS_OF_A_STACK, Checkpoint
 from .checkpoints.defaults import asked_defaults
@@ -42,7 +46,7 @@ from .onnx_writer import OPSET, onnx_model, save_model
 from .parity import check_parity, native_case, record, reference_cases
 from .pieces import give_memory_back
 from .step_graph import step_graph
-from .step_rows import LIMITS, step_rows
+from .step_rows import limits, step_rows
 
 TOOLS = ("torch", "onnx", "onnxscript", "diffusers", "transformers")
 
@@ -91,13 +95,13 @@ def export(
         lengths = {name: info.max_length for name, info in tokens.items()}
         latent = family.latent(checkpoint)
         scheduler, schedule = family.scheduler(checkpoint), family.schedule(checkpoint)
-        check_scheduler(scheduler, schedule, (latent.default_width, latent.default_height))
+        options = step_options_of(scheduler, schedule, latent, learned_variance=family.learned_variance(checkpoint))
         networks = family.graphs(checkpoint, precision, lengths)
         graphs, stages = [], len(networks) + 2
         for number, name in enumerate(networks, start=1):
             progress(name.replace("_", " "), number, stages)
             graphs.append(write_network(family, checkpoint, lengths, name, folder, precision))
-        graphs.append(write_step_graph(folder, precision, latent.channels))
+        graphs.append(write_step_graph(folder, precision, latent.channels, options))
         progress("hashing", stages - 1, stages)
         write_manifest(
             folder,
@@ -217,12 +221,32 @@ def _parity_of(graph: Graph, precision: Precision) -> Parity:
     return parity.model_copy(update={"layers": graph.layers})
 
 
-def write_step_graph(folder: Path, precision: Precision, channels: int) -> GraphInfo:
+def step_options_of(
+    scheduler: Mapping[str, Any], schedule: ScheduleRule | None, latent: LatentInfo, *, learned_variance: bool
+) -> tuple[StepOption, ...]:
+    """Return what a checkpoint's step graph has beside a table's rows: what its scheduler needs and its denoiser gives.
+
+    Raises `UnsupportedModelError` for a scheduler that no step table expresses, or that needs what is not there.
+    """
+    needed = check_scheduler(scheduler, schedule, (latent.default_width, latent.default_height))
+    if "learned variance" in needed and not learned_variance:
+        raise UnsupportedModelError(
+            f"the checkpoint's scheduler {scheduler['_class_name']} with variance_type={scheduler['variance_type']!r} "
+            "needs variances, and the denoiser gives none: set variance_type to 'fixed_small' in "
+            "scheduler/scheduler_config.json, or take ddim, and export again"
+        )
+    found: set[StepOption] = {*needed, "learned variance"} if learned_variance else {*needed}
+    return tuple(option for option in STEP_INPUTS if option in found)
+
+
+def write_step_graph(
+    folder: Path, precision: Precision, channels: int, options: Collection[StepOption] = ()
+) -> GraphInfo:
     """Write the graph that applies the step table; it comes from no module."""
-    model = step_graph(precision, channels)
+    model = step_graph(precision, channels, options)
     onnx.save(model, folder / "step.onnx")
     inputs, outputs = tuple(map(_tensor_info, model.graph.input)), tuple(map(_tensor_info, model.graph.output))
-    rows = step_rows(precision, channels)
+    rows = step_rows(precision, channels, options)
     return GraphInfo(
         name="step",
         stage="step",
@@ -231,7 +255,7 @@ def write_step_graph(folder: Path, precision: Precision, channels: int) -> Graph
         outputs=outputs,
         opset=next(entry.version for entry in model.opset_import if not entry.domain),
         references=(write_reference(folder, "step", inputs + outputs, rows),),
-        limits=dict(LIMITS),
+        limits=limits(options),
     )
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 
 from ..engines.bundle import Precision
 from ..engines.device import Array
+from ..runtime.sampling.step_table import StepOption
 
-__all__ = ["LIMITS", "step_rows"]
+__all__ = ["LIMITS", "limits", "step_rows"]
 
 LIMITS: Mapping[str, str] = {
     "row": "T",
@@ -20,11 +21,20 @@ LIMITS: Mapping[str, str] = {
 }
 """The index inputs of the step graph and the sizes that they stay below."""
 
+LARGEST = 4.0
+"""The largest bound of thresholded values in the rows."""
+
 IMAGES, BRANCHES, ROWS, HISTORY, DRAWS, HEIGHT, WIDTH = 2, 2, 3, 2, 2, 5, 6
 
 
-def step_rows(precision: Precision, channels: int) -> dict[str, Array]:
+def limits(options: Collection[StepOption]) -> dict[str, str | float]:
+    """Return what the inputs of a step graph stay below, where they do not take any number."""
+    return {**LIMITS, **({"quantiles": 1.0, "largest": LARGEST} if "dynamic thresholding" in options else {})}
+
+
+def step_rows(precision: Precision, channels: int, options: Collection[StepOption] = ()) -> dict[str, Array]:
     """Return inputs of the step graph and its outputs for them, computed in float64 from its docstring's formula."""
+    learned, dynamic = "learned variance" in options, "dynamic thresholding" in options
     random = np.random.RandomState(0)  # its numbers are the same in every release of numpy
     images, branches, rows, columns = IMAGES, BRANCHES, ROWS, 3 + BRANCHES + HISTORY
 
@@ -36,7 +46,7 @@ def step_rows(precision: Precision, channels: int) -> dict[str, Array]:
     given: dict[str, Array] = {
         "latents": normal(images, *picture),
         "history": normal(images, HISTORY, *picture),
-        "prediction": normal(images * branches, *picture).astype(network),
+        "prediction": normal(images * branches, 2 * channels if learned else channels, *picture[1:]).astype(network),
         "row": np.array([0, 1]),
         "weights": normal(rows, 1 + HISTORY, columns, 1, 1, 1),
         "clip_weights": normal(rows, 1 + branches, 1, 1, 1),
@@ -51,11 +61,24 @@ def step_rows(precision: Precision, channels: int) -> dict[str, Array]:
         "original": normal(images, 2, *picture),
         "mask": normal(images, 1, HEIGHT, WIDTH) > 0,
     }
+    one_each = (rows, 1, 1, 1, 1)
+    if dynamic:  # the first row's bound is a quantile, the second's is fixed
+        given["quantiles"] = np.array([0.4, 0, 0.9], np.float32).reshape(one_each)
+        given["largest"] = np.array([LARGEST, 1, LARGEST], np.float32).reshape(one_each)
+    if learned:
+        given |= {name: normal(*one_each) for name in ("log_deviations", "log_deviation_slopes")}
     lines, following = [], given["next_rows"][given["row"]]
     for image, row in enumerate(given["row"]):
-        state = np.stack([given["latents"][image], *given["prediction"][given["rows_of_image"][image]]]).astype(float)
-        clipped = np.clip((given["clip_weights"][row] * state).sum(0), -1, 1)
+        predictions = given["prediction"][given["rows_of_image"][image]].astype(float)
+        state = np.stack([given["latents"][image].astype(float), *predictions[:, :channels]])
+        form, bound = (given["clip_weights"][row] * state).sum(0), 1.0
+        if dynamic:
+            bound = np.quantile(np.abs(form), given["quantiles"][row].item()).clip(1, given["largest"][row].item())
+        clipped = np.clip(form, -bound, bound) / bound
         noise = given["noise"][image, given["noise_index"][row, 0, 0]]
+        if learned:
+            slope, level = given["log_deviation_slopes"][row, 0], given["log_deviations"][row, 0]
+            noise = noise * np.exp(level + slope * predictions[-1, channels:])
         basis = np.concatenate([state, [noise, clipped], given["history"][image]])
         lines.append((given["weights"][row] * basis).sum(1))
     sampled, kept = np.stack(lines), (given["original"] * given["original_weights"][following].astype(float)).sum(1)

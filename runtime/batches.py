@@ -21,7 +21,7 @@ from .prompt.numbers import number_inputs
 from .prompt.tokenizer import Texts, Tokenizer, encode_prompts, row_lengths
 from .request import GenerationRequest
 from .result import GenerationResult
-from .sampling.step_table import StepTable
+from .sampling.step_table import StepOption, StepTable, step_options
 
 Arrays = tuple[dict[str, Array], dict[str, Array]]
 """What a batch gives to the graphs before the loop, and to the loop, by tensor name."""
@@ -140,6 +140,7 @@ class Batches:
             (latent.channels, *cells),
             mix=mix,
             network_dtype=types["model_input"],
+            options=options_of_bundle(bundle),
         )
         return inputs, arrays
 
@@ -207,6 +208,11 @@ class Batches:
         lengths = {each.info.output: each.info.max_length for each in self.tokenizers}
         texts: Texts = {each.info.source: ((), (text,)) for each in self.tokenizers}
         return encode_prompts(self.tokenizers, texts, lengths, input_types(self._bundle), lambda _: None)
+
+
+def options_of_bundle(bundle: Bundle) -> tuple[StepOption, ...]:
+    """Return what a bundle's step graph does beside applying the rows of a table."""
+    return step_options([spec.name for spec in bundle.graph("step").inputs])
 
 
 def input_types(bundle: Bundle) -> dict[str, str]:

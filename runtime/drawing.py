@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..engines.bundle import Manifest
+from ..engines.bundle import Bundle, Manifest
 from ..engines.device import Array
 from ..engines.errors import RequestError, SchedulerError
-from .batches import Batches
+from .batches import Batches, options_of_bundle
 from .call import Call
 from .callbacks import Listeners, StepCallback, StepValues, step_hook
 from .finite import check_finite
@@ -30,10 +30,16 @@ from .request import GenerationRequest
 from .result import GenerationResult
 from .sampling import step_table
 from .sampling.registry import TYPICAL_STEPS
-from .sampling.step_table import StepTable
+from .sampling.step_table import StepOption, StepTable
 
 MAX_TABLES = 32
 """Combinations of sampler, steps, strength and eta whose tables are kept."""
+
+INSTEAD: Mapping[StepOption, str] = {
+    "dynamic thresholding": "set thresholding to false",
+    "learned variance": "set variance_type to 'fixed_small' or choose ddim, which has none",
+}
+"""What works on a bundle whose step graph lacks an option."""
 
 PICTURES = {"pil": "image", "np": "pixels"}
 """The decoder's output for each type of picture."""
@@ -42,6 +48,7 @@ PICTURES = {"pil": "image", "np": "pixels"}
 class Drawing(DiffusersHabits):
     """The part of a pipeline that draws."""
 
+    bundle: Bundle
     session: Session
     mode: Mode
     max_batch: int
@@ -65,16 +72,28 @@ class Drawing(DiffusersHabits):
                 "X.from_config(pipe.scheduler.config), or sampler= in the call"
             )
         config = {**config, "_class_name": config.get("_class_name") or type(scheduler).__name__}
-        latent, rule = self._manifest.latent, self._manifest.schedule
+        latent, changed = self._manifest.latent, self._manifest.model_copy(update={"scheduler": config})
         try:
-            step_table(config, TYPICAL_STEPS, rule=rule, size=(latent.default_width, latent.default_height))
+            self._table_of(changed, TYPICAL_STEPS, size=(latent.default_width, latent.default_height))
         except SchedulerError as error:
             raise RequestError(f"scheduler cannot be used: {error}") from error
-        self._use(self._manifest.model_copy(update={"scheduler": config}))
+        self._use(changed)
 
     def _use(self, manifest: Manifest) -> None:
         self._manifest = manifest
-        self._table = lru_cache(MAX_TABLES)(partial(step_table, manifest.scheduler, rule=manifest.schedule))
+        self._table = lru_cache(MAX_TABLES)(partial(self._table_of, manifest))
+
+    def _table_of(self, manifest: Manifest, steps: int | None, **arguments: Any) -> StepTable:
+        """Return a step table; raises `SchedulerError` for one that needs more than the bundle's step graph does."""
+        table = step_table(manifest.scheduler, steps, rule=manifest.schedule, **arguments)
+        has = options_of_bundle(self.bundle)
+        if missing := [option for option in table.options if option not in has]:
+            name = arguments.get("sampler") or manifest.scheduler.get("_class_name")
+            raise SchedulerError(
+                f"{name} with this scheduler config needs {' and '.join(missing)}, which the step graph of this bundle "
+                f"lacks: {' and '.join(INSTEAD[option] for option in missing)}, or export the checkpoint again with it"
+            )
+        return table
 
     def _draw(
         self, call: Call, table: StepTable, listeners: Listeners, finished: GenerationResult[Any]

@@ -118,6 +118,10 @@ class Family(ABC):
         embedded = config.get("guidance_embeds") or config.get("time_cond_proj_dim") is not None
         return EMBEDDED_GUIDANCE if embedded else ()
 
+    def learned_variance(self, checkpoint: Checkpoint) -> bool:
+        """Tell whether the denoiser gives, behind the channels of its prediction, as many of the noise's variance."""
+        return False
+
     def masked_input(self, checkpoint: Checkpoint) -> str | None:
         """Return the denoiser's input for a picture and its mask, where it is made for inpainting."""
         return None

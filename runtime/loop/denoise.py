@@ -48,12 +48,15 @@ class DenoiseLoop:
 
         constants = {name: array for name, array in arrays.items() if name not in STATE}
         state = {name: arrays[name] for name in STATE}
-        dtype = next(spec.dtype for spec in denoiser.outputs if spec.name == "prediction")
+        prediction = next(spec for spec in denoiser.outputs if spec.name == "prediction")
+        rows, channels, *cells = arrays["model_input"].shape
+        if isinstance(prediction.shape[1], int):  # twice those of the latents, where variances are learned
+            channels = prediction.shape[1]
         self._conditioning = conditioning
         with ExitStack() as memory:
             self._constants = allocate_like(device, constants, memory)
             self._sets = [allocate_like(device, state, memory), allocate_like(device, state, memory)]
-            self._prediction = allocate(device, arrays["model_input"].shape, dtype, memory)
+            self._prediction = allocate(device, (rows, channels, *cells), prediction.dtype, memory)
             self._memory = memory.pop_all()
         self.steps_done = 0
         """Steps of the running request, or of the last one, that have been enqueued."""

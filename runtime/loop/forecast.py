@@ -176,12 +176,8 @@ def folded(table: StepTable, forecast: Forecast) -> StepTable:
         weights.append(np.stack([latents, *kept, *outputs[:remembered]]))
     clip = np.pad(table.clip_weights, ((0, 0), (0, remembered)))
     return replace(
-        table,
-        timesteps=table.timesteps[starts],
-        input_scales=table.input_scales[starts],
+        table.rows(starts),
         weights=np.stack(weights),
         clip_weights=clip[starts],
-        clip_limits=table.clip_limits[starts],
-        draws=table.draws[starts],
         original=table.original[[*starts, len(table)]],
     )

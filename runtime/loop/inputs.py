@@ -13,12 +13,15 @@ import numpy.typing as npt
 
 from ...engines.device import Array
 from ..sampling.noise import Generator
-from ..sampling.step_table import StepTable, pack
+from ..sampling.step_table import STEP_INPUTS, StepOption, StepTable, pack
 from . import generators
 
 Latents = npt.NDArray[np.float32]
 
-ROWS = ("weights", "clip_weights", "original_weights", "input_scales", "timesteps", "next_rows", "noise_index")
+ROWS = (
+    *("weights", "clip_weights", "original_weights", "input_scales", "timesteps", "next_rows", "noise_index"),
+    *(name for names in STEP_INPUTS.values() for name in names),
+)
 """Arrays with one line for each row of the packed tables."""
 
 ROW_BUCKET, DRAW_BUCKET = 64, 16
@@ -81,13 +84,14 @@ def blank_arrays(
     *,
     mix: tuple[float, ...],
     network_dtype: npt.DTypeLike,
+    options: tuple[StepOption, ...] = (),
 ) -> dict[str, Array]:
     """Return the arrays of a batch before anything is drawn: complete in names, types and shapes, and quickly made.
 
-    All are read-only, and the tables are those of every batch like this one. `shape` is [C, h, w], and `mix` the
-    weights of the branches of guidance.
+    All are read-only, and the tables are those of every batch like this one. `shape` is [C, h, w], `mix` the weights of
+    the branches of guidance, and `options` are those of the step graph.
     """
-    packed = _packed(table, count, mix)
+    packed = _packed(table, count, mix, options)
     rows = packed["image_of_row"]
     slots = max(1, -(-table.draw_count // DRAW_BUCKET) * DRAW_BUCKET)
     return {
@@ -220,10 +224,10 @@ _thread = threading.local()
 
 
 @lru_cache(maxsize=32)
-def _packed(table: StepTable, count: int, mix: tuple[float, ...]) -> dict[str, Array]:
+def _packed(table: StepTable, count: int, mix: tuple[float, ...], options: tuple[StepOption, ...]) -> dict[str, Array]:
     """Return the packed rows of one table for every image of a batch, read-only: most requests share them."""
-    packed: dict[str, Any] = pack([table] * count, [mix] * count)
-    packed |= {name: _padded(packed[name]) for name in ROWS}
+    packed: dict[str, Any] = pack([table] * count, [mix] * count, options)
+    packed |= {name: _padded(packed[name]) for name in ROWS if name in packed}
     for array in packed.values():
         array.flags.writeable = False
     return packed

@@ -35,7 +35,7 @@ def clean_and_noise(kind: str, latents: Form, prediction: Form, signal: float, n
 def limited(table: TableBuilder, x0: Form, options: Options) -> Form:
     """Return the predicted clean latents as `thresholding` or `clip_sample` limits them; thresholding goes first."""
     if options.get("thresholding"):
-        return table.threshold(x0, float(options["sample_max_value"]))
+        return table.threshold(x0, float(options["dynamic_thresholding_ratio"]), float(options["sample_max_value"]))
     return table.clip(x0, options["clip_sample_range"]) if options.get("clip_sample") else x0
 
 

@@ -45,7 +45,7 @@ from .sa_solver import sa_solver
 from .step_table import StepTable
 from .unipc import unipc
 
-__all__ = ["FIXED_VARIANCE", "SAMPLERS", "SHORT_NAMES", "Sampler", "ShortName"]
+__all__ = ["SAMPLERS", "SHORT_NAMES", "VARIANCES", "Sampler", "ShortName"]
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ ANY_BUT_FLOW = {"prediction_type": ("epsilon", "v_prediction", "sample")}
 ANY = {"prediction_type": ("epsilon", "v_prediction", "sample", "flow_prediction")}
 SHIFTED = {"time_shift_type": ("exponential",)}
 ORDERS = {"solver_order": (1, 2, 3), "variance_type": (None,), "solver_type": ("midpoint", "heun")} | ANY | SHIFTED
-FIXED_VARIANCE = {"variance_type": ("fixed_small", "fixed_small_log", "fixed_large")}
+VARIANCES = {"variance_type": ("fixed_small", "fixed_small_log", "fixed_large", "learned_range")}
 DATA = {"algorithm_type": ("dpmsolver++", "sde-dpmsolver++")}
 SPACING = {"timestep_spacing": "linspace"}
 TO_MINIMUM = {"final_sigmas_type": "sigma_min"}
@@ -104,7 +104,7 @@ SAMPLERS: dict[str, Sampler] = {
         discrete.ddpm,
         discrete_schedule,
         DISCRETE | CLIPPING | THRESHOLDING | ZERO_SNR | {"variance_type": "fixed_small"},
-        ANY_BUT_FLOW | FIXED_VARIANCE,
+        ANY_BUT_FLOW | VARIANCES,
         timesteps=0,
     ),
     "DDPMWuerstchenScheduler": Sampler(
@@ -127,7 +127,7 @@ SAMPLERS: dict[str, Sampler] = {
         },
         {
             "prediction_type": ("epsilon", "sample"),
-            "variance_type": ("fixed_small_log",),
+            "variance_type": ("fixed_small_log", "learned_range"),
             "beta_schedule": ("squaredcos_cap_v2",),
         },
         OLD_BETAS | {"trained_betas": None, "trained_beta": True},

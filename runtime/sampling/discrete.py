@@ -54,9 +54,11 @@ def ddpm(schedule: Schedule, options: Options) -> StepTable:
         beta = float(betas[t]) if options.get("trained_beta") and t_next == t - 1 else 1 - a / a_next
         x0 = limited(table, predicted(table, a, options)[0], options)
         small = max((1 - a_next) / (1 - a) * beta, 1e-20)
-        variance = beta if options["variance_type"] == "fixed_large" else small
-        mean = a_next**0.5 * beta / (1 - a) * x0 + (1 - beta) ** 0.5 * (1 - a_next) / (1 - a) * table.latents
-        latents = mean + variance**0.5 * table.noise if t > 0 else mean
+        latents = a_next**0.5 * beta / (1 - a) * x0 + (1 - beta) ** 0.5 * (1 - a_next) / (1 - a) * table.latents
+        if t > 0 and options["variance_type"] == "learned_range":
+            latents = latents + table.learned_noise(small, beta)
+        elif t > 0:
+            latents = latents + (beta if options["variance_type"] == "fixed_large" else small) ** 0.5 * table.noise
         table.row(t, latents, original=original_at(a), draw=bool(t > 0))
     return table.table()
 

@@ -17,7 +17,7 @@ from ..schedules.schedule import Schedule
 from .catalog import SAMPLERS, Sampler
 from .names import SHORT_NAMES
 from .resolve import resolved, suffixes_of
-from .step_table import StepTable
+from .step_table import StepOption, StepTable
 
 __all__ = ["Churn", "SamplerDescription", "check_scheduler", "describe", "names", "step_table", "takes_eta"]
 
@@ -159,13 +159,16 @@ def evaluations_of_a_step(name: str) -> int:
     return 2 if "Heun" in name or "KDPM2" in name else 1
 
 
-def check_scheduler(scheduler_config: Mapping[str, Any], rule: ScheduleRule | None, size: tuple[int, int]) -> None:
-    """Raise UnsupportedModelError, with the way out, for a checkpoint whose own scheduler no step table expresses.
+def check_scheduler(
+    scheduler_config: Mapping[str, Any], rule: ScheduleRule | None, size: tuple[int, int]
+) -> tuple[StepOption, ...]:
+    """Return what the tables of a checkpoint's own scheduler need of its step graph.
 
-    `size` is the (width, height) in pixels that the checkpoint was trained for.
+    `size` is the (width, height) in pixels that the checkpoint was trained for. Raises UnsupportedModelError, with the
+    way out, for a scheduler that no step table expresses.
     """
     try:
-        step_table(scheduler_config, TYPICAL_STEPS, rule=rule, size=size)
+        return step_table(scheduler_config, TYPICAL_STEPS, rule=rule, size=size).options
     except SchedulerError as error:
         raise UnsupportedModelError(
             f"the checkpoint's scheduler has no step table: {error}; "

@@ -7,7 +7,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from ...engines.errors import SchedulerError
-from .catalog import FIXED_VARIANCE, SAMPLERS, Sampler
+from .catalog import SAMPLERS, VARIANCES, Sampler
 from .names import SHORT_NAMES, SUFFIXES, ShortName
 
 __all__ = ["resolved", "suffixes_of"]
@@ -15,8 +15,8 @@ __all__ = ["resolved", "suffixes_of"]
 # values that another class's config may carry, and what they become
 Translation = dict[str, Mapping[Any, str | None]]
 TO_MIDPOINT = dict.fromkeys(("logrho", "bh1", "bh2"), "midpoint")
-# a fixed variance belongs to DDPM: the solvers have none, and read the option only to cut learned ones off
-NO_VARIANCE: Translation = {"variance_type": dict.fromkeys(FIXED_VARIANCE["variance_type"])}
+# variances belong to DDPM: the solvers have none, and read the option only to cut learned ones off
+NO_VARIANCE: Translation = {"variance_type": dict.fromkeys((*VARIANCES["variance_type"], "learned"))}
 FROM_DEIS: Translation = {"algorithm_type": {"deis": "dpmsolver++"}, "solver_type": TO_MIDPOINT}
 TRANSLATIONS: Mapping[str, Translation] = {
     # DPM-Solver configs write the unset type down; DDPM then leaves its variance as it is, which is `fixed_small`.
@@ -30,6 +30,7 @@ TRANSLATIONS: Mapping[str, Translation] = {
 }
 
 TYPES: dict[type, tuple[type, ...]] = {bool: (bool, type(None)), int: (int,), float: (int, float), str: (str,)}
+LARGEST = {"sample_max_value": 1e6, "dynamic_thresholding_ratio": 1.0}
 ELSEWHERE = {
     "DPMSolverSDEScheduler": ("its noise is a Brownian tree, drawn by torchsde", "dpmpp_2m_sde"),
     "CosineDPMSolverMultistepScheduler": ("its noise is a Brownian tree, drawn by torchsde", "dpmpp_2m_sde"),
@@ -113,17 +114,11 @@ def check(name: str, options: Mapping[str, Any], chosen: Sampler) -> None:
         return SchedulerError(f"{name} with {key}={given} is not supported: {advice}, or choose another sampler")
 
     if options.get("thresholding"):
-        largest = options["sample_max_value"]
-        if not isinstance(largest, int | float) or not 0 < largest < float("inf"):
-            raise refuse("sample_max_value", "give a number above 0")
-        if largest > 1:
-            raise refuse(
-                "thresholding",
-                f"no step table holds dynamic thresholding, which sample_max_value={largest:g} asks for; "
-                "set that to 1, or thresholding to false",
-            )
-    if options.get("variance_type") in ("learned", "learned_range"):
-        raise refuse("variance_type", "no step table holds learned variances; use ddim, which has none")
+        for key, most in LARGEST.items():
+            if not isinstance(options[key], int | float) or not 0 < options[key] <= most:
+                raise refuse(key, f"give a number above 0, {most:g} at most")
+    if options.get("variance_type") == "learned" and chosen.choices["variance_type"] != (None,):
+        raise refuse("variance_type", "it takes roots of what the network gives; use 'learned_range', or ddim")
     for key, default in chosen.defaults.items():
         if default is not None and not isinstance(options[key], TYPES.get(type(default), object)):
             raise refuse(key, f"give a value like {default!r}")

@@ -8,12 +8,20 @@ The columns of a row are the basis of the linear step, in this order:
 column is itself `clip(clip_weights[i] @ basis, -clip_limits[i], clip_limits[i])`; it serves `clip_sample` and is zero
 elsewhere. A table is built by running the sampler's own formulas on the unit vectors of this basis, so a sampler reads
 like its paper.
+
+Two columns may be more than that, where the step graph of a bundle has the option (`StepOption`):
+
+    dynamic thresholding   the clipped column is clip(form, -s, s) / s, where s is the quantile `quantiles[i]` of |form|
+                           over the image, 1 at least and `clip_limits[i]` at most (Saharia et al. 2022, section 2.3)
+    learned variance       the noise column is exp(a + b v) noise, with (a, b) = `spreads[i]` and the v that the network
+                           gives for the prompt beside its prediction (Nichol and Dhariwal 2021, equation 15)
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,10 +29,24 @@ from numpy.typing import NDArray
 from ...engines.device import Array
 from ...engines.errors import SchedulerError
 
-__all__ = ["StepTable", "TableBuilder", "pack"]
+__all__ = ["STEP_INPUTS", "StepOption", "StepTable", "TableBuilder", "pack", "step_options"]
 
 Form = NDArray[np.float64]  # a linear form over the columns: the coefficients of one quantity
 HISTORY = 4  # index of the first history column
+LINEAR = -1.0  # in place of a quantile, where the clipped column has a limit of its own
+
+StepOption = Literal["dynamic thresholding", "learned variance"]
+"""What a step graph does beside applying a row."""
+STEP_INPUTS: Mapping[StepOption, tuple[str, ...]] = {
+    "dynamic thresholding": ("quantiles", "largest"),
+    "learned variance": ("log_deviations", "log_deviation_slopes"),
+}
+"""The inputs that a step graph has for each option."""
+
+
+def step_options(inputs: Collection[str]) -> tuple[StepOption, ...]:
+    """Return the options of a step graph with inputs of these names."""
+    return tuple(option for option, names in STEP_INPUTS.items() if set(names) <= set(inputs))
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +58,8 @@ class StepTable:
     weights [N, 1 + H, K]   basis -> next latents, next history
     clip_weights [N, K]     basis -> the clipped column, before the clip
     clip_limits [N]         its limit; 0 where nothing is clipped
+    quantiles [N]           share of an image's values below its own limit, `clip_limits` being the largest; -1: none
+    spreads [N, 2]          logarithm of the noise's factor, and its slope over what the network says of it
     draws [N]               how many fresh noise tensors are drawn for this row (in row order); the last one is used
     original [N + 1, 2]     (signal, noise) factors of a given image at the state before row i; last the clean image
     init_noise_sigma        the first latents are `init_noise_sigma * noise`
@@ -46,6 +70,8 @@ class StepTable:
     weights: NDArray[np.float64]
     clip_weights: NDArray[np.float64]
     clip_limits: NDArray[np.float64]
+    quantiles: NDArray[np.float64]
+    spreads: NDArray[np.float64]
     draws: NDArray[np.int64]
     original: NDArray[np.float64]
     init_noise_sigma: float
@@ -58,21 +84,43 @@ class StepTable:
         """Number of history slots."""
         return self.weights.shape[1] - 1
 
+    @property
+    def options(self) -> tuple[StepOption, ...]:
+        """What the step graph must have."""
+        needs = {"dynamic thresholding": (self.quantiles >= 0).any(), "learned variance": self.spreads.any()}
+        return tuple(option for option in STEP_INPUTS if needs[option])
+
     def apply(
         self, i: int, latents: Array, prediction: Array, history: Sequence[Array], noise: Array | float = 0.0
     ) -> tuple[Array, list[Array]]:
-        """Run row i in numpy and return the next latents and history; the step graph does the same on the device."""
-        basis = [latents, prediction, noise, 0.0, *history]
+        """Run row i in numpy and return the next latents and history; the step graph does the same on the device.
+
+        The arrays are those of one image, [.., C, h, w]. A prediction of twice its channels has variances in the second
+        half, as diffusers' schedulers take them. Raises SchedulerError where the row needs those and there are none.
+        """
+        variance: Array | float = 0.0
+        if np.shape(prediction) != np.shape(latents):
+            prediction, variance = np.split(prediction, 2, axis=-3)
+        elif self.spreads[i, 1] != 0:
+            raise SchedulerError("the row needs learned variances: give a prediction of twice the latents' channels")
+        level, slope = self.spreads[i]
+        basis = [latents, prediction, np.exp(level + slope * variance) * noise, 0.0, *history]
         form = sum(weight * part for weight, part in zip(self.clip_weights[i], basis, strict=True))
-        basis[HISTORY - 1] = np.clip(form, -self.clip_limits[i], self.clip_limits[i])
+        limit, share = self.clip_limits[i], 1.0
+        if self.quantiles[i] >= 0:
+            limit = share = min(max(np.quantile(np.abs(form), self.quantiles[i]), 1.0), limit)
+        basis[HISTORY - 1] = np.clip(form, -limit, limit) / share
         lines = [sum(weight * part for weight, part in zip(line, basis, strict=True)) for line in self.weights[i]]
         return lines[0], lines[1:]
 
     def cut(self, rows: int) -> StepTable:
         """Return the first rows, whose latents are those of a run that is not at its end."""
-        parts = ("timesteps", "input_scales", "weights", "clip_weights", "clip_limits", "draws")
-        first = {name: getattr(self, name)[:rows] for name in parts}
-        return replace(self, **first, original=self.original[: rows + 1])
+        return replace(self.rows(slice(rows)), original=self.original[: rows + 1])
+
+    def rows(self, which: slice | Sequence[int]) -> StepTable:
+        """Return some rows; the states of a given image are left as they are."""
+        parts = ("timesteps", "input_scales", "weights", "clip_weights", "clip_limits", "quantiles", "spreads", "draws")
+        return replace(self, **{name: getattr(self, name)[which] for name in parts})
 
     @property
     def draw_count(self) -> int:
@@ -86,8 +134,8 @@ class TableBuilder:
     def __init__(self, history: int = 0) -> None:
         self.latents, self.prediction, self.noise, self._clipped, *self.history = np.eye(HISTORY + history)
         self.zero: Form = np.zeros(HISTORY + history)
-        self._clip: tuple[Form, float] = (self.zero, 0.0)
-        self._rows: list[tuple[NDArray[np.float64], Form, float]] = []
+        self._nothing_more()
+        self._rows: list[tuple[NDArray[np.float64], Form, float, float, tuple[float, float]]] = []
         self._timesteps: list[float] = []
         self._input_scales: list[float] = []
         self._draws: list[int] = []
@@ -98,12 +146,31 @@ class TableBuilder:
         self._clip = (form, limit)
         return self._clipped
 
-    def threshold(self, form: Form, largest: float) -> Form:
-        """Clip a quantity of the current row to `largest`, 1 at most, and divide it by that; at most once a row.
+    def threshold(self, form: Form, quantile: float, largest: float) -> Form:
+        """Clip a quantity of the current row to s and divide it by s, in place of `clip`; at most once a row.
 
-        It is dynamic thresholding (Saharia et al. 2022, section 2.3) where the bound has no room: between 1 and 1.
+        s is a quantile of its absolute values, 1 at least and `largest` at most: where that is no more than 1, s is.
         """
-        return self.clip(form, largest) / largest
+        if largest <= 1:
+            return self.clip(form, largest) / largest
+        self._quantile = quantile
+        return self.clip(form, largest)
+
+    def learned_noise(self, smallest: float, largest: float) -> Form:
+        """Return the noise of the current row by its deviation, which the network interpolates; at most once a row.
+
+        Both are variances: the network's -1 stands for the smallest, its 1 for the largest, and the logarithm is linear
+        in between.
+        """
+        low, high = np.log(smallest), np.log(largest)
+        self._spread = ((low + high) / 4, (high - low) / 4)
+        return self.noise
+
+    def _nothing_more(self) -> None:
+        """Forget what the closed row had beside linear columns."""
+        self._clip: tuple[Form, float] = (self.zero, 0.0)
+        self._quantile = LINEAR
+        self._spread: tuple[float, float] = (0.0, 0.0)
 
     def row(
         self,
@@ -117,29 +184,32 @@ class TableBuilder:
     ) -> None:
         """Close a row with the next latents and the next history (missing slots become zero)."""
         slots = [*history, *[self.zero] * (len(self.history) - len(history))]
-        self._rows.append((np.stack([latents, *slots]), *self._clip))
+        self._rows.append((np.stack([latents, *slots]), *self._clip, self._quantile, self._spread))
         self._timesteps.append(float(timestep))
         self._input_scales.append(float(input_scale))
         self._draws.append(int(draw))
         self._original.append(original)
-        self._clip = (self.zero, 0.0)
+        self._nothing_more()
 
     def table(self, init_noise_sigma: float = 1.0) -> StepTable:
         """Return the finished table; raises SchedulerError when the formulas divide by zero for this schedule."""
-        weights, clip_weights, clip_limits = (np.array(part, np.float64) for part in zip(*self._rows, strict=True))
+        parts = (np.array(part, np.float64) for part in zip(*self._rows, strict=True))
+        weights, clip_weights, clip_limits, quantiles, spreads = parts
         table = StepTable(
             timesteps=np.array(self._timesteps, np.float32),
             input_scales=np.array(self._input_scales),
             weights=weights,
             clip_weights=clip_weights,
             clip_limits=clip_limits,
+            quantiles=quantiles,
+            spreads=spreads,
             draws=np.array(self._draws, np.int64),
             original=np.array([*self._original, (1.0, 0.0)], np.float64),
             init_noise_sigma=float(init_noise_sigma),
         )
         if not all(
             np.isfinite(part).all()
-            for part in (weights, clip_weights, table.input_scales, table.timesteps, table.original)
+            for part in (weights, clip_weights, spreads, table.input_scales, table.timesteps, table.original)
         ):
             raise SchedulerError(
                 f"the sampler's formulas divide by zero for {len(table)} rows of this schedule: "
@@ -149,11 +219,11 @@ class TableBuilder:
 
 
 def pack(
-    tables: Sequence[StepTable], mixes: Sequence[Sequence[float]]
+    tables: Sequence[StepTable], mixes: Sequence[Sequence[float]], options: Collection[StepOption] = ()
 ) -> dict[str, NDArray[np.float32] | NDArray[np.int64]]:
     """Lay the rows of a batch out for the step graph: B images, G branches, T rows, H history slots (at least one).
 
-    `mixes` [B][G] are the weights by which an image's branches become one prediction.
+    `mixes` [B][G] are the weights by which an image's branches become one prediction; `options` are the step graph's.
 
     Each image has its own run of rows, closed by a row that holds the latents; its counter starts at `row[b]` and
     follows `next_rows`.
@@ -163,6 +233,9 @@ def pack(
     original_weights [T, 2, 1, 1, 1], input_scales [T, 1, 1, 1], timesteps [T], next_rows [T], noise_index [T, 1, 1]
     row [B]   the first row of each image
     rows_of_image [B, G], image_of_row [R]   network rows are branch-major: g * B + b
+
+    With dynamic thresholding quantiles and largest [T, 1, 1, 1, 1], 0 and 1 in other rows; with learned variance
+    log_deviations and log_deviation_slopes [T, 1, 1, 1, 1].
     """
     images, branches = len(tables), len(mixes[0])
     slots = max(1, *(table.history for table in tables))
@@ -175,10 +248,13 @@ def pack(
     clip_weights = np.zeros((total, 1 + branches))
     original, scales, timesteps = np.zeros((total, 2)), np.ones(total), np.zeros(total)
     next_rows, noise_index = np.arange(total) + 1, np.zeros(total)
+    more = {"quantiles": np.zeros(total), "largest": np.ones(total)}
+    more |= {"log_deviations": np.zeros(total), "log_deviation_slopes": np.zeros(total)}
     for start, table, mix in zip(first, tables, mixes, strict=True):
         n, lines = len(table), 1 + table.history
         rows, hold = slice(start, start + n), start + n
-        limits = np.where(table.clip_limits > 0, table.clip_limits, 1.0)
+        dynamic = table.quantiles >= 0
+        limits = np.where((table.clip_limits > 0) & ~dynamic, table.clip_limits, 1.0)
         latents, prediction, noise, clipped, history = np.split(table.weights, [1, 2, 3, HISTORY], axis=2)
         parts = [latents, prediction * np.array(mix), noise, clipped * limits[:, None, None], history]
         weights[rows, :lines, : columns - slots + table.history] = np.concatenate(parts, axis=2)
@@ -190,6 +266,9 @@ def pack(
         timesteps[rows], timesteps[hold] = table.timesteps, table.timesteps[-1]
         next_rows[hold] = hold
         noise_index[rows] = np.maximum(np.cumsum(table.draws) - 1, 0)
+        more["quantiles"][rows] = np.where(dynamic, table.quantiles, 0)
+        more["largest"][rows] = np.where(dynamic, table.clip_limits, 1)
+        more["log_deviations"][rows], more["log_deviation_slopes"][rows] = table.spreads.T
     floats = {
         "weights": weights[..., None, None, None],
         "clip_weights": clip_weights[..., None, None, None],
@@ -197,6 +276,7 @@ def pack(
         "input_scales": scales[:, None, None, None],
         "timesteps": timesteps,
     }
+    floats |= {name: more[name][:, None, None, None, None] for option in options for name in STEP_INPUTS[option]}
     rows_of_image = np.arange(branches) * images + np.arange(images)[:, None]
     indices = {
         "next_rows": next_rows,

@@ -18,11 +18,8 @@ from latentrt.export import export_checkpoint, exporter
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (
-            {"_class_name": "DDPMScheduler", "thresholding": True, "sample_max_value": 1.5},
-            "no step table holds dynamic thresholding",
-        ),
-        ({"_class_name": "DDPMScheduler", "variance_type": "learned_range"}, "use ddim, which has none"),
+        ({"_class_name": "DDPMScheduler", "variance_type": "learned_range"}, "and the denoiser gives none"),
+        ({"_class_name": "DDPMScheduler", "variance_type": "learned"}, "use 'learned_range', or ddim"),
         ({"_class_name": "DPMSolverSDEScheduler"}, "the nearest sampler is dpmpp_2m_sde"),
     ],
 )

@@ -33,6 +33,11 @@ def denoiser(latents: Any, timestep: float) -> Any:
     return 0.9 * np.tanh(0.8 * latents + np.sin(timestep / 200)) + 0.1 * latents
 
 
+def with_variance(latents: Any, timestep: float) -> Any:
+    """Return a prediction, and behind its channels what a network says of the noise's variance: -1 to 1 and beyond."""
+    return np.concatenate([denoiser(latents, timestep), 1.2 * np.cos(3 * latents + timestep / 300)], axis=1)
+
+
 class Schedulers:
     """Runs a scheduler config on diffusers and as a step table, as the three Stable Diffusion pipelines would."""
 
@@ -75,6 +80,7 @@ class Schedulers:
         timesteps: Any = None,
         sigmas: Any = None,
         churn: Churn | None = None,
+        network: Any = denoiser,
     ) -> Any:
         """Return the final latents of diffusers, float64; `single` leaves all arithmetic in float32."""
         import torch
@@ -111,14 +117,16 @@ class Schedulers:
         with mock.patch.dict(vars(inspect.getmodule(type(scheduler))), randn_tensor=_float32_draws):
             for i, t in enumerate(timesteps):
                 scaled = scheduler.scale_model_input(latents, t) if hasattr(scheduler, "scale_model_input") else latents
-                prediction = torch.from_numpy(denoiser(scaled.double().numpy(), float(t))).to(dtype)
+                prediction = torch.from_numpy(network(scaled.double().numpy(), float(t))).to(dtype)
                 latents = step(i, prediction, latents).to(dtype)
                 if inpaint:
                     given = with_noise(timesteps[i + 1 : i + 2]) if i + 1 < len(timesteps) else image
                     latents = torch.where(torch.from_numpy(MASK), latents, given)
         return latents.double().numpy()
 
-    def run_table(self, config: dict[str, Any], steps: int, *, inpaint: bool = False, **arguments: Any) -> Any:
+    def run_table(
+        self, config: dict[str, Any], steps: int, *, inpaint: bool = False, network: Any = denoiser, **arguments: Any
+    ) -> Any:
         """Return the final latents of the step table, float64."""
         table = step_table(config, steps, **arguments)
         generator = Generator(SEED)
@@ -127,7 +135,7 @@ class Schedulers:
             latents = table.original[0, 0] * IMAGE.astype(np.float64) + table.original[0, 1] * START
         history = [np.zeros(SHAPE)] * table.history
         for i in range(len(table)):
-            prediction = denoiser(table.input_scales[i] * latents, float(table.timesteps[i]))
+            prediction = network(table.input_scales[i] * latents, float(table.timesteps[i]))
             noise = 0.0
             for _ in range(table.draws[i]):
                 noise = generator.randn(SHAPE)

@@ -224,8 +224,8 @@ def test_short_names_leave_latents_unclipped_where_the_config_is_silent() -> Non
         ),
         (SD15 | {"_class_name": "VQDiffusionScheduler"}, "it steps through tokens, not latents"),
         (
-            SD15 | {"_class_name": "DDIMScheduler", "thresholding": True, "sample_max_value": 1.5},
-            "thresholding=True is not supported: no step table holds dynamic thresholding, which sample_max_value=1.5",
+            SD15 | {"_class_name": "DDIMScheduler", "thresholding": True, "dynamic_thresholding_ratio": -0.5},
+            "dynamic_thresholding_ratio=-0.5 is not supported: give a number above 0, 1 at most",
         ),
         (SD15 | {"_class_name": "DDIMScheduler", "thresholding": True, "sample_max_value": 0}, "sample_max_value=0"),
         (
@@ -244,7 +244,7 @@ def test_short_names_leave_latents_unclipped_where_the_config_is_silent() -> Non
         (DPM | {"prediction_type": "flow_prediction"}, "set use_flow_sigmas"),
         (DPM | {"final_sigmas_type": "one"}, "final_sigmas_type='one'"),
         (DPM | {"use_lu_lambdas": True}, "karras and lu sigmas at once"),
-        (DPM | {"variance_type": "learned_range"}, "no step table holds learned variances"),
+        (DPM | {"variance_type": "learnt"}, "variance_type='learnt'"),
         ({"_class_name": "UniPCMultistepScheduler", "use_dynamic_shifting": True} | FLOW, "pass mu, the shift"),
         ({"_class_name": "FlowMatchLCMScheduler", "scale_factors": [0.5, 1.0]}, "scale_factors=[0.5, 1.0]"),
         ({"_class_name": "IPNDMScheduler", "trained_betas": [0.1] * 5}, "trained_betas=[0.1, 0.1"),

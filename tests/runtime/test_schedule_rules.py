@@ -157,10 +157,10 @@ def test_two_lines_for_one_number_of_steps_are_no_rule() -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"_class_name": "DDPMScheduler", "variance_type": "learned_range"}, "learned variances; use ddim"),
+        ({"_class_name": "DDPMScheduler", "variance_type": "learned"}, "use 'learned_range', or ddim"),
         (
-            {"_class_name": "DDPMScheduler", "thresholding": True, "sample_max_value": 1.5},
-            "dynamic thresholding, which sample_max_value=1.5 asks for; set that to 1",
+            {"_class_name": "DDPMScheduler", "thresholding": True, "dynamic_thresholding_ratio": 95},
+            "dynamic_thresholding_ratio=95 is not supported: give a number above 0, 1 at most",
         ),
         ({"_class_name": "DPMSolverSDEScheduler"}, "the nearest sampler is dpmpp_2m_sde"),
         ({}, "names no class"),
