@@ -11,6 +11,8 @@
     │   ├── BackendUnavailableError   a backend whose library, driver or device is missing
     │   ├── MissingPlanError          an engine that is not in the cache, where building is not allowed
     │   └── ShapeError                tensors that do not fit an engine's profile or a graph's shapes
+    ├── QueueFullError            more work than a batcher lets wait
+    ├── DeadlineError             a result that was not there in time
     ├── StorageError              a file that could not be written (disk full, permissions)
     └── MissingExtraError         an optional dependency that is not installed
 
@@ -26,11 +28,13 @@ __all__ = [
     "BackendUnavailableError",
     "BundleError",
     "CheckpointError",
+    "DeadlineError",
     "EngineError",
     "ExportError",
     "LatentRTError",
     "MissingExtraError",
     "MissingPlanError",
+    "QueueFullError",
     "RequestError",
     "SchedulerError",
     "ShapeError",
@@ -108,6 +112,18 @@ class MissingPlanError(EngineError):
 
 class ShapeError(EngineError, ValueError):
     """Tensors that do not fit an engine's profile or a graph's declared shapes."""
+
+
+class QueueFullError(LatentRTError):
+    """More work than a batcher lets wait; `seconds` is how long what waits will take, None where nothing was timed."""
+
+    def __init__(self, message: str, seconds: float | None = None) -> None:
+        super().__init__(message)
+        self.seconds = seconds
+
+
+class DeadlineError(LatentRTError, TimeoutError):
+    """A result that was not there in time."""
 
 
 class StorageError(LatentRTError, OSError):

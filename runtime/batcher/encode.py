@@ -1,0 +1,70 @@
+"""Graphs that run for one image or one row at a time, beside the loop: prompt encoders and the decoder."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+
+import numpy as np
+
+from ...engines.bundle import Bundle, GraphInfo
+from ...engines.device import Array, Device, Stream
+from ..loop.denoise import STATE, OpenEngine
+from ..loop.workspace import BoundGraph
+
+KEPT_ROWS = 32
+"""Rows of conditioning that are kept: most requests have the same few negative prompts."""
+KEPT_BINDINGS = 8
+"""Shapes of graphs that stay bound."""
+
+
+class Encoder:
+    """Turns the inputs of network rows into conditioning, row by row, so that a row is the same in every company."""
+
+    def __init__(self, device: Device, bundle: Bundle, open_engine: OpenEngine, stream: Stream) -> None:
+        """Bind nothing yet."""
+        self._device, self._bundle, self._open, self._stream = device, bundle, open_engine, stream
+        self._graphs = [graph for graph in bundle.manifest.graphs if graph.stage == "prompt"]
+        self._read = [spec.name for spec in bundle.graph("denoiser").inputs if spec.name not in STATE]
+        self._bound: OrderedDict[tuple[str, tuple[tuple[int, ...], ...]], BoundGraph] = OrderedDict()
+        self._rows: OrderedDict[tuple[tuple[str, bytes], ...], dict[str, Array]] = OrderedDict()
+
+    def conditioning(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Return what the denoiser reads beside latents and timestep [n, ...], for inputs of n rows."""
+        count = len(next(iter(inputs.values())))
+        rows = [self._row({name: array[row : row + 1] for name, array in inputs.items()}) for row in range(count)]
+        return {name: np.concatenate([row[name] for row in rows]) for name in self._read}
+
+    def _row(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        key = tuple((name, array.tobytes()) for name, array in inputs.items())
+        if key not in self._rows:
+            tensors = dict(inputs)
+            for graph in self._graphs:
+                if not all(spec.name in tensors for spec in graph.outputs):
+                    tensors |= self.run(graph, {spec.name: tensors[spec.name] for spec in graph.inputs})
+            self._rows[key] = {name: tensors[name] for name in self._read}
+            if len(self._rows) > KEPT_ROWS:
+                self._rows.popitem(last=False)
+        self._rows.move_to_end(key)
+        return self._rows[key]
+
+    def decode(self, latents: Array) -> dict[str, Array]:
+        """Return the decoder's outputs for the latents of one image [1, C, h, w]."""
+        return self.run(self._bundle.graph("decoder"), {"latents": latents})
+
+    def run(self, graph: GraphInfo, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Run a graph on host arrays and return its outputs on the host."""
+        key = (graph.name, tuple(array.shape for array in inputs.values()))
+        if key not in self._bound:
+            engine = self._open(graph, {name: array.shape for name, array in inputs.items()})
+            self._bound[key] = BoundGraph(self._device, engine, graph, inputs)
+            if len(self._bound) > KEPT_BINDINGS:
+                self._bound.popitem(last=False)[1].close()
+        self._bound.move_to_end(key)
+        return self._bound[key].run(inputs, self._stream)
+
+    def close(self) -> None:
+        """Free bindings and memory; calling it again does nothing."""
+        self._rows.clear()
+        while self._bound:
+            self._bound.popitem()[1].close()

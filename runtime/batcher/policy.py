@@ -1,0 +1,107 @@
+"""Who comes next and how wide a step is: pure functions of what waits, what runs and how long steps take.
+
+A step of more rows costs more time, and what it gains for each row ends at some width, the knee of the curve: a crowd
+beyond it makes everyone slower and nobody faster. So rows are given up to the knee, and beyond it only while so much
+waits that the last few per cent count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+SLACK = 4.0
+"""An image is due when it has been there for so many times what it takes alone: short ones overtake long ones."""
+PATIENCE = 60.0
+"""Seconds of slack at most: an image that has waited longer goes before all that come later."""
+GOOD = 0.95
+"""The part of the best throughput that the knee of the curve gives."""
+WORTH = 1.03
+"""Throughput beyond the knee's at which it is worth to go there while enough waits."""
+UNSETTLED = 2
+"""First runs of a bucket that are not timed: memory is allocated in one, work captured in another."""
+FADING = 0.2
+"""Share of the newest time in a bucket's mean."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An image that waits: since when (seconds), its network rows, and how often it has the network evaluated."""
+
+    arrived: float
+    rows: int
+    evaluations: int
+
+
+class StepTimes:
+    """How long a step takes by its bucket, the number of network rows that are computed."""
+
+    def __init__(self, buckets: Sequence[int], seconds: Mapping[int, float] | None = None) -> None:
+        """Take increasing buckets, and times where they are known."""
+        self.buckets = tuple(buckets)
+        self.seconds: dict[int, float] = dict(seconds or {})
+        self._runs: dict[int, int] = {}
+
+    def add(self, bucket: int, seconds: float) -> None:
+        """Take note of what a step took."""
+        runs = self._runs[bucket] = self._runs.get(bucket, 0) + 1
+        if runs > UNSETTLED:
+            before = self.seconds.get(bucket, seconds)
+            self.seconds[bucket] = before + FADING * (seconds - before)
+
+    def bucket(self, rows: int) -> int:
+        """Return the smallest bucket that holds so many rows."""
+        return next(bucket for bucket in self.buckets if bucket >= rows)
+
+    def of(self, rows: int) -> float:
+        """Return the seconds of a step of so many rows; a guess where its bucket has no time yet, 0 where none has."""
+        bucket = self.bucket(rows)
+        if bucket in self.seconds or not self.seconds:
+            return self.seconds.get(bucket, 0.0)
+        near = min(self.seconds, key=lambda known: abs(known - bucket))
+        return self.seconds[near] * bucket / near
+
+    def knee(self) -> int:
+        """Return the fewest rows that give nearly the best throughput; a wider bucket without a time is tried next."""
+        pace = {bucket: bucket / self.seconds[bucket] for bucket in self.buckets if self.seconds.get(bucket)}
+        best = max(pace.values(), default=0.0)
+        knee = next((bucket for bucket in pace if pace[bucket] >= GOOD * best), 0)
+        return next((bucket for bucket in self.buckets if bucket > knee and bucket not in self.seconds), knee)
+
+    def most(self, wanted: int) -> int:
+        """Return how many rows to use when so many are wanted: the knee, or all where that pays."""
+        knee, widest = self.knee(), self.buckets[-1]
+        if wanted > knee and all(self.seconds.get(bucket) for bucket in (knee, widest)):
+            gain = widest / self.seconds[widest] * self.seconds[knee] / knee
+            return widest if gain >= WORTH else knee
+        return knee
+
+    def wait(self, work: float) -> float | None:
+        """Return the seconds that rows times evaluations of work take at the knee, None before any step was timed."""
+        if not self.seconds:
+            return None
+        knee = self.knee()
+        return work / knee * self.of(knee)
+
+
+def due(candidate: Candidate, times: StepTimes) -> float:
+    """Return when an image is due, in the seconds of its arrival."""
+    alone = candidate.evaluations * times.of(candidate.rows)
+    return candidate.arrived + min(SLACK * alone, PATIENCE)
+
+
+def admitted(waiting: Sequence[Candidate], used: int, free_slots: int, times: StepTimes) -> list[int]:
+    """Return the indices of the images to admit now, in order: the earliest due first, nobody out of turn.
+
+    `used` are the rows of what runs. An image that does not fit keeps those behind it waiting, so that two rows come
+    free for it in the end. One image always runs, however wide.
+    """
+    most = times.most(used + sum(candidate.rows for candidate in waiting))
+    chosen: list[int] = []
+    for index in sorted(range(len(waiting)), key=lambda i: (due(waiting[i], times), i)):
+        rows = waiting[index].rows
+        if len(chosen) == free_slots or used + rows > (most if used else times.buckets[-1]):
+            break
+        chosen.append(index)
+        used += rows
+    return chosen

@@ -1,0 +1,229 @@
+"""Device buffers for the images in flight of one size: slots, network rows, and a step for every bucket of rows.
+
+A slot is an image's place in the step graph, a row one of the network's: the index inputs of the step graph connect
+them. The rows in use are always the first ones, so a bucket is a prefix of the buffers, and the row of an image that
+left is filled by moving the last one. An idle slot holds what it has and reads row 0, which every bucket has.
+
+Nothing of an image depends on who else is there: its numbers are the same bit for bit in every slot, every row and any
+company, as long as the bucket is the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import partial
+
+import numpy as np
+
+from ...engines.bundle import Bundle
+from ...engines.device import Array, Device, Stream, Tensor
+from ...engines.engine import BoundEngine
+from ..loop.denoise import CapturedWork, Mode, OpenEngine, allocate, allocate_like, shapes_of
+from ..loop.workspace import allocate_outputs
+from .prepared import BRANCHES, Fit, Prepared, table_names
+
+OF_ROWS = ("model_input", "timestep", "image_of_row", "prediction")
+"""The step graph's tensors that a bucket has a prefix of."""
+
+
+class Slots:
+    """Buffers of one fit, and who is in them."""
+
+    def __init__(
+        self,
+        device: Device,
+        bundle: Bundle,
+        open_engine: OpenEngine,
+        fit: Fit,
+        slots: int,
+        buckets: Sequence[int],
+        *,
+        mode: Mode,
+        stream: Stream,
+    ) -> None:
+        """Allocate the buffers; engines are opened and bound when a bucket is first run."""
+        self.fit, self.slots, self.buckets = fit, slots, tuple(buckets)
+        self._denoiser, self._step = bundle.graph("denoiser"), bundle.graph("step")
+        self._open, self._mode, self._stream = open_engine, mode, stream
+        self._tables = table_names(bundle)
+        self._rows: list[tuple[int, int]] = []  # slot and branch of every row in use
+        self._of_slot: dict[int, int] = {}  # rows of every slot in use
+        self._rows_of_image = np.zeros((slots, BRANCHES), np.int64)
+        self._parity = 0
+        self._bound: dict[tuple[int, int], tuple[BoundEngine, BoundEngine]] = {}
+        self._captured = CapturedWork(2 * len(self.buckets))
+        self._views: dict[tuple[str, int, int, int], Tensor] = {}
+        state, rest, conditioning = self._blank()
+        with ExitStack() as memory:
+            self._sets = [allocate_like(device, state, memory), allocate_like(device, state, memory)]
+            self._constants = allocate_like(device, rest, memory)
+            self._conditioning = allocate_like(device, conditioning, memory)
+            network = {**self._conditioning, **{name: self._sets[0][name] for name in ("model_input", "timestep")}}
+            outputs = allocate_outputs(device, self._denoiser, network, memory)
+            self._outputs, self._constants["prediction"] = outputs, outputs["prediction"]
+            self._still = allocate(device, (1, fit.history, *fit.latents), np.float32, memory)
+            memory.callback(self._unbind)  # runs first
+            self._memory = memory.pop_all()
+        try:
+            for tensors, arrays in ((self._constants, rest), (self._conditioning, conditioning)):
+                for name, array in arrays.items():
+                    tensors[name].write(array, stream)
+            for each in self._sets:
+                for name, array in state.items():
+                    each[name].write(array, stream)
+            self._still.write(np.zeros(self._still.shape, np.float32), stream)
+        except BaseException:
+            self.close()
+            raise
+
+    def _blank(self) -> tuple[dict[str, Array], dict[str, Array], dict[str, Array]]:
+        """Return the first contents of state, of the step's other inputs and of the conditioning: every slot idle."""
+        fit, slots, rows = self.fit, self.slots, self.buckets[-1]
+        network = {spec.name: spec.dtype for spec in self._denoiser.inputs}
+        total, cells = slots * fit.table_rows, fit.latents[1:]
+        sizes = {"T": total, "P": 1 + fit.history, "K": 3 + BRANCHES + fit.history, "L": 1 + BRANCHES}
+        specs = {spec.name: spec for spec in self._step.inputs}
+        shapes = {
+            name: tuple(sizes[size] if isinstance(size, str) else size for size in specs[name].shape)
+            for name in self._tables
+        }
+        tables: dict[str, Array] = {name: np.zeros(shape, specs[name].dtype) for name, shape in shapes.items()}
+        tables["weights"][:, 0, 0] = 1  # latents stay what they are
+        tables["next_rows"][:] = np.arange(total)
+        state: dict[str, Array] = {
+            "latents": np.zeros((slots, *fit.latents), np.float32),
+            "history": np.zeros((slots, fit.history, *fit.latents), np.float32),
+            "model_input": np.zeros((rows, *fit.latents), network["model_input"]),
+            "timestep": np.zeros(rows, network["timestep"]),
+            "row": np.arange(slots, dtype=np.int64) * fit.table_rows,
+        }
+        rest = tables | {
+            "rows_of_image": self._rows_of_image,
+            "image_of_row": np.zeros(rows, np.int64),
+            "noise": np.zeros((slots, 1, *fit.latents), np.float32),
+            "original": np.zeros((slots, 2, *fit.latents), np.float32),
+            "mask": np.ones((slots, 1, *cells), bool),
+        }
+        conditioning: dict[str, Array] = {
+            name: np.zeros((rows, *shape), network[name]) for name, shape in fit.conditioning
+        }
+        return state, rest, conditioning
+
+    @property
+    def used(self) -> int:
+        """Network rows in use."""
+        return len(self._rows)
+
+    @property
+    def free(self) -> int:
+        """Slots without an image."""
+        return self.slots - len(self._of_slot)
+
+    def admit(self, image: Prepared, conditioning: dict[str, Array]) -> int:
+        """Write an image and its rows of conditioning [n, ...] to a free slot, and return that."""
+        slot = next(slot for slot in range(self.slots) if slot not in self._of_slot)
+        count, first, here, stream = len(next(iter(conditioning.values()))), self.used, self._parity, self._stream
+        for name, array in (*image.tables.items(), *image.own.items()):
+            if name == "next_rows":
+                array = array + slot * self.fit.table_rows
+            self._part(name, slot * len(array), len(array)).write(array, stream)
+        self._part("latents", slot, 1, here).write(image.state["latents"], stream)
+        self._part("history", slot, 1, here).copy(self._still, stream)  # weights of 0 do not silence what is not finite
+        self._part("row", slot, 1, here).write(np.array([slot * self.fit.table_rows], np.int64), stream)
+        for branch in range(count):
+            row = first + branch
+            for name, array in conditioning.items():
+                self._part(name, row, 1).write(array[branch : branch + 1], stream)
+            for name in ("model_input", "timestep"):
+                self._part(name, row, 1, here).write(image.state[name], stream)
+            self._rows.append((slot, branch))
+        self._of_slot[slot] = count
+        self._connect()
+        return slot
+
+    def release(self, slot: int) -> None:
+        """Free a slot and its rows, and park it on a row of the table that holds."""
+        del self._of_slot[slot]
+        self._part("row", slot, 1, self._parity).write(
+            np.array([(slot + 1) * self.fit.table_rows - 1], np.int64), self._stream
+        )
+        for row in reversed([row for row, (owner, _) in enumerate(self._rows) if owner == slot]):
+            moved = self._rows.pop()
+            if row < self.used:
+                self._move(self.used, row)
+                self._rows[row] = moved
+        self._connect()
+
+    def _move(self, source: int, target: int) -> None:
+        """Copy what the network reads in one row to another."""
+        for name in (*self._conditioning, "model_input", "timestep"):
+            self._part(name, target, 1, self._parity).copy(self._part(name, source, 1, self._parity), self._stream)
+
+    def _connect(self) -> None:
+        """Write which rows belong to which slots."""
+        images = np.zeros(self.buckets[-1], np.int64)
+        self._rows_of_image[:] = 0
+        for row, (slot, branch) in enumerate(self._rows):
+            images[row] = slot
+            branches = branch if self._of_slot[slot] == BRANCHES else slice(None)  # one row is that of both branches
+            self._rows_of_image[slot, branches] = row
+        self._constants["rows_of_image"].write(self._rows_of_image, self._stream)
+        self._constants["image_of_row"].write(images, self._stream)
+
+    def write_noise(self, slot: int, noise: Array) -> None:
+        """Write what an image draws [C, h, w] for the next step."""
+        self._part("noise", slot, 1).write(noise[None, None], self._stream)
+
+    def latents(self, slot: int) -> Array:
+        """Wait for the steps so far, and return the latents [1, C, h, w] of a slot."""
+        return self._part("latents", slot, 1, self._parity).read(self._stream)
+
+    def step(self, bucket: int) -> None:
+        """Enqueue a step of all slots; what a step that failed has written is written again by the next one."""
+        key = (bucket, self._parity)
+        enqueue = partial(self._enqueue, self._pair(*key))
+        if self._mode == "eager":
+            enqueue(self._stream)
+        else:
+            self._captured.run(key, enqueue, self._stream)
+        self._parity = 1 - self._parity
+
+    @staticmethod
+    def _enqueue(pair: tuple[BoundEngine, BoundEngine], stream: Stream) -> None:
+        for bound in pair:
+            bound.enqueue(stream)
+
+    def _pair(self, bucket: int, parity: int) -> tuple[BoundEngine, BoundEngine]:
+        """Return denoiser and step bound to the first rows of one set of buffers, and to the other set."""
+        if (bucket, parity) not in self._bound:
+            here, there = self._sets[parity], self._sets[1 - parity]
+            network = {name: self._part(name, 0, bucket) for name in self._conditioning}
+            network |= {name: self._part(name, 0, bucket, parity) for name in ("model_input", "timestep")}
+            update = {**self._constants, **here}
+            update |= {name: self._part(name, 0, bucket, parity) for name in OF_ROWS}
+            update = {spec.name: update[spec.name] for spec in self._step.inputs}
+            engines = self._open(self._denoiser, shapes_of(network)), self._open(self._step, shapes_of(update))
+            outputs = {name: self._part(name, 0, bucket) for name in self._outputs}
+            after = {name: self._part(name, 0, bucket, 1 - parity) for name in ("model_input", "timestep")}
+            update |= {f"next_{name}": tensor for name, tensor in {**there, **after}.items()}
+            self._bound[bucket, parity] = engines[0].bind({**network, **outputs}), engines[1].bind(update)
+        return self._bound[bucket, parity]
+
+    def _part(self, name: str, first: int, count: int, parity: int = 0) -> Tensor:
+        """Return rows of a tensor, the same view each time: a view has memory of its own to copy through."""
+        key = (name, first, count, parity if name in self._sets[0] else 0)
+        if key not in self._views:
+            whole = {**self._constants, **self._conditioning, **self._outputs, **self._sets[parity]}[name]
+            self._views[key] = whole.rows(first, count)
+        return self._views[key]
+
+    def _unbind(self) -> None:
+        self._captured.close()
+        self._bound.clear()
+        while self._views:
+            self._views.popitem()[1].close()
+
+    def close(self) -> None:
+        """Free buffers and captures; calling it again does nothing."""
+        self._memory.close()
