@@ -1,0 +1,160 @@
+"""A picture does not depend on who else is drawn: the same bits alone and in a crowd, and the pipeline's picture."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from concurrent.futures import as_completed
+from typing import Any
+
+import numpy as np
+import pytest
+from latentrt.engines.device import Array
+from latentrt.engines.errors import EngineError
+from latentrt.runtime import Pipeline
+from latentrt.runtime.batcher import Batcher
+from latentrt.runtime.sampling import names
+from PIL import Image
+
+PROMPTS = ("a red circle on a blue background", "two green stars", "a small yellow cross", "", "a big square")
+SMALL: dict[str, Any] = {"height": 64, "width": 64, "output_type": "np"}
+
+
+def mixed(count: int, most_steps: int, seed: int) -> list[dict[str, Any]]:
+    """Return unlike requests."""
+    choose = random.Random(seed)
+    return [
+        {
+            **SMALL,
+            "prompt": choose.choice(PROMPTS),
+            "negative_prompt": choose.choice((None, "blurry")),
+            "sampler": choose.choice(names()),
+            "num_inference_steps": choose.randint(min(4, most_steps), most_steps),
+            "guidance_scale": choose.choice((1.0, 2.0, 4.0, 7.5)),
+            "seed": choose.randrange(2**32),
+        }
+        for _ in range(count)
+    ]
+
+
+def alone(batcher: Batcher, requests: Sequence[dict[str, Any]]) -> list[Array]:
+    return [batcher.submit(**request).result(60).images for request in requests]
+
+
+def in_a_crowd(batcher: Batcher, requests: Sequence[dict[str, Any]], poison: str, seed: int) -> list[Array]:
+    """Draw all at once, among others that are cancelled on the way and some that turn to no numbers."""
+    order = list(range(len(requests)))
+    random.Random(seed).shuffle(order)
+    futures, others, poisoned = {}, [], []
+    for place, number in enumerate(order):
+        futures[batcher.submit(**requests[number])] = number
+        if place % 3 == 0:
+            others.append(batcher.submit(**{**requests[number], "num_inference_steps": 40, "seed": place}))
+        if place % 5 == 1:
+            poisoned.append(batcher.submit(**{**requests[number], "prompt": poison}))
+    found: dict[int, Array] = {}
+    for future in as_completed(futures, timeout=300):
+        found[futures[future]] = future.result().images
+        if others:
+            assert others.pop(0).cancel()
+    for other in others:
+        other.cancel()
+    for future in poisoned:
+        with pytest.raises(EngineError, match="denoiser gave latents that are not finite"):
+            future.result(60)
+    return [found[number] for number in range(len(requests))]
+
+
+def check(pipe: Pipeline, requests: Sequence[dict[str, Any]], poison: str, slots: int) -> None:
+    with Batcher(pipe, slots=slots, fixed_rows=True, max_waiting=1000) as batcher:
+        first = alone(batcher, requests)
+        for seed in (1, 2):
+            for one, other in zip(first, in_a_crowd(batcher, requests, poison, seed), strict=True):
+                np.testing.assert_array_equal(one, other)
+    for request, picture in zip(requests, first, strict=True):
+        assert np.abs(picture - pipe(**request).images).max() <= 1 / 255
+
+
+def test_a_picture_is_the_same_alone_and_in_a_crowd(pipe: Pipeline, poison: str) -> None:
+    check(pipe, mixed(10, most_steps=6, seed=3), poison, slots=3)
+
+
+@pytest.mark.slow
+def test_many_pictures_are_the_same_alone_and_in_a_crowd(pipe: Pipeline, poison: str) -> None:
+    check(pipe, mixed(40, most_steps=30, seed=4), poison, slots=4)
+
+
+@pytest.fixture(scope="module")
+def batcher(pipe: Pipeline) -> Iterator[Batcher]:
+    with Batcher(pipe, slots=3) as opened:
+        yield opened
+
+
+def test_buckets_that_change_give_the_pipeline_s_pictures(pipe: Pipeline, batcher: Batcher) -> None:
+    requests = mixed(8, most_steps=5, seed=5)
+    for request, future in zip(requests, [batcher.submit(**each) for each in requests], strict=True):
+        assert np.abs(future.result(60).images - pipe(**request).images).max() <= 1 / 255
+
+
+PICTURE = Image.new("RGB", (64, 64), "orange")
+MASK = Image.fromarray(np.pad(np.full((32, 64), 255, np.uint8), ((0, 32), (0, 0))))
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        {"num_images_per_prompt": 2},
+        {"prompt": ["a star", "a circle"], "seed": [7, 3], "guidance_scale": 1.0},
+        {"image": PICTURE, "strength": 0.6},
+        {"image": PICTURE, "strength": 0.6, "sampler": "euler_a"},
+        {"image": PICTURE, "mask_image": MASK},
+        {"image": [PICTURE, Image.new("RGB", (64, 64), "green")], "mask_image": MASK, "num_images_per_prompt": 2},
+        {"prompt": "a (star:1.3)", "prompt_syntax": "a1111"},
+        {"prompt": "a star " * 60, "prompt_syntax": "a1111", "guidance_scale": 1.0},
+        {"sampler": "dpmpp_2m", "num_inference_steps": 24, "forecast": "spectrum"},
+        {"sampler": "ddim", "num_inference_steps": 130},
+        {"sampler": "ddpm", "num_inference_steps": 6},
+        {"sigmas": [10.0, 3.0, 1.0, 0.0], "sampler": "euler"},
+        {"latents": np.random.default_rng(1).standard_normal((1, 4, 8, 8)).astype(np.float32)},
+        {"output_type": "latent"},
+    ],
+    ids=lambda request_: ", ".join(map(str, request_)),
+)
+def test_whatever_a_pipeline_draws(pipe: Pipeline, batcher: Batcher, request_: dict[str, Any]) -> None:
+    request = {**SMALL, "prompt": "a star", "seed": 5, "num_inference_steps": 3, **request_}
+    if "sigmas" in request_:
+        del request["num_inference_steps"]
+    beside = batcher.submit(**{**SMALL, "prompt": "a red circle", "seed": 6, "num_inference_steps": 8})
+    result, expected = batcher.submit(**request).result(60), pipe(**request)
+    assert result.seeds == expected.seeds and result.request == expected.request
+    assert result.images.shape == expected.images.shape and result.images.dtype == expected.images.dtype
+    tolerance = 1e-4 if request["output_type"] == "latent" else 1 / 255
+    assert np.abs(result.images - expected.images).max() <= tolerance
+    assert beside.result(60).images.shape == (1, 64, 64, 3)
+
+
+def test_embeddings_stand_in_place_of_prompts(pipe: Pipeline, batcher: Batcher) -> None:
+    rows = pipe.session.encode_prompt(pipe._batches.tokens("a star"))["context"]
+    request = {**SMALL, "prompt_embeds": rows, "seed": 5, "num_inference_steps": 3}
+    for more in ({}, {"negative_prompt_embeds": rows * 0.5}, {"guidance_scale": 1.0}):
+        pictures = batcher.submit(**request, **more).result(60).images
+        assert np.abs(pictures - pipe(**request, **more).images).max() <= 1 / 255
+
+
+def test_pictures_are_pil_by_default_and_pasted_where_they_were_cut(pipe: Pipeline, batcher: Batcher) -> None:
+    request: dict[str, Any] = {"prompt": "a star", "seed": 5, "num_inference_steps": 2, "height": 64, "width": 64}
+    request |= {"image": PICTURE, "mask_image": MASK, "padding_mask_crop": 4}
+    result = batcher.submit(**request).result(60)
+    difference = np.asarray(result.images[0], int) - np.asarray(pipe(**request).images[0], int)
+    assert np.abs(difference).max() <= 1
+    times = result.timings
+    assert times.steps == 2 and times.total >= times.denoise > 0 and times.decode > 0 and times.encode > 0
+
+
+def test_a_generator_of_a_caller_is_left_where_the_drawing_ended(pipe: Pipeline, batcher: Batcher) -> None:
+    torch = pytest.importorskip("torch")
+    request = {**SMALL, "prompt": "a star", "num_inference_steps": 3, "sampler": "euler_a", "num_images_per_prompt": 2}
+    one, other = torch.Generator().manual_seed(3), torch.Generator().manual_seed(3)
+    pictures = batcher.submit(**request, generator=one).result(60).images
+    assert np.abs(pictures - pipe(**request, generator=other).images).max() <= 1 / 255
+    assert torch.equal(one.get_state(), other.get_state())
