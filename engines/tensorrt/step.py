@@ -15,7 +15,7 @@ from ..errors import RequestError
 
 FREE: Mapping[str, tuple[int, int, int]] = {
     "T": (1, 128, 65536),
-    "H": (1, 1, 5),
+    "H": (1, 1, 10),
     "D": (1, 1, 2048),
     "G": (1, 2, 2),
 }
@@ -24,7 +24,7 @@ drawn for an image, guidance branches."""
 
 ADVICE = {
     "T": "table rows: give fewer steps, or fewer pictures of a batch",
-    "H": "tensors of history: choose another sampler",
+    "H": "tensors of history: choose another sampler, or no forecast",
     "D": "noise tensors of an image: give fewer steps or a smaller size, or choose a sampler that draws no noise",
     "G": "guidance branches: export the checkpoint again",
 }

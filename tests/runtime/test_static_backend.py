@@ -8,6 +8,7 @@ import shlex
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from latentrt.engines.tensorrt.step import FREE
 from latentrt.runtime import Pipeline
 from latentrt.runtime.batches import Batches
 from latentrt.runtime.cli import run
+from latentrt.runtime.loop.forecast import METHODS, folded, forecast_named
 from latentrt.runtime.loop.inputs import blank_arrays
 from latentrt.runtime.loop.wiring import wired_shapes
 from latentrt.runtime.request import GenerationRequest
@@ -126,7 +128,7 @@ def test_what_is_built_serves_every_sampler_number_of_steps_and_guidance(
 
 
 def test_every_sampler_lies_inside_the_range_of_step_plans(tiny_sd15_bundle: Path) -> None:
-    """Also those whose options a checkpoint raises: orders, and the extra calls of PNDM's start."""
+    """Also those whose options a checkpoint raises, and forecasts, which remember more."""
     scheduler = Bundle.open(tiny_sd15_bundle).manifest.scheduler
     most = {name: high for name, (_, _, high) in FREE.items()}
     history = []
@@ -139,6 +141,9 @@ def test_every_sampler_lies_inside_the_range_of_step_plans(tiny_sd15_bundle: Pat
             assert history[-1] <= most["H"], name
             longest = 1000 // 40  # a thousand steps are the most that a checkpoint was trained for
             assert len(arrays["weights"]) * longest <= most["T"] and table.draw_count * longest <= most["D"], name
+            for forecast in map(forecast_named, METHODS):
+                with suppress(RequestError):  # samplers that draw noise, or clip
+                    history.append(folded(table, forecast).history)
     assert max(history) == most["H"]
 
 
