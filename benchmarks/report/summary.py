@@ -10,6 +10,8 @@ from .tables import DASH, Table, mib
 
 WORKLOADS = ("embedded", "sd15-512")
 """What the summary tells of: fp32 on the processor, one picture a request."""
+BESIDE = ("latentrt/openvino/step", "latentrt/openvino-bf16/step")
+"""What latentrt's users may choose in place of its first mode."""
 OTHERS = (
     "diffusers/eager",
     "diffusers/compile",
@@ -19,7 +21,8 @@ OTHERS = (
     "diffusers/compile-bf16",
     "openvino/bf16",
 )
-BF16 = "On processors with bf16 units PyTorch in bf16 is faster for now."
+BF16 = "Where a processor multiplies in bf16, others in bf16 were not measured here."
+NOT_EXACT = "Rows in bf16 round more: compare `pixels`."
 
 
 def is_ours(record: Record) -> bool:
@@ -28,8 +31,16 @@ def is_ours(record: Record) -> bool:
 
 
 def title_of(record: Record) -> str:
-    """Return a contender's name for readers that see one mode of latentrt only."""
-    return "latentrt" if is_ours(record) else str(record["contender"]["title"])
+    """Return a contender's name for readers that see few modes of latentrt."""
+    name = str(record["contender"]["name"])
+    if not is_ours(record):
+        return str(record["contender"]["title"])
+    return f"latentrt, {name.split('/')[1]}" if name in BESIDE else "latentrt"
+
+
+def is_lossy(record: Record) -> bool:
+    """Tell whether a record is of a mode that leaves out evaluations of the network."""
+    return "+" in str(record["contender"]["name"])
 
 
 def headlines(group: Sequence[Record]) -> list[str]:
@@ -53,9 +64,9 @@ def _ratio(ours: Record, theirs: Record) -> float:
 
 
 def chosen(records: Iterable[Record], workload: str) -> list[Record]:
-    """Return the newest fp32 records of a workload on a processor: of latentrt's first mode, then of the others.
+    """Return the newest fp32 records of a workload on a processor: of latentrt's first modes, then of the others.
 
-    All, five at most, come from the machine and the size of the newest; empty when there are none of latentrt.
+    All come from the machine and the size of the newest; empty when there are none of latentrt.
     """
     groups: dict[tuple[object, ...], dict[str, Record]] = {}
     for number, group in enumerate(by_machine(records)):
@@ -63,16 +74,17 @@ def chosen(records: Iterable[Record], workload: str) -> list[Record]:
             work, device = record["workload"], record["conditions"]["device"]
             if (work["name"], work["precision"], work["batch"], device) == (workload, "fp32", 1, "cpu"):
                 groups.setdefault((number, *key[:3], key[4]), {})[record["contender"]["name"]] = record
-    found = [group for group in groups.values() if any(map(is_ours, group.values()))]
+    found = [g for g in groups.values() if any(map(is_ours, g.values())) and not any(map(is_lossy, g.values()))]
     if not found:
         return []
     newest = max(found, key=lambda group: max(record["date"] for record in group.values()))
-    ours = next(record for record in newest.values() if is_ours(record))
-    return [ours, *(newest[name] for name in OTHERS if name in newest)]
+    ours = next((r for name, r in newest.items() if is_ours(r) and name not in BESIDE), None)
+    shown = [newest[name] for name in (*BESIDE, *OTHERS) if name in newest]
+    return [ours, *shown] if ours else shown
 
 
 def summary(records: Iterable[Record]) -> str:
-    """Return one table of at most five rows in Markdown, and a sentence on how its numbers were made.
+    """Return one small table in Markdown, and a sentence on how its numbers were made.
 
     Raises `RequestError` when no record is of the summary's workloads.
     """
@@ -87,7 +99,9 @@ def summary(records: Iterable[Record]) -> str:
         cells = zip(*(DASHES if entry is None else _cells(entry) for entry in entries), strict=True)
         title = next(title_of(entry) for entry in entries if entry is not None)
         rows.append([title, *(column[0] if len(set(column)) == 1 else " / ".join(column) for column in cells)])
-    return Table("", HEAD, rows, _note([group[0] for group in found.values()])).markdown()
+    in_bf16 = any(precision_of(record) == "bf16" for group in found.values() for record in group)
+    note = _note([group[0] for group in found.values()], NOT_EXACT if in_bf16 else BF16)
+    return Table("", HEAD, rows, note).markdown()
 
 
 HEAD = ("", "ran in", "request p50", "step", "peak memory", "shell to PNG", "pixels")
@@ -118,7 +132,7 @@ def duration(seconds: float) -> str:
     return f"{seconds:.3g} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
 
 
-def _note(firsts: Sequence[Record]) -> str:
+def _note(firsts: Sequence[Record], exactness: str) -> str:
     works = " / ".join(
         f"`{work['name']}` ({work['width']}×{work['height']}, {work['steps']} steps, "
         f"{record['model']['weights'].partition(',')[0]} weights)"
@@ -131,7 +145,7 @@ def _note(firsts: Sequence[Record]) -> str:
     made = "; ".join(f"{where}: {' / '.join(these)}" for where, these in commands.items())
     return (
         f"{works}: medians; `pixels`: largest difference, of 255, to diffusers with the same noise. "
-        f"This compares fp32 with fp32. {BF16} {made}."
+        f"`ran in`: what networks computed in. {exactness} {made}."
     )
 
 

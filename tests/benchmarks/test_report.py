@@ -57,6 +57,29 @@ def test_tables_are_replaced_between_their_markers_only(tmp_path: Path, some_rec
     assert "stale" not in text
 
 
+def test_the_summary_shows_what_may_stand_in_place_of_the_first_mode_and_no_lossy_run(
+    tmp_path: Path, some_records: list[dict[str, Any]]
+) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text(f"{report.SUMMARY_BEGIN}\n{report.SUMMARY_END}\n")
+    ours = latency_record(8, contender="latentrt/openvino-bf16/step", title="latentrt (openvino, bf16, step)")
+    ours["contender"]["options"] = {"precision": "bf16"}
+    name = "latentrt/onnxruntime-cpu/step"
+    longer = workload("embedded").but(steps=30).as_request()
+    lossy = [
+        latency_record(9 + n, contender=f"{name}{forecast}", workload=longer, date="2027-01-01T00:00:00+00:00")
+        for n, forecast in enumerate(("", "+taylor"))
+    ]
+    report.update_summary(readme, [*some_records, ours, *lossy])
+    rows = [row.split("|")[1:3] for row in readme.read_text().splitlines() if row.startswith("|")][2:]
+    assert [[cell.strip() for cell in row] for row in rows] == [
+        ["latentrt", "fp32"],
+        ["latentrt, openvino-bf16", "bf16"],
+        ["diffusers", "fp32"],
+    ]
+    assert "20 steps" in readme.read_text() and "30 steps" not in readme.read_text()
+
+
 def test_the_summary_is_one_table_of_both_workloads(tmp_path: Path, some_records: list[dict[str, Any]]) -> None:
     readme = tmp_path / "README.md"
     readme.write_text(f"{report.SUMMARY_BEGIN}\n{report.SUMMARY_END}\n")
@@ -78,7 +101,7 @@ def test_the_summary_is_one_table_of_both_workloads(tmp_path: Path, some_records
     p50 = [record["seconds"]["total"]["p50"] for record in (some_records[0], large)]
     assert rows[2][2:] == [f"{p50[0] * 1e3:.3g} ms / {p50[1]:.3g} s", "–", "128 MiB / 6.00 GiB", "– / 18.9 s", "–"]
     text = readme.read_text()
-    assert "This compares fp32 with fp32." in text and "PyTorch in bf16 is faster" in text
+    assert "`ran in`: what networks computed in. Rows in bf16 round more" in text
     assert "Test CPU, 2 cores, 2026-01-02: `latentrt bench embedded` / `latentrt bench sd15-512 --steps 2`." in text
 
 
