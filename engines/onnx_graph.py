@@ -10,7 +10,7 @@ from .bundle import Bundle, GraphInfo
 from .errors import BundleError, EngineError, MissingExtraError, is_out_of_memory, reason
 
 if TYPE_CHECKING:
-    from onnx import GraphProto, ModelProto, NodeProto, TensorProto
+    from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto
 
 
 def graph_files(bundle: Bundle, graph: GraphInfo, extra: str) -> list[Path]:
@@ -72,6 +72,7 @@ def _tensors(model: ModelProto) -> Iterator[TensorProto]:
     yield from _tensors_of_graph(model.graph)
     for function in model.functions:
         yield from _tensors_of_nodes(function.node)
+        yield from _tensors_of_attributes(function.attribute_proto)
     for training in model.training_info:
         yield from _tensors_of_graph(training.initialization)
         yield from _tensors_of_graph(training.algorithm)
@@ -86,9 +87,13 @@ def _tensors_of_graph(graph: GraphProto) -> Iterator[TensorProto]:
 
 def _tensors_of_nodes(nodes: Iterable[NodeProto]) -> Iterator[TensorProto]:
     for node in nodes:
-        for attribute in node.attribute:
-            yield from (attribute.t, *attribute.tensors)
-            for sparse in (attribute.sparse_tensor, *attribute.sparse_tensors):
-                yield from (sparse.values, sparse.indices)
-            for graph in (attribute.g, *attribute.graphs):
-                yield from _tensors_of_graph(graph)
+        yield from _tensors_of_attributes(node.attribute)
+
+
+def _tensors_of_attributes(attributes: Iterable[AttributeProto]) -> Iterator[TensorProto]:
+    for attribute in attributes:
+        yield from (attribute.t, *attribute.tensors)
+        for sparse in (attribute.sparse_tensor, *attribute.sparse_tensors):
+            yield from (sparse.values, sparse.indices)
+        for graph in (attribute.g, *attribute.graphs):
+            yield from _tensors_of_graph(graph)

@@ -86,7 +86,7 @@ def candidates(device: str) -> list[Candidate]:
 
 
 def choose(device: str, names: Sequence[str] | None = None, *, lossy: bool = False) -> list[Candidate]:
-    """Return the candidates whose names begin with one of `names` (all of them by default), missing ones included.
+    """Return the candidates with one of `names`, or whose names begin with it; all by default, missing ones included.
 
     `lossy` adds those that are not exact. Raises `RequestError` for a name that no candidate has.
     """
@@ -96,7 +96,9 @@ def choose(device: str, names: Sequence[str] | None = None, *, lossy: bool = Fal
     for name in names:
         if not any(c.name.startswith(name) for c in known):
             raise RequestError(f"unknown contender {name!r}: choose from {', '.join(c.name for c in known)}")
-    return [c for c in known if any(c.name.startswith(name) for name in names)]
+    exact = {c.name for c in known if c.name.partition("+")[0] in names}
+    beginnings = [name for name in names if name not in exact]
+    return [c for c in known if c.name in exact or any(c.name.startswith(name) for name in beginnings)]
 
 
 def precision_apart(backend: str) -> tuple[str, str | None]:

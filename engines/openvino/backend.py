@@ -12,6 +12,7 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -73,6 +74,10 @@ class OpenVino:
             raise RequestError(f"precision is {precision!r}: choose {', '.join(PRECISIONS)}")
         if device not in DEVICES:
             raise RequestError(f"device is {device!r}: choose {' or '.join(DEVICES)}")
+        if threads is not None and device != "CPU":
+            raise RequestError(
+                f"threads is {threads} and device is {device!r}: threads are the processor's, leave it out"
+            )
         if problem := unavailable_reason():
             raise BackendUnavailableError(f"backend {self.name}: {problem}")
         self._core = load_openvino().Core()
@@ -105,7 +110,8 @@ class OpenVino:
         engine = OpenVinoEngine(graph, compiled)
         with self.lock:
             computes = PRECISIONS[self._inside(graph)]
-            accept(engine, bundle, graph, Place(self.name, self.device, {}, folder, computes=computes))
+            place = {"device": self._place()}
+            accept(engine, bundle, graph, Place(self.name, self.device, place, folder, computes=computes))
         return engine
 
     def key(self, bundle: Bundle, graph: GraphInfo) -> dict[str, Any]:
@@ -116,9 +122,17 @@ class OpenVino:
             "graph": bundle.digest(graph),
             "openvino": load_openvino().__version__,
             "cpu": processor_identity(),
-            "device": self._core.get_property(self._on, "FULL_DEVICE_NAME"),
+            "device": self._place(),
             "precision": self._inside(graph),
         }
+
+    def _place(self) -> str:
+        """Return the device's name, and the driver's version where it has one."""
+        known = [self._core.get_property(self._on, "FULL_DEVICE_NAME")]
+        if self._on != "CPU":
+            with suppress(RuntimeError):  # devices without one
+                known.append(self._core.get_property(self._on, "GPU_DRIVER_VERSION"))
+        return " ".join(map(str, known))
 
     def _inside(self, graph: GraphInfo) -> Inside:
         """Return what a graph is computed in: the one that updates latents stays exact."""
@@ -143,7 +157,7 @@ class OpenVino:
     def _read(self, files: Sequence[Path], folder: Path) -> Any:
         """Return the model of a graph's files; `folder` is for those that are links, which OpenVINO does not follow."""
         if not any(file.is_symlink() for file in files):
-            return self._core.read_model(files[0])
+            return self._parsed(files[0])
         with tempfile.TemporaryDirectory(dir=folder) as beside:
             for file in files:
                 place = Path(beside) / file.name
@@ -151,7 +165,15 @@ class OpenVino:
                     os.link(file.resolve(), place)
                 except OSError:  # on another file system, or somebody else's
                     shutil.copyfile(file, place)
-            return self._core.read_model(Path(beside) / files[0].name)
+            return self._parsed(Path(beside) / files[0].name)
+
+    def _parsed(self, file: Path) -> Any:
+        """Return the model of an ONNX file.
+
+        `Core.read_model` would look at the content, and take another format's weights from files that nobody listed.
+        """
+        reader = load_openvino().frontend.FrontEndManager().load_by_framework("onnx")
+        return reader.convert(reader.load(str(file)))
 
     def _settings(self, graph: GraphInfo) -> dict[str, Any]:
         settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": self._inside(graph)}

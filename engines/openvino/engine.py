@@ -47,11 +47,14 @@ class OpenVinoBinding:
         self._tensors = dict(tensors)  # keeps the memory alive
         try:
             self._request = compiled.create_infer_request()
-            for port in (*compiled.inputs, *compiled.outputs):
-                if name := next((name for name in port.names if name in tensors), None):
-                    tensor = tensors[name]
-                    assert isinstance(tensor, HostTensor)
-                    self._request.set_tensor(port, load_openvino().Tensor(tensor.array, shared_memory=True))
+            ports = {name: port for port in (*compiled.inputs, *compiled.outputs) for name in port.names}
+            for name, tensor in tensors.items():
+                assert isinstance(tensor, HostTensor)
+                self._request.set_tensor(ports[name], load_openvino().Tensor(tensor.array, shared_memory=True))
+        except KeyError as error:
+            raise EngineError(
+                f"engine {engine.name} has no tensor {error}, and its graph has: build it again"
+            ) from error
         except Exception as error:  # OpenVINO raises bare RuntimeErrors
             raise EngineError(f"engine {engine.name} cannot be bound: {reason(error)}") from error
 

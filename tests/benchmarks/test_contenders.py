@@ -28,6 +28,14 @@ def test_modes_that_are_not_exact_are_measured_when_asked_for() -> None:
     assert all("not exact" in each.title for each in more[1:])
 
 
+def test_a_whole_name_is_that_contender_alone() -> None:
+    assert [each.name for each in contenders.choose("cpu", ["diffusers/eager", "openvino"])] == [
+        "diffusers/eager",
+        "openvino",
+    ]
+    assert len(contenders.choose("cpu", ["diffusers"])) == 4
+
+
 def test_backends_of_processors_are_not_measured_on_a_gpu() -> None:
     names = [each.name for each in contenders.candidates("cuda")]
     assert not [name for name in names if "openvino" in name or "bf16" in name or "cpu" in name]
