@@ -10,12 +10,15 @@ if TYPE_CHECKING:
     from ..engines.errors import (
         BackendUnavailableError,
         BundleError,
+        DeadlineError,
         EngineError,
         LatentRTError,
+        QueueFullError,
         RequestError,
         SchedulerError,
         StorageError,
     )
+    from .batcher import Batcher
     from .loop.session import Session
     from .pipeline import Pipeline
     from .request import GenerationRequest
@@ -23,13 +26,16 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BackendUnavailableError",
+    "Batcher",
     "Bundle",
     "BundleError",
+    "DeadlineError",
     "EngineError",
     "GenerationRequest",
     "GenerationResult",
     "LatentRTError",
     "Pipeline",
+    "QueueFullError",
     "RequestError",
     "SchedulerError",
     "Session",
@@ -38,6 +44,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Batcher": ".batcher",
     "Bundle": "..engines.bundle",
     "GenerationRequest": ".request",
     "GenerationResult": ".result",

@@ -30,8 +30,8 @@ class Gate:
 
     def run(self, turns: int) -> None:
         """Let so many turns run, and wait for their end."""
-        self._permits.release(turns)
         for _ in range(turns):
+            self._permits.release()
             assert self._done.acquire(timeout=30), "no turn was wanted"
 
     def open(self) -> None:
