@@ -19,6 +19,7 @@ from .callbacks import Listeners, StepCallback, StepValues, step_hook
 from .finite import check_finite
 from .habits import DiffusersHabits, SchedulerConfig
 from .loop.denoise import Mode
+from .loop.forecast import folded, forecast_named
 from .loop.inputs import InitialImage
 from .loop.session import Session
 from .pictures.initial import Pictures
@@ -83,7 +84,9 @@ class Drawing(DiffusersHabits):
         self._manifest = manifest
         self._table = lru_cache(MAX_TABLES)(partial(self._table_of, manifest))
 
-    def _table_of(self, manifest: Manifest, steps: int | None, **arguments: Any) -> StepTable:
+    def _table_of(
+        self, manifest: Manifest, steps: int | None, *, forecast: str | None = None, **arguments: Any
+    ) -> StepTable:
         """Return a step table; raises `SchedulerError` for one that needs more than the bundle's step graph does."""
         table = step_table(manifest.scheduler, steps, rule=manifest.schedule, **arguments)
         has = options_of_bundle(self.bundle)
@@ -93,7 +96,7 @@ class Drawing(DiffusersHabits):
                 f"{name} with this scheduler config needs {' and '.join(missing)}, which the step graph of this bundle "
                 f"lacks: {' and '.join(INSTEAD[option] for option in missing)}, or export the checkpoint again with it"
             )
-        return table
+        return table if forecast is None else folded(table, forecast_named(forecast))
 
     def _draw(
         self, call: Call, table: StepTable, listeners: Listeners, finished: GenerationResult[Any]

@@ -25,7 +25,6 @@ from .call import Call, OutputType, calls_of_a_step, legacy_callback
 from .callbacks import BatchCallback, LegacyCallback, Listeners, StepCallback
 from .drawing import Drawing
 from .loop.denoise import Mode
-from .loop.forecast import folded, forecast_named
 from .loop.session import Session
 from .pretrained import bundle_of
 from .prompt.syntax import PromptSyntax
@@ -219,7 +218,9 @@ class Pipeline(Drawing):
         table = replace(table, init_noise_sigma=1.0) if call.started else table
         eta_taken = takes_eta(request.sampler or "", manifest.scheduler)
         finished = call.result((width, height), eta_taken, manifest.latent.size_multiple)
-        calls = calls_of_a_step(request.sampler or "", manifest.scheduler)
+        calls = 1 if forecast else calls_of_a_step(request.sampler or "", manifest.scheduler)
+        if forecast and len(table) == len(self._table_for(request.model_copy(update={"forecast": None}), chosen=True)):
+            finished.warn(f"forecast {forecast} leaves nothing out of {len(table)} evaluations: it changes nothing")
         legacy = legacy_callback(callback, callback_steps, len(table), request, calls)
         step = None if callback_on_step_end is None else partial(self._heard, callback_on_step_end)
         listeners = Listeners(step, legacy, progress, lambda: self._interrupt)
@@ -279,10 +280,9 @@ class Pipeline(Drawing):
             custom = {"timesteps": request.timesteps, "sigmas": request.sigmas}
             steps = None if any(custom.values()) else request.num_inference_steps
             share = (request.denoising_start or 0.0, request.denoising_end or 1.0)
-            table = self._table(steps, size=size, share=share, **custom, **chosen_by)
+            return self._table(steps, size=size, share=share, forecast=request.forecast, **custom, **chosen_by)
         except SchedulerError as error:
             raise (RequestError(str(error)) if chosen else error) from error
-        return table if request.forecast is None else folded(table, forecast_named(request.forecast))
 
     def close(self) -> None:
         """Free all engines and memory, once a request of another thread is done; calling it again does nothing."""

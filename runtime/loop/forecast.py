@@ -121,8 +121,9 @@ class Spectrum:
 
 
 METHODS: Mapping[str, Callable[..., Forecast]] = {"taylor": Taylor, "spectrum": Spectrum}
-MOST = 1000
-"""The largest number that an option takes."""
+BOUNDS: Mapping[str, tuple[float, float]] = {"blend": (0, 1), "until": (0, 1), "degree": (1, 6), "interval": (1, 1000)}
+"""Smallest and largest number of options, where they are not those of `ANY`."""
+ANY = (0, 1000)
 
 
 def forecast_named(text: str) -> Forecast:
@@ -141,9 +142,9 @@ def forecast_named(text: str) -> Forecast:
             options[option] = kinds[option](value)
         except ValueError:
             options[option] = math.nan
-        least = 1 if option in ("interval", "window", "degree") else 0
-        if not least <= options[option] <= (1 if option in ("blend", "until") else MOST):
-            raise RequestError(f"forecast {name} has {option}={value}: give a number from {least}")
+        least, most = BOUNDS.get(option, ANY)
+        if not least <= options[option] <= most:
+            raise RequestError(f"forecast {name} has {option}={value}: give a number from {least} to {most}")
     forecast: Forecast = method(**options)
     return forecast
 
@@ -174,6 +175,8 @@ def folded(table: StepTable, forecast: Forecast) -> StepTable:
             basis = [latents, prediction, unit[2] * first, unit[3] * first, *kept]
             latents, *kept = (table.weights[number] @ np.stack(basis)).reshape(1 + history, columns)
         weights.append(np.stack([latents, *kept, *outputs[:remembered]]))
+    if not np.isfinite(weights).all():
+        raise RequestError(f"the forecast's factors are not finite in a run of {len(table)} evaluations: give others")
     clip = np.pad(table.clip_weights, ((0, 0), (0, remembered)))
     return replace(
         table.rows(starts),

@@ -66,3 +66,17 @@ def test_a_forecast_is_an_option_of_a_request(pipe: Pipeline) -> None:
         pipe(**REQUEST, forecast="guess")
     with pytest.raises(RequestError, match="this sampler draws noise at its steps"):
         pipe(**REQUEST, sampler="euler_a", forecast="taylor")
+
+
+def test_a_forecast_of_a_short_run_says_that_it_changes_nothing(pipe: Pipeline) -> None:
+    short: dict[str, Any] = {**REQUEST, "num_inference_steps": 4, "seed": 3, "sampler": "ddim", "output_type": "latent"}
+    exact, same = pipe(**short), pipe(**short, forecast="taylor")
+    np.testing.assert_array_equal(same.images, exact.images)
+    assert [text for text in same.warnings if "forecast taylor leaves nothing out of 4 evaluations" in text]
+    assert not exact.warnings and not pipe(**{**short, "num_inference_steps": 20}, forecast="taylor").warnings
+
+
+def test_the_older_callback_counts_evaluations(pipe: Pipeline) -> None:
+    seen: list[int] = []
+    pipe(**REQUEST, seed=3, sampler="heun", forecast="taylor", callback=lambda step, *_: seen.append(step))
+    assert seen == list(range(len(seen))) and 10 < len(seen) < 2 * STEPS - 1

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from latentrt.engines.errors import RequestError
-from latentrt.runtime.loop.forecast import folded, forecast_named
+from latentrt.runtime.loop.forecast import Spectrum, folded, forecast_named
 from latentrt.runtime.sampling import names, step_table
 
 CONFIG = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
@@ -153,10 +153,11 @@ def test_options_change_the_plan() -> None:
     [
         ("newton", "forecast is 'newton': choose taylor or spectrum"),
         ("taylor:order=2", "forecast taylor has no option 'order': it has interval, first, last"),
-        ("taylor:interval=0", "forecast taylor has interval=0: give a number from 1"),
+        ("taylor:interval=0", "forecast taylor has interval=0: give a number from 1 to 1000"),
         ("taylor:interval=two", "forecast taylor has interval=two: give a number from 1"),
         ("spectrum:blend=nan", "forecast spectrum has blend=nan"),
-        ("spectrum:until=2", "forecast spectrum has until=2"),
+        ("spectrum:until=2", "forecast spectrum has until=2: give a number from 0 to 1"),
+        ("spectrum:degree=50", "forecast spectrum has degree=50: give a number from 1 to 6"),
     ],
 )
 def test_a_forecast_that_there_is_not_is_one_line(text: str, message: str) -> None:
@@ -168,6 +169,11 @@ def test_a_forecast_that_there_is_not_is_one_line(text: str, message: str) -> No
 def test_what_no_row_can_do_for_the_next_is_refused(sampler: str, why: str) -> None:
     with pytest.raises(RequestError, match=why):
         folded(step_table(CONFIG, 30, sampler=sampler), forecast_named("taylor"))
+
+
+def test_factors_that_are_not_finite_are_refused_before_the_run() -> None:
+    with pytest.raises(RequestError, match="not finite in a run of 100 evaluations"):
+        folded(step_table(CONFIG, 100, sampler="ddim"), Spectrum(degree=900))
 
 
 def test_clipped_latents_are_refused() -> None:
