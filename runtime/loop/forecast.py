@@ -154,7 +154,8 @@ def folded(table: StepTable, forecast: Forecast) -> StepTable:
 
     Raises `RequestError` for a table whose rows draw noise or clip, which no row before them can do.
     """
-    plan = forecast.plan(len(table))
+    with np.errstate(all="ignore"):  # what is not finite is refused below
+        plan = forecast.plan(len(table))
     left_out = np.array([factors is not None for factors in plan])
     for what, values in (("draws noise at its steps", table.draws), ("clips latents", table.clip_limits)):
         if (values[left_out] > 0).any():
