@@ -14,7 +14,7 @@ import torch
 
 from ..engines.bundle import Parity, Precision, ReferenceInfo
 from ..engines.bundle.references import write_reference
-from ..engines.errors import ExportError
+from ..engines.errors import ExportError, reason
 from .checkpoints.streamed import filled
 from .compare import EXPORT_BOUND, TensorReport, compare
 from .graph import Graph, split_size
@@ -77,7 +77,11 @@ def check_parity(name: str, file: Path, cases: Sequence[Case], precision: Precis
     """
     bound = EXPORT_BOUND[precision]
     worst = TensorReport(name, 0.0, 0.0, 1.0, 0, bound)
-    found_outputs = run_in_pieces(file, [{key: value.numpy() for key, value in inputs.items()} for inputs, _ in cases])
+    arrays = [{key: value.numpy() for key, value in inputs.items()} for inputs, _ in cases]
+    try:
+        found_outputs = run_in_pieces(file, arrays)
+    except Exception as error:  # onnxruntime's own exceptions share no base class
+        raise ExportError(f"graph {name} does not run on the CPU, to be checked ({reason(error)})") from error
     for (_, references), outputs in zip(cases, found_outputs, strict=True):
         for output, reference in zip(outputs, references, strict=True):
             if output.shape != reference.shape:

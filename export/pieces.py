@@ -29,7 +29,7 @@ def give_memory_back() -> None:
     """Let the allocator return large blocks to the system as soon as they are free.
 
     glibc learns from the first large blocks that are freed to keep those of up to 32 MiB, and weights come and go one
-    at a time here. Other systems' allocators stay as they are.
+    at a time here. It stays so for the rest of the process. Other systems' allocators stay as they are.
     """
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK)
@@ -46,8 +46,8 @@ def run_in_pieces(
     pieces, outputs = _pieces(model.graph, most), [value.name for value in model.graph.output]
     held = [dict(case) for case in cases]
     for number, nodes in enumerate(pieces):
-        read = {name for node in nodes for name in node.input}
-        later = {name for piece in pieces[number + 1 :] for node in piece for name in node.input} | set(outputs)
+        read = {name for node in nodes for name in _reads(node)}
+        later = {name for piece in pieces[number + 1 :] for node in piece for name in _reads(node)} | set(outputs)
         given = {name: held[0][name] for name in read if name in held[0]}
         made = [name for node in nodes for name in node.output if name in later]
         session = _session(_piece(model, nodes, read, given, made), file.parent)
@@ -66,13 +66,19 @@ def _pieces(graph: onnx.GraphProto, most: int) -> list[list[onnx.NodeProto]]:
     pieces: list[list[onnx.NodeProto]] = [[]]
     read = 0
     for node in graph.node:
-        own = sum(sizes.get(name, 0) for name in node.input)
+        own = sum(sizes.get(name, 0) for name in _reads(node))
         if own and read and read + own > most:
             pieces.append([])
             read = 0
         pieces[-1].append(node)
         read += own
     return pieces
+
+
+def _reads(node: onnx.NodeProto) -> set[str]:
+    """Return the names of what a node reads, those of its branches' nodes included."""
+    inner = [graph for attribute in node.attribute for graph in (attribute.g, *attribute.graphs)]
+    return {*node.input, *(name for graph in inner for each in graph.node for name in _reads(each))}
 
 
 def _piece(

@@ -1,7 +1,7 @@
 """Checkpoints with the true architectures of models and random weights, for measurements without downloads.
 
 Run `python -m latentrt.benchmarks.random_checkpoint sd15 OUT`. Weights have unit gain per layer, so activations stay
-finite in half precision too; pictures are noise. They are written tensor by tensor: memory stays below 1 GB.
+finite in half precision too; pictures are noise. They are written tensor by tensor: memory holds a few of the largest.
 """
 
 from __future__ import annotations

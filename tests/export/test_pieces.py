@@ -54,6 +54,23 @@ def test_pieces_give_what_the_whole_gives(file: Path, most: int, count: int, mon
     assert len(opened) == count and sum(opened) == 5 and max(opened) <= max(1, most // WEIGHT)
 
 
+def test_what_branches_read_is_kept(tmp_path: Path) -> None:
+    weights = [numpy_helper.from_array(np.full((8, 8), n, np.float32), f"w{n}") for n in range(3)]
+    weights.append(numpy_helper.from_array(np.array(True), "yes"))
+    out = [helper.make_tensor_value_info("inside", TensorProto.FLOAT, ["N", 8])]
+    then, other = (
+        helper.make_graph([helper.make_node("MatMul", [value, "w2"], ["inside"])], "branch", [], out)
+        for value in ("a", "b")
+    )
+    nodes = [helper.make_node("MatMul", ["x", "w1"], ["a"]), helper.make_node("MatMul", ["a", "w0"], ["b"])]
+    nodes.append(helper.make_node("If", ["yes"], ["y"], then_branch=then, else_branch=other))
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N", 8]) for name in "xy")
+    graph = helper.make_graph(nodes, "branches", [x], [y], weights)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), tmp_path / "m.onnx")
+    ((found,),) = pieces.run_in_pieces(tmp_path / "m.onnx", [{"x": np.eye(2, 8, dtype=np.float32)}], most=1)
+    np.testing.assert_array_equal(found, np.full((2, 8), 16.0))
+
+
 MEASURE = """
 import sys
 import numpy as np
