@@ -18,8 +18,8 @@ GOOD = 0.95
 """The part of the best throughput that the knee of the curve gives."""
 WORTH = 1.03
 """Throughput beyond the knee's at which it is worth to go there while enough waits."""
-UNSETTLED = 2
-"""First runs of a bucket that are not timed: memory is allocated in one, work captured in another."""
+UNSETTLED = 4
+"""First runs of a bucket that are not timed: on each of two sets of buffers one allocates and the next one captures."""
 FADING = 0.2
 """Share of the newest time in a bucket's mean."""
 

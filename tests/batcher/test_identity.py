@@ -13,8 +13,12 @@ from latentrt.engines.device import Array
 from latentrt.engines.errors import EngineError
 from latentrt.runtime import Pipeline
 from latentrt.runtime.batcher import Batcher
+from latentrt.runtime.batcher.policy import StepTimes
+from latentrt.runtime.batcher.slots import Slots
 from latentrt.runtime.sampling import names
 from PIL import Image
+
+from .conftest import Gate
 
 PROMPTS = ("a red circle on a blue background", "two green stars", "a small yellow cross", "", "a big square")
 SMALL: dict[str, Any] = {"height": 64, "width": 64, "output_type": "np"}
@@ -90,10 +94,31 @@ def batcher(pipe: Pipeline) -> Iterator[Batcher]:
         yield opened
 
 
-def test_buckets_that_change_give_the_pipeline_s_pictures(pipe: Pipeline, batcher: Batcher) -> None:
+@pytest.fixture
+def buckets(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Steps as wide as can be, without regard to their times; return the bucket of each."""
+    run, step = list[int](), Slots.step
+    monkeypatch.setattr(StepTimes, "most", lambda times, wanted: times.buckets[-1])
+    monkeypatch.setattr(Slots, "step", lambda slots, bucket: (run.append(bucket), step(slots, bucket))[1])
+    return run
+
+
+def test_buckets_that_change_give_the_pipeline_s_pictures(pipe: Pipeline, batcher: Batcher, buckets: list[int]) -> None:
     requests = mixed(8, most_steps=5, seed=5)
     for request, future in zip(requests, [batcher.submit(**each) for each in requests], strict=True):
         assert np.abs(future.result(60).images - pipe(**request).images).max() <= 1 / 255
+    assert {4, 6} <= set(buckets)
+
+
+def test_idle_slots_read_rows_that_every_bucket_has(
+    pipe: Pipeline, batcher: Batcher, buckets: list[int], gate: Gate
+) -> None:
+    requests = [{**SMALL, "prompt": "a star", "seed": 1, "num_inference_steps": steps} for steps in (2, 2, 5)]
+    futures = [batcher.submit(**request) for request in requests]
+    gate.open()
+    for request, future in zip(requests, futures, strict=True):
+        assert np.abs(future.result(60).images - pipe(**request).images).max() <= 1 / 255
+    assert buckets == [6, 6, 2, 2, 2]
 
 
 PICTURE = Image.new("RGB", (64, 64), "orange")
