@@ -2,6 +2,7 @@
 
 <home>/bundles/<name>-<precision>-<key>         a bundle
 <home>/bundles/.locks/<name>-<precision>-<key>  held by the process that exports it
+<home>/bundles/.precisions/<key>                what "auto" is for a checkpoint
 """
 
 from __future__ import annotations
@@ -10,21 +11,23 @@ import hashlib
 import inspect
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast, get_args
 
 from ..engines.bundle import FORMAT_VERSION, MANIFEST, Precision
 from ..engines.cache import home
-from ..engines.errors import MissingExtraError
-from ..engines.files import locked
+from ..engines.errors import MissingExtraError, StorageError
+from ..engines.files import locked, write_atomically
 from ..engines.progress import Progress, silent
 from . import export_checkpoint
 
 __all__ = ["cached_bundle"]
 
-DENOISERS = ("transformer", "unet")
+FROM_THE_HUB = ("base", "vae", "tokenizer")
+"""Options that may be a hub id."""
 PRECISIONS: Mapping[str, Precision] = {"torch.float16": "fp16", "torch.bfloat16": "bf16"}
 
 
@@ -48,19 +51,26 @@ def cached_bundle(
         origin, identity = str(path.resolve()), described(path)
     elif (fetched := _revision(source, revision)) is not None:
         identity = revision = fetched
-    if precision == "auto":
-        precision = own_precision(source, revision, options)
-    others = {name: described(Path(value)) for name, value in options.items() if isinstance(value, str | Path)}
+    others: dict[str, Any] = {}
+    for name, value in options.items():
+        if isinstance(value, str | Path):
+            commit = None
+            if name in FROM_THE_HUB and not Path(value).exists():
+                commit = _revision(value, revision if name == "base" else None)
+            if name == "base" and commit is not None:
+                revision = commit  # a file has none of its own
+            others[name] = commit or described(Path(value))
     key = {
         "source": origin,
         "identity": identity,
-        "precision": precision,
         "options": {name: str(value) for name, value in sorted(options.items())},
         "files": others,
         "version": metadata.version("latentrt"),
         "format": FORMAT_VERSION,
     }
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+    if precision == "auto":
+        precision = _noted_precision(_digest(key), lambda: own_precision(source, revision, options))
+    digest = _digest(key | {"precision": precision})
     name = f"{re.sub(r'[^A-Za-z0-9._-]', '-', path.name)[:60]}-{precision}-{digest[:24]}"
     target = home() / "bundles" / name
     if not (target / MANIFEST).is_file():
@@ -74,15 +84,33 @@ def own_precision(source: str | Path, revision: str | None, options: Mapping[str
     """Return the precision that a checkpoint's denoiser has in its files; fp32 for others that bundles do not have."""
     try:
         from .checkpoints.sources import open_checkpoint
+        from .families import family_named
     except ModuleNotFoundError as error:
         raise MissingExtraError("export", "opening a checkpoint") from error
     known = {name: value for name, value in options.items() if name in inspect.signature(open_checkpoint).parameters}
     checkpoint = open_checkpoint(source, revision, **known)
     try:
-        weights = next(checkpoint.components[name].weights for name in DENOISERS if name in checkpoint.components)
-        return PRECISIONS.get(str(weights.raw(next(iter(weights))).dtype), "fp32")
+        denoiser = checkpoint.components[family_named(checkpoint.family).denoiser]
+        return PRECISIONS.get(str(denoiser.dtype()), "fp32")
     finally:
         checkpoint.close()
+
+
+def _noted_precision(key: str, find: Callable[[], Precision]) -> Precision:
+    """Return the precision that is noted in the cache for a checkpoint, found and noted where there is none."""
+    note = home() / "bundles" / ".precisions" / key
+    noted = note.read_text(encoding="utf-8", errors="replace") if note.is_file() else None
+    for precision in get_args(Precision):
+        if precision == noted:
+            return cast(Precision, precision)
+    found = find()
+    with suppress(StorageError):  # a cache that cannot be written is asked again
+        write_atomically(note, found.encode())
+    return found
+
+
+def _digest(key: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
 
 
 def described(path: Path) -> list[tuple[str, int, int]]:

@@ -13,7 +13,8 @@ from ..engines.bundle import MANIFEST, Bundle
 from ..engines.errors import MissingExtraError, RequestError
 from ..engines.progress import Progress, silent, terminal_bar
 
-EXPORT_OPTIONS = ("revision", "variant", "vae", "tokenizer", "prediction_type")
+NUMBERS = ("num_inference_steps", "guidance_scale")
+EXPORT_OPTIONS = ("revision", "variant", "vae", "tokenizer", "prediction_type", "base", *NUMBERS)
 """Keywords of the export of a checkpoint."""
 
 IDLE = {
@@ -62,7 +63,9 @@ def bundle_of(source: str | Path, named: Mapping[str, Any], progress: Progress) 
     precision = left.pop("precision", None) or _precision(left)
     options = {name: value for name in EXPORT_OPTIONS if (value := left.pop(name, None)) is not None}
     for name, value in options.items():
-        if not isinstance(value, str | Path):
+        if not isinstance(value, int | float if name in NUMBERS else str | Path):
+            if name in NUMBERS:
+                raise RequestError(f"{name} is a {type(value).__name__}: give a number")
             raise RequestError(f"{name} is a {type(value).__name__}: give a name, a folder or a hub id")
     if (Path(source) / MANIFEST).is_file():
         return _own(Bundle.open(source), precision, options), left

@@ -186,8 +186,10 @@ class Manifest(Strict):
         read = {spec.name for graph in self.graphs for spec in graph.inputs}
         if unread := [info.name for info in self.inputs if info.name not in read]:
             raise ValueError(f"input {unread[0]!r} is read by no graph")
-        if self.masked_input is not None and self.masked_input not in read:
-            raise ValueError(f"input {self.masked_input!r} is read by no graph")
+        if self.masked_input is not None:
+            for graph_name, tensor in (("denoiser", self.masked_input), ("image_encoder", "kept")):
+                if tensor not in {spec.name for g in self.graphs if g.name == graph_name for spec in g.inputs}:
+                    raise ValueError(f"masked_input is given, and no graph {graph_name!r} reads {tensor!r}")
         names = [g.name for g in self.graphs]
         if len(set(names)) != len(names):
             raise ValueError(f"two graphs have one name: {names}")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from .configs import Kind, check_config, check_depth, check_plain
-from .streamed import Find, load_module
+from .streamed import Find, load_module, unfilled_module
 from .weights import Weights
 
 LAYERS_OF_A_STACK = 2
@@ -102,12 +102,17 @@ class Component:
 
         Raises `CheckpointError` for a weight that is missing, damaged or does not fit.
         """
+        return load_module(lambda: self.part.build(self._options()), self._found, self.where)
 
-        def find(name: str) -> torch.Tensor | None:
-            names = [name, *(rename(name) for rename in self.part.renames)]
-            return next((tensor for tensor in map(self.find, names) if tensor is not None), None)
+    def dtype(self) -> torch.dtype | None:
+        """Return the type that its largest weight has in the files, None where it is not there."""
+        module = unfilled_module(lambda: self.part.build(self._options()), self.where)
+        tensor = self._found(max(module.named_parameters(), key=lambda named: named[1].numel())[0])
+        return None if tensor is None else tensor.dtype
 
-        return load_module(lambda: self.part.build(self._options()), find, self.where)
+    def _found(self, name: str) -> torch.Tensor | None:
+        names = [name, *(rename(name) for rename in self.part.renames)]
+        return next((tensor for tensor in map(self.find, names) if tensor is not None), None)
 
     def _options(self) -> dict[str, Any]:
         """Return the config without what its class does not read: where and by what it was written."""

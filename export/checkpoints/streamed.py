@@ -43,6 +43,17 @@ class _Unfilled(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
+def unfilled_module(build: Callable[[], nn.Module], where: str) -> nn.Module:
+    """Build a module whose weights have no memory; raises `CheckpointError` when it cannot be built."""
+    try:
+        with _Unfilled():
+            return build().float()
+    except Exception as error:  # configs come from outside, and their classes raise every kind
+        raise CheckpointError(
+            f"{where}: its config describes no network that can be built ({said_by(error)})"
+        ) from error
+
+
 def load_module(build: Callable[[], nn.Module], find: Find, where: str) -> nn.Module:
     """Build a module for inference whose weights, float32, are those that `find` returns, and stay where they are.
 
@@ -50,13 +61,7 @@ def load_module(build: Callable[[], nn.Module], find: Find, where: str) -> nn.Mo
     errors. Raises `CheckpointError` when the module cannot be built, or when a weight is missing, has the wrong shape
     or is damaged.
     """
-    try:
-        with _Unfilled():
-            module = build().float()
-    except Exception as error:  # configs come from outside, and their classes raise every kind
-        raise CheckpointError(
-            f"{where}: its config describes no network that can be built ({said_by(error)})"
-        ) from error
+    module = unfilled_module(build, where)
     shared: dict[int, nn.Parameter] = {}
     for name, slot in module.state_dict(keep_vars=True).items():
         owner, _, own = name.rpartition(".")

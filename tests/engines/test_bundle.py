@@ -100,6 +100,8 @@ def _described(folder: Path) -> dict[str, Any]:
         (lambda m: m.update(tokenizers=[{**TOKENIZER, "output": "a b"}]), "not valid at tokenizers.0.output"),
         (lambda m: m.update(tokenizers=[{**TOKENIZER, "bos_id": 2**40}]), "not valid at tokenizers.0.bos_id"),
         (lambda m: m.update(tokenizers=[{**TOKENIZER, "max_length": 10**9}]), "not valid at tokenizers.0.max_length"),
+        (lambda m: m.update(masked_input="y"), "no graph 'denoiser' reads 'y'"),
+        (lambda m: m.update(masked_input="x"), "no graph 'image_encoder' reads 'kept'"),
         (lambda m: m.update(source={"x": 2**63}), "more than 64 bits"),
         (lambda m: m.update(source={"x": "x" * 70_000}), "a text of 70000 characters"),
         (lambda m: m["graphs"].append(m["graphs"][0]), "one name"),

@@ -76,6 +76,74 @@ def test_a_precision_that_is_auto_is_that_of_the_weights(
     assert exports[-1]["precision"] == precision
 
 
+def test_the_weights_that_auto_is_of_are_the_denoiser_s_own(
+    tiny_sd15_checkpoint: Path, exports: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A single file begins with other tensors, which may be of another type; files are read once."""
+    torch = pytest.importorskip("torch")
+    safetensors = pytest.importorskip("safetensors.torch")
+    from latentrt.export import cached
+
+    from ..export.original_files import original_tensors
+
+    tensors = {name: each.half() for name, each in original_tensors(tiny_sd15_checkpoint, 1).items()}
+    file = tmp_path / "model.safetensors"
+    safetensors.save_file(tensors | {"alphas_cumprod": torch.ones(1000)}, file)
+    named: dict[str, Any] = {"torch_dtype": "auto", "tokenizer": tiny_sd15_checkpoint, **ON}
+    Pipeline.from_pretrained(file, **named).close()
+    assert exports[-1]["precision"] == "fp16"
+    monkeypatch.setattr(cached, "own_precision", None)
+    Pipeline.from_pretrained(file, **named).close()
+    assert len(exports) == 1
+
+
+@pytest.mark.parametrize("name", ["transformer", "denoiser"])
+def test_a_family_s_own_name_of_its_denoiser_is_the_one_that_auto_reads(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    from types import SimpleNamespace
+
+    torch = pytest.importorskip("torch")
+    from latentrt.export import cached, families
+    from latentrt.export.checkpoints import sources
+
+    other, own = (SimpleNamespace(dtype=lambda kind=kind: kind) for kind in (torch.float32, torch.bfloat16))
+    opened = SimpleNamespace(components={"vae": other, name: own}, family="some", close=lambda: None)
+    monkeypatch.setattr(sources, "open_checkpoint", lambda *_: opened)
+    monkeypatch.setattr(families, "family_named", lambda _: SimpleNamespace(denoiser=name))
+    assert cached.own_precision("some", None, {}) == "bf16"
+
+
+def test_a_base_of_the_hub_is_that_of_its_commit(
+    exports: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from latentrt.export.checkpoints import hub
+
+    file, asked = tmp_path / "denoiser.safetensors", []
+    file.write_bytes(b"")
+
+    def download(repository: str, revision: str | None, _: list[str]) -> Path:
+        asked.append((repository, revision))
+        return tmp_path / commits[-1]
+
+    monkeypatch.setattr(hub, "download", download)
+    given: dict[str, Any] = {"base": "some/model", "num_inference_steps": 4, "guidance_scale": 0.0, **ON}
+    commits = ["a" * 40]
+    for _ in range(2):
+        Pipeline.from_pretrained(file, **given).close()
+    assert len(exports) == 1 and asked == [("some/model", None)] * 2
+    wanted = {"base": "some/model", "revision": commits[0], "num_inference_steps": 4, "guidance_scale": 0.0}
+    assert {name: exports[0][name] for name in wanted} == wanted
+    for name in ("base", "vae", "tokenizer"):
+        before = len(exports)
+        for letter in "bc":
+            commits.append(letter * 40)
+            Pipeline.from_pretrained(file, **{name: "some/other"}, **ON).close()
+        assert len(exports) == before + 2
+    Pipeline.from_pretrained(file, **given | {"num_inference_steps": 8, "revision": "main"}).close()
+    assert exports[-1]["num_inference_steps"] == 8 and asked[-1] == ("some/model", "main")
+
+
 def test_a_hub_id_is_exported_at_the_commit_that_it_stands_for(
     exports: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -135,6 +203,9 @@ def test_without_the_extra_bundles_open_and_checkpoints_say_what_to_install(
         ({"device_map": "auto"}, "device_map is not supported: choose with backend="),
         ({"unet": object()}, "unet cannot be given"),
         ({"vae": object()}, "vae is a object: give a name, a folder or a hub id"),
+        ({"num_inference_steps": "4"}, "num_inference_steps is a str: give a number"),
+        ({"base": 4}, "base is a int: give a name, a folder or a hub id"),
+        ({"guidance_scale": 0.0}, "guidance_scale is for checkpoints"),
         ({"torch_dtype": "torch.float64"}, "torch_dtype is float64: a bundle is float32, float16 or bfloat16"),
         ({"torch_dtype": np.float16}, "is fp32: export the checkpoint in fp16"),
         ({"revision": "main"}, "revision is for checkpoints"),
