@@ -168,11 +168,26 @@ def read_by(manifest: Manifest, others: Mapping[str, Any]) -> dict[str, Any]:
         argument = (REFUSED | REFUSED_BY_SOME).get(name)
         if argument is None:
             raise TypeError(f"a call of the pipeline has no argument {name!r}: see its documentation for those it has")
-        if name == "max_sequence_length" and value in [info.max_length for info in manifest.tokenizers]:
+        if name == "max_sequence_length" and value is not None and value == _sequence_length(manifest):
             continue
         if not any(value is idle or (isinstance(value, type(idle)) and value == idle) for idle in argument.idle or ()):
             raise RequestError(f"{name} is not supported: {argument.meaning}")
     return taken
+
+
+def _sequence_length(manifest: Manifest) -> int | None:
+    """Return what diffusers' `max_sequence_length` is in a bundle: the tokens of its longest tokenizer.
+
+    Where the denoiser reads more or fewer, the first tokens are the shortest's, and it is the number of all others.
+    """
+    lengths = [info.max_length for info in manifest.tokenizers]
+    graphs = manifest.graphs
+    written = {spec.name for graph in graphs if graph.stage == "prompt" for spec in graph.outputs}
+    inputs = [spec for graph in graphs if graph.name == "denoiser" for spec in graph.inputs if spec.name in written]
+    rows = next((spec.shape[1] for spec in inputs if len(spec.shape) == 3), None)
+    if not lengths or not isinstance(rows, int) or rows == max(lengths):
+        return max(lengths, default=None)
+    return rows - min(lengths)
 
 
 def _reads(manifest: Manifest, name: str) -> bool:

@@ -185,8 +185,13 @@ class DiffusersHabits:
     def from_pipe(cls, pipeline: Self, **named: Any) -> Self:
         """Return the pipeline itself: it starts from texts, from pictures, and from pictures with masks.
 
-        Raises `RequestError` for keywords, which would make another one.
+        Raises `RequestError` for keywords, which would make another one, and for pipelines of other kinds.
         """
+        if not isinstance(pipeline, cls):
+            raise RequestError(
+                f"from_pipe was given a {type(pipeline).__name__}: give a latentrt pipeline, or open the checkpoint "
+                "with from_pretrained"
+            )
         if named:
             raise RequestError(f"{next(iter(named))} is given: from_pipe returns the same pipeline, leave it out")
         return pipeline

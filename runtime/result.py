@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -52,9 +53,18 @@ class GenerationResult(Generic[Images]):
     nsfw_content_detected: None = None
     """Always None, as in diffusers without a safety checker: bundles hold none."""
 
-    def __getitem__(self, key: int | str) -> Any:
-        """Return the pictures for 0 or "images", as results of diffusers do; raises `LookupError` for others."""
-        return {0: self.images, 1: None, "images": self.images, "nsfw_content_detected": None}[key]
+    def __getitem__(self, key: int | slice | str) -> Any:
+        """Return the pictures for 0 or "images", as results of diffusers do; raises `LookupError` for others.
+
+        Slices and numbers below 0 are of a tuple of the pictures alone; 1 is None, the flags of a safety checker.
+        """
+        if isinstance(key, str):
+            return {"images": self.images, "nsfw_content_detected": None}[key]
+        return None if key == 1 else (self.images,)[key]
+
+    def __iter__(self) -> Iterator[str]:
+        """Name what there is, as results of diffusers do: `images`."""
+        return iter(("images",))
 
     def warn(self, message: str) -> None:
         """Add a warning once, and log it."""

@@ -112,7 +112,11 @@ def _bundles() -> list[dict[str, Any]]:
     """Return the bundles that were exported into the cache, the newest first."""
     now, found = time.time(), []
     for manifest in (home() / "bundles").glob(f"*/{MANIFEST}"):
-        files = [file.stat() for file in manifest.parent.rglob("*") if file.is_file()]
+        try:
+            files = [file.stat() for file in manifest.parent.rglob("*") if file.is_file()]
+            exported = manifest.stat().st_mtime
+        except FileNotFoundError:  # another process removes it
+            continue
         try:
             source = Bundle.open(manifest.parent).manifest.source.get("name", "unknown")
         except LatentRTError as error:
@@ -123,7 +127,7 @@ def _bundles() -> list[dict[str, Any]]:
                 "backend": "any",
                 "for": f"{source}, {manifest.parent.name}",
                 "bytes": sum(each.st_size for each in files),
-                "age_days": round(max(0.0, now - manifest.stat().st_mtime) / DAY, 3),
+                "age_days": round(max(0.0, now - exported) / DAY, 3),
                 "folder": manifest.parent,
             }
         )

@@ -21,6 +21,8 @@ NO_MASK = (
     "attention_mask leaves tokens out, which the bundle's text encoder cannot: give Compel "
     "downweight_mode=DownweightMode.REMOVE, or the prompt itself with prompt_syntax='compel'"
 )
+IDLE = {"return_dict": True, "return_attention_mask": True, "padding_side": "right"}
+"""Keywords of transformers' tokenizers and encoders that ask for what is done anyway."""
 NO_LAYERS = "hidden states are asked for: the bundle's text encoder ends at the layer that its pipeline reads"
 
 
@@ -33,7 +35,11 @@ class Output(dict[str, Any]):
         return self[name]
 
     def __getitem__(self, key: Any) -> Any:
-        return list(self.values())[key] if isinstance(key, int) else super().__getitem__(key)
+        if not isinstance(key, int):
+            return super().__getitem__(key)
+        if not -len(self) <= key < len(self):
+            raise RequestError(f"there is no [{key}]: there is {', '.join(self)}, and nothing behind it in a bundle")
+        return list(self.values())[key]
 
 
 class TokenizerHandle:
@@ -53,9 +59,13 @@ class TokenizerHandle:
         max_length: int | None = None,
         add_special_tokens: bool = True,
         return_tensors: str | None = None,
-        **_: Any,
+        **others: Any,
     ) -> Output:
-        """Return `input_ids` and `attention_mask` of a text, or of each; `return_tensors` is None, "np" or "pt"."""
+        """Return `input_ids` and `attention_mask` of a text, or of each; `return_tensors` is None, "np" or "pt".
+
+        Raises `RequestError` for other keywords that ask for something.
+        """
+        _refuse("tokenizer", others)
         texts, length = [text] if isinstance(text, str) else list(text), max_length or self.model_max_length
         ends = [each if add_special_tokens else None for each in (self.bos_token_id, self.eos_token_id)]
         framed = sum(each is not None for each in ends)
@@ -100,20 +110,35 @@ class TextEncoderHandle:
         return getattr(torch, self._dtype) if torch is not None else self._dtype
 
     def __call__(
-        self, input_ids: Any, attention_mask: Any = None, *, output_hidden_states: bool = False, **_: Any
+        self, input_ids: Any, attention_mask: Any = None, *, output_hidden_states: bool = False, **others: Any
     ) -> Output:
         """Return `last_hidden_state` [N, L, E] of token ids [N, L]; raises `RequestError` for what it cannot give."""
-        ids = np.asarray(input_ids)
+        _refuse("text encoder", others)
+        ids = _on_the_host(input_ids)
         if ids.ndim != 2 or ids.shape[1] != self._length:
             raise RequestError(f"token ids are of shape {list(ids.shape)}: the text encoder takes [n, {self._length}]")
-        if attention_mask is not None and not np.asarray(attention_mask).all():
+        if attention_mask is not None and not _on_the_host(attention_mask).all():
             raise RequestError(NO_MASK)
         if output_hidden_states:
             raise RequestError(NO_LAYERS)
         states = np.concatenate([self._encode(row[None].astype(np.int64)) for row in ids])
         if isinstance(input_ids, np.ndarray):
             return Output(last_hidden_state=states)
-        return Output(last_hidden_state=sys.modules["torch"].from_numpy(states))
+        tensor = sys.modules["torch"].from_numpy(states)
+        return Output(last_hidden_state=tensor.to(input_ids.device) if hasattr(input_ids, "device") else tensor)
+
+
+def _refuse(reader: str, given: Mapping[str, Any]) -> None:
+    """Raise `RequestError` for a keyword that nothing reads, unless its value asks for nothing."""
+    for name, value in given.items():
+        idle = value is None or (value is False and name != "return_dict")
+        if not (idle or (isinstance(value, bool | str) and value == IDLE.get(name))):
+            raise RequestError(f"{name} is given: the bundle's {reader} has nothing that reads it, leave it out")
+
+
+def _on_the_host(values: Any) -> Array:
+    """Return numbers as an array; a tensor may be on a GPU, or be part of a computation."""
+    return np.asarray(values.detach().cpu() if hasattr(values, "detach") else values)
 
 
 def _tensors(rows: Sequence[Sequence[int]], kind: str) -> Any:

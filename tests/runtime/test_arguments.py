@@ -12,10 +12,11 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 from latentrt.engines.bundle import LatentInfo
 from latentrt.engines.errors import RequestError
 from latentrt.runtime import Pipeline
-from latentrt.runtime.arguments import READ_BY_SOME, REFUSED, REFUSED_BY_SOME, SERVED
+from latentrt.runtime.arguments import READ_BY_SOME, REFUSED, REFUSED_BY_SOME, SERVED, read_by
 from latentrt.runtime.sizes import check_size
 from PIL import Image
 
@@ -151,6 +152,40 @@ def test_what_asks_for_nothing_of_other_families_is_taken(ours: Pipeline) -> Non
     ours(PROMPTS[0], **SIZE, num_inference_steps=1, **idle | {"max_sequence_length": longest})
     with pytest.raises(RequestError, match="prompts are as long as the bundle's tokenizer has it"):
         ours(PROMPTS[0], max_sequence_length=longest + 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "lengths", "rows"),
+    [
+        ("FluxPipeline", (77, 512), 512),
+        ("StableDiffusion3Pipeline", (77, 77, 256), 77 + 256),
+        ("StableDiffusion3Pipeline", (77, 77), 77 + 256),  # zeros stand for a T5 that is left out
+        ("ZImagePipeline", (512,), "L"),
+        ("Flux2KleinPipeline", (512,), 512),
+    ],
+)
+def test_the_length_of_prompts_is_the_one_that_diffusers_means(
+    ours: Pipeline, name: str, lengths: tuple[int, ...], rows: int | str
+) -> None:
+    manifest = ours.bundle.manifest
+    info, context = manifest.tokenizers[0], manifest.graphs[0].outputs[0]
+    longer = context.model_copy(update={"shape": ("R", rows, 32)})
+    graphs = [
+        graph.model_copy(
+            update={
+                side: tuple(longer if spec.name == context.name else spec for spec in getattr(graph, side))
+                for side in ("inputs", "outputs")
+            }
+        )
+        for graph in manifest.graphs
+    ]
+    tokenizers = tuple(info.model_copy(update={"max_length": length}) for length in lengths)
+    manifest = manifest.model_copy(update={"graphs": tuple(graphs), "tokenizers": tokenizers})
+    meant = inspect.signature(getattr(diffusers, name).__call__).parameters["max_sequence_length"].default
+    assert read_by(manifest, {"max_sequence_length": meant}) == {}
+    for other in {77, 128, 512, 256} - {meant}:
+        with pytest.raises(RequestError, match="no other number is taken"):
+            read_by(manifest, {"max_sequence_length": other})
 
 
 @pytest.mark.parametrize("name", [*REFUSED, "callback_on_step_end_tensor_inputs", "output_type"])
@@ -379,6 +414,25 @@ def test_what_a_callback_cannot_change_is_an_error(ours: Pipeline) -> None:
         ours(PROMPTS[0], **QUICK, **SIZE, callback_on_step_end=louder)
     with pytest.raises(RequestError, match="'prompt_embeds': only latents"):
         ours(PROMPTS[0], **QUICK, **SIZE, callback_on_step_end=lambda *_: {"prompt_embeds": 1})
+
+
+def test_a_result_is_read_by_number_slice_and_name_as_that_of_diffusers(ours: Pipeline) -> None:
+    result = ours(PROMPTS[0], **QUICK, **SIZE)
+    theirs = StableDiffusionPipelineOutput(images=result.images, nsfw_content_detected=None)
+    assert list(result) == list(theirs) and ("images" in result) is ("images" in theirs)
+    for key in ("images", 0, -1):
+        assert result[key] is theirs[key] is result.images
+    for cut in (slice(1), slice(None), slice(1, None), slice(0, 2)):
+        assert len(result[cut]) == len(theirs[cut])
+        assert all(mine is other for mine, other in zip(result[cut], theirs[cut], strict=True))
+    for key in (2, "seeds"):
+        for each in (result, theirs):
+            with pytest.raises(LookupError):
+                each[key]
+    for each in (result, theirs):
+        with pytest.raises(ValueError, match="not enough values to unpack"):
+            _, _ = each
+    assert result[1] is result["nsfw_content_detected"] is None
 
 
 def test_without_return_dict_a_tuple_is_returned(theirs: dict[str, Any], ours: Pipeline) -> None:

@@ -182,6 +182,24 @@ def test_bundles_in_the_cache_are_listed_behind_the_engines(
     assert [each["graph"] for each in found] == ["denoiser", "decoder", "bundle", "bundle"]
 
 
+def test_a_bundle_that_is_removed_meanwhile_is_not_listed(
+    engines: EngineCache, tiny_sd15_bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = engines.root.parent / "bundles" / "mine-fp32-0123"
+    shutil.copytree(tiny_sd15_bundle, folder)
+    is_file = Path.is_file
+
+    def removed_once_it_is_seen(path: Path) -> bool:
+        found = is_file(path)
+        if folder in path.parents and folder.exists():
+            shutil.rmtree(folder)
+        return found
+
+    monkeypatch.setattr(Path, "is_file", removed_once_it_is_seen)
+    lines = output(capsys, "cache", "list").splitlines()
+    assert len(lines) == 3 and lines[2].startswith("2 engines") and not folder.exists()
+
+
 def test_old_engines_are_pruned(engines: EngineCache, capsys: pytest.CaptureFixture[str]) -> None:
     text = output(capsys, "cache", "prune", "--older-than", "30", "--dry-run")
     assert text.startswith("decoder") and "would remove 2." in text and len(engines.entries()) == 2

@@ -222,6 +222,23 @@ def test_switches_that_change_no_picture_are_taken_with_a_note(
     assert stranger.vae_scale_factor == pipe.bundle.manifest.latent.downscale and stranger.safety_checker is None
 
 
+def test_tensors_come_from_where_they_are_and_go_back(pipe: Pipeline) -> None:
+    """A subclass stands for a GPU's tensor, which numpy cannot read."""
+
+    class Elsewhere(torch.Tensor):
+        def __array__(self, *_: Any, **__: Any) -> Any:
+            raise TypeError("can't convert cuda:0 device type tensor to numpy")
+
+        def cpu(self, *_: Any, **__: Any) -> torch.Tensor:
+            return self.as_subclass(torch.Tensor)
+
+    handle: Any = pipe.text_encoder
+    ids = pipe.tokenizer("a star", padding="max_length", padding_side="right", return_tensors="pt").input_ids
+    states = handle(ids.as_subclass(Elsewhere), torch.ones_like(ids).as_subclass(Elsewhere), return_dict=True)[0]
+    assert torch.equal(states, handle(ids, position_ids=None, output_attentions=False)[0])
+    assert states.device == ids.device
+
+
 @pytest.mark.parametrize(
     ("use", "message"),
     [
@@ -231,6 +248,14 @@ def test_switches_that_change_no_picture_are_taken_with_a_note(
         (lambda pipe: pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.4, b2=1.6), "fixed at export"),
         (lambda pipe: setattr(pipe, "safety_checker", print), "safety_checker cannot be set"),
         (lambda pipe: Pipeline.from_pipe(pipe, unet=1), "unet is given"),
+        (lambda pipe: Pipeline.from_pipe(object()), "from_pipe was given a object: give a latentrt pipeline"),
+        (lambda pipe: pipe.tokenizer("a", padding_side="left"), "padding_side is given: the bundle's tokenizer has"),
+        (lambda pipe: pipe.tokenizer("a", return_overflowing_tokens=True), "return_overflowing_tokens is given"),
+        (
+            lambda pipe: pipe.text_encoder(np.zeros((1, 77), int), position_ids=np.arange(77)),
+            "position_ids is given: the bundle's text encoder has nothing that reads it",
+        ),
+        (lambda pipe: pipe.text_encoder(np.zeros((1, 77), int))[1], r"there is no \[1\]: there is last_hidden_state"),
         (lambda pipe: pipe.text_encoder(np.zeros((1, 5), int)), r"of shape \[1, 5\]: the text encoder takes \[n, 77\]"),
         (lambda pipe: pipe.text_encoder(np.zeros((1, 77), int), np.zeros((1, 77))), "DownweightMode.REMOVE"),
         (lambda pipe: pipe.text_encoder(np.zeros((1, 77), int), output_hidden_states=True), "hidden states"),
