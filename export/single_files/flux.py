@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ...engines.errors import CheckpointError
+from ...engines.errors import CheckpointError, UnsupportedModelError
 from ..checkpoints.checkpoint import Component, Part
 from ..checkpoints.weights import Weights
 from .shapes import count, read
@@ -71,12 +71,18 @@ def open_transformer(file: Path, weights: Weights, part: Part, base: Mapping[str
     """Open a transformer in the original layout, None for any other file; `base` is the config of one of its kind.
 
     What shapes tell of its config is theirs, the rest is the base's. Raises `CheckpointError` where one of the two
-    reads a guidance scale and the other does not: their schedules are not the same.
+    reads a guidance scale and the other does not: their schedules are not the same. Raises `UnsupportedModelError` for
+    models that share the blocks alone.
     """
     prefix = next((each for each in PREFIXES if f"{each}{MARK}" in weights), None)
     if prefix is None:
         return None
-    config = read(weights, lambda weights: _config(weights, prefix))
+    if f"{prefix}vector_in.in_layer.weight" not in weights:
+        raise UnsupportedModelError(
+            f"{file} has blocks as FLUX.1 has them and no {prefix}vector_in.in_layer.weight: it is of another model, "
+            "such as Chroma or FLUX.2, whose single files are not read; give a diffusers folder"
+        )
+    config = read(weights, lambda weights: _config(weights, prefix), "FLUX.1")
     component = Component.of(
         part, f"transformer of {file}", {**base, **config}, weights, lambda name: _tensor(weights, name, prefix)
     )

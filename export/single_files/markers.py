@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from ...engines.errors import CheckpointError
+from ...engines.errors import CheckpointError, UnsupportedModelError
 from ..checkpoints.configs import shown
 from ..checkpoints.weights import Weights
 
@@ -30,8 +30,19 @@ class Said:
     zero_terminal_snr: bool
 
 
+EDM = "edm_vpred."
+"""How the sigmas are named in files of CosXL, which predict v at EDM's sigmas (Karras et al. 2022)."""
+
+
 def chosen(file: Path, weights: Weights, prediction_type: str | None) -> Said:
-    """Return what a file says about its training, with the prediction type that is asked for in place of its own."""
+    """Return what a file says about its training, with the prediction type that is asked for in place of its own.
+
+    Raises `CheckpointError` as `said` does, `UnsupportedModelError` for a model of EDM's sigmas.
+    """
+    if edm := [name for name in weights if name.startswith(EDM)]:
+        raise UnsupportedModelError(
+            f"{file} has {sorted(edm)[0]}: it predicts v at EDM's sigmas, as CosXL does, which no family here draws"
+        )
     return said(file, weights) if prediction_type is None else Said(prediction_type, "ztsnr" in weights)
 
 

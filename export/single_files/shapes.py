@@ -14,13 +14,15 @@ HEAD = 64
 """Channels of an attention head, in all networks but the U-Net of version 1.x."""
 
 
-def read(weights: Weights, config: Callable[[Weights], dict[str, Any]]) -> dict[str, Any]:
+def read(
+    weights: Weights, config: Callable[[Weights], dict[str, Any]], title: str = "Stable Diffusion"
+) -> dict[str, Any]:
     """Return a config read off shapes; raises `CheckpointError` for tensors that no file of this layout has."""
     try:
         return config(weights)
-    except (IndexError, ValueError) as error:
+    except (IndexError, ValueError, ZeroDivisionError) as error:
         raise CheckpointError(
-            f"{weights.files[0]} has tensors of other names or shapes than Stable Diffusion: it is of another layout"
+            f"{weights.files[0]} has tensors of other names or shapes than {title}: it is of another layout"
         ) from error
 
 

@@ -40,7 +40,6 @@ PLAYGROUND: dict[str, Any] = {
     "sigma_data": 0.5,
     "rho": 7.0,
     "num_train_timesteps": 1000,
-    "prediction_type": "epsilon",
     "algorithm_type": "dpmsolver++",
     "solver_order": 2,
     "solver_type": "midpoint",
@@ -79,7 +78,8 @@ def open_single_file(source: SingleFile, family: str, parts: Mapping[str, Part])
         weights,
         lambda name: open_clip_tensor(weights, name.removeprefix("text_model."), prefix),
     )
-    unet = read(weights, unet_config) | _added(weights, config["projection_dim"], SIZE_IDS[first])
+    unet = read(weights, unet_config)
+    unet |= read(weights, lambda weights: _added(weights, f"{prefix}text_projection", SIZE_IDS[first]))
     layers = unet["layers_per_block"]
     second = TokenizerSource(source.tokenizer(TOKENIZER), 0)
     return Checkpoint(
@@ -102,9 +102,12 @@ def open_single_file(source: SingleFile, family: str, parts: Mapping[str, Part])
     )
 
 
-def _added(weights: Weights, pooled: int, numbers: int) -> dict[str, Any]:
+def _added(weights: Weights, projection: str, numbers: int) -> dict[str, Any]:
     """Return what a U-Net's config says of the size ids and the pooled text, which come in side by side."""
+    pooled = weights.shape(projection)[1]
     width = weights.shape(f"{UNET}label_emb.0.0.weight")[1]
+    if width <= pooled or (width - pooled) % numbers:
+        raise ValueError(f"{width} numbers are no {pooled} of a text and {numbers} size ids")
     return {
         "sample_size": SIZE,
         "addition_embed_type": "text_time",
@@ -124,7 +127,7 @@ def _vae(file: Path, weights: Weights, part: Part) -> Component:
 def _scheduler(file: Path, weights: Weights, prediction_type: str | None) -> dict[str, Any]:
     says = chosen(file, weights, prediction_type)
     if _is_playground(weights):
-        return dict(PLAYGROUND)
+        return PLAYGROUND | {"prediction_type": says.prediction_type or "epsilon"}
     prediction = says.prediction_type or ("v_prediction" if says.zero_terminal_snr else "epsilon")
     zero_snr = says.zero_terminal_snr and prediction == "v_prediction"
     return EULER | {"prediction_type": prediction} | (ZERO_TERMINAL_SNR if zero_snr else {})

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 SCHEDULERS: dict[str, tuple[dict[str, Any], bool]] = {
     "SDXL-Turbo": ({"_class_name": "EulerAncestralDiscreteScheduler", "timestep_spacing": "trailing"}, True),
-    "Lightning": ({"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "trailing"}, True),
+    "Lightning": ({"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "trailing"}, False),
     "LCM": ({"_class_name": "LCMScheduler"}, True),
     "Hyper": ({"_class_name": "TCDScheduler"}, True),
     "ordinary": ({"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading"}, False),
@@ -63,6 +63,7 @@ def test_schedulers_that_give_them_away(folders: list[Path], kind: str, caplog: 
         scale = defaults.get("default_guidance_scale")
         assert (defaults.get("default_num_inference_steps"), scale == 0.0) == ((4, True) if few else (None, False))
     assert ("taken for a model of few steps" in caplog.text) == few
+    assert ("may be a model of few steps" in caplog.text) == (kind == "Lightning")
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import pytest
 from latentrt.engines.errors import CheckpointError, RequestError, UnsupportedModelError
 from latentrt.export import export_checkpoint
 from latentrt.runtime import Pipeline
+from latentrt.runtime.sampling import check_scheduler
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -150,6 +151,37 @@ def test_a_file_of_playground(folders: dict[str, Path], tmp_path: Path) -> None:
     )
     assert checkpoint.scheduler["_class_name"] == type(theirs).__name__
     assert all(theirs.config[key] == value for key, value in checkpoint.scheduler.items() if key[0] != "_")
+    asked = open_checkpoint(file, tokenizer=folders["base"], prediction_type="v_prediction").scheduler
+    assert asked == {**checkpoint.scheduler, "prediction_type": "v_prediction"}
+    check_scheduler(asked)
+    assert type(theirs).from_config(asked).config.prediction_type == "v_prediction"
+
+
+SECOND = "conditioner.embedders.1.model.text_projection"
+LABELS = "model.diffusion_model.label_emb.0.0.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"edm_vpred.sigma_max": torch.tensor(120.0)}, UnsupportedModelError, r"has edm_vpred\.sigma_max: .* CosXL"),
+        ({SECOND: None}, CheckpointError, f"has no tensor '{SECOND}'"),
+        ({SECOND: torch.zeros(32)}, CheckpointError, "other names or shapes than Stable Diffusion"),
+        ({LABELS: torch.zeros(32)}, CheckpointError, "other names or shapes than Stable Diffusion"),
+        ({LABELS: torch.zeros(32, 5)}, CheckpointError, "other names or shapes than Stable Diffusion"),
+    ],
+    ids=["CosXL", "no projection", "flat projection", "flat labels", "narrow labels"],
+)
+def test_files_of_the_xl_layout_that_are_not_are_refused_in_a_line(
+    folders: dict[str, Path], tmp_path: Path, change: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    file = sdxl_file(folders["base"], tmp_path / "model.safetensors")
+    tensors = load_file(file) | change
+    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, file)
+    for prediction_type in (None, "v_prediction"):
+        with pytest.raises(error, match=message) as caught:
+            open_checkpoint(file, tokenizer=folders["base"], prediction_type=prediction_type)
+        assert "\n" not in str(caught.value)
 
 
 def test_a_vae_in_a_file_has_the_scale_of_the_family(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -224,6 +256,18 @@ def test_pictures_of_a_transformer_alone(dev: Path, tmp_path: Path) -> None:
     ("tensors", "options", "error", "message"),
     [
         (flux_tensors(""), {}, CheckpointError, "nothing but the transformer of FLUX.1: give the rest with --base"),
+        (
+            {name: each for name, each in flux_tensors("").items() if "vector_in" not in name},
+            {"base": "dev"},
+            UnsupportedModelError,
+            r"blocks as FLUX\.1 has them and no vector_in.* such as Chroma",
+        ),
+        (
+            flux_tensors("") | {"txt_in.weight": torch.zeros(32)},
+            {"base": "dev"},
+            CheckpointError,
+            r"other names or shapes than FLUX\.1",
+        ),
         (
             flux_tensors("", guided=False),
             {"base": "dev"},
