@@ -32,7 +32,7 @@ class Gate:
         """Let so many turns run, and wait for their end."""
         for _ in range(turns):
             self._permits.release()
-            assert self._done.acquire(timeout=30), "no turn was wanted"
+            assert self._done.acquire(timeout=300), "no turn was wanted"
 
     def open(self) -> None:
         """Let all turns run from now on."""
@@ -44,7 +44,7 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
     gate, turn = Gate(), Pool.turn
 
     def gated(pool: Pool) -> None:
-        assert gate._permits.acquire(timeout=60)
+        assert gate._permits.acquire(timeout=300)
         turn(pool)
         gate._done.release()
 

@@ -36,12 +36,12 @@ def batcher(pipe: Pipeline) -> Iterator[Batcher]:
 @pytest.fixture(scope="module")
 def expected(pipe: Pipeline) -> list[Array]:
     with Batcher(pipe, slots=3, fixed_rows=True) as batcher:
-        return [batcher.submit(**request).result(60).images for request in (ONE, OTHER)]
+        return [batcher.submit(**request).result(300).images for request in (ONE, OTHER)]
 
 
 def assert_well(batcher: Batcher, expected: list[Array]) -> None:
     for future, images in zip([batcher.submit(**request) for request in (ONE, OTHER)], expected, strict=True):
-        np.testing.assert_array_equal(future.result(60).images, images)
+        np.testing.assert_array_equal(future.result(300).images, images)
     assert (batcher.waiting, batcher.running) == (0, 0)
 
 
@@ -83,7 +83,7 @@ def test_a_step_that_fails_once_is_run_again(
             gate.run(1)
         gate.open()
         for future, images in zip(futures, expected, strict=True):
-            np.testing.assert_array_equal(future.result(60).images, images)
+            np.testing.assert_array_equal(future.result(300).images, images)
 
 
 @pytest.mark.parametrize("kind", [EngineError, RuntimeError, MemoryError])
@@ -98,17 +98,17 @@ def test_a_step_that_fails_twice_ends_its_images_and_no_others(
         gate.run(1)
         failing.left = 0
         with pytest.raises(kind, match="the device had enough"):
-            running.result(60)
+            running.result(300)
         gate.open()
-        assert np.abs(waiting.result(60).images - expected[1]).max() <= 1e-4
-        assert np.abs(batcher.submit(**ONE).result(60).images - expected[0]).max() <= 1e-4
+        assert np.abs(waiting.result(300).images - expected[1]).max() <= 1e-4
+        assert np.abs(batcher.submit(**ONE).result(300).images - expected[0]).max() <= 1e-4
 
 
 def test_no_numbers_fail_one_request_alone(batcher: Batcher, poison: str, expected: list[Array]) -> None:
     lost = batcher.submit(**{**ONE, "prompt": ["a star", poison], "seed": 1})
     assert_well(batcher, expected)
     with pytest.raises(EngineError, match="the denoiser gave latents that are not finite: the bundle's weights"):
-        lost.result(60)
+        lost.result(300)
     assert_well(batcher, expected)  # in the slots of those that were lost
 
 
@@ -124,7 +124,7 @@ def test_pixels_that_are_no_numbers_fail_one_request_alone(
     lost = batcher.submit(**{**ONE, "output_type": "pil"})
     assert_well(batcher, expected)
     with pytest.raises(EngineError, match="the decoder gave pixels that are not finite"):
-        lost.result(60)
+        lost.result(300)
 
 
 def test_a_prompt_that_cannot_be_encoded_fails_one_request_alone(
@@ -141,7 +141,7 @@ def test_a_prompt_that_cannot_be_encoded_fails_one_request_alone(
     monkeypatch.setattr(Encoder, "conditioning", broken)
     lost = batcher.submit(**LONG)
     with pytest.raises(EngineError, match="the encoder had enough"):
-        lost.result(60)
+        lost.result(300)
     assert_well(batcher, expected)
 
 
@@ -161,8 +161,8 @@ def test_a_slot_that_cannot_be_written_ends_what_is_in_flight(
     gate.open()
     for future in futures[:2]:
         with pytest.raises(EngineError, match="a copy failed"):
-            future.result(60)
-    np.testing.assert_array_equal(futures[2].result(60).images, expected[0])
+            future.result(300)
+    np.testing.assert_array_equal(futures[2].result(300).images, expected[0])
     assert_well(batcher, expected)
 
 
@@ -173,7 +173,7 @@ def test_buffers_that_cannot_be_had_fail_what_waits(
         patch.setattr(Pool, "_opened", lambda pool: (_ for _ in ()).throw(EngineError("no memory")))
         for future in [batcher.submit(**ONE), batcher.submit(**OTHER)]:
             with pytest.raises(EngineError, match="no memory"):
-                future.result(60)
+                future.result(300)
     assert_well(batcher, expected)
 
 
@@ -189,7 +189,7 @@ def test_a_cancelled_request_frees_its_place_at_once(
     assert (batcher.waiting, batcher.running) == (0, 2)
     gate.open()
     for future, images in zip(others, expected, strict=True):
-        np.testing.assert_array_equal(future.result(60).images, images)
+        np.testing.assert_array_equal(future.result(300).images, images)
     with pytest.raises(CancelledError):
         lost.result(0)
     assert_well(batcher, expected)
@@ -200,12 +200,12 @@ def test_those_who_wait_for_a_cancelled_request_hear_of_it(batcher: Batcher, gat
     gate.run(1)
     lost.cancel()
     gate.open()
-    assert wait([lost], timeout=60).not_done == set()
+    assert wait([lost], timeout=300).not_done == set()
 
 
 def test_a_finished_request_cannot_be_cancelled(batcher: Batcher) -> None:
     future = batcher.submit(**ONE)
-    future.result(60)
+    future.result(300)
     assert not future.cancel() and future.done()
 
 
@@ -219,10 +219,10 @@ def test_a_request_that_is_late_fails_and_frees_its_place(
     monkeypatch.setattr("latentrt.runtime.batcher.pool.time.monotonic", lambda: clock() + 2000.0)
     gate.open()
     with pytest.raises(DeadlineError, match=r"the result was not there in time, 200\d\.\d s after its request"):
-        running.result(60)
+        running.result(300)
     with pytest.raises(TimeoutError):
-        running.result(60)
-    np.testing.assert_array_equal(in_time.result(60).images, expected[0])
+        running.result(300)
+    np.testing.assert_array_equal(in_time.result(300).images, expected[0])
 
 
 @pytest.mark.parametrize("timeout", [0, -1.0, float("nan")])
@@ -239,9 +239,9 @@ def test_a_closed_pipeline_fails_what_is_there_and_what_comes(gate: Gate) -> Non
         gate.open()
         pipe.close()
         for future in futures:
-            assert isinstance(future.exception(60), EngineError) or future.result()
+            assert isinstance(future.exception(300), EngineError) or future.result()
         with pytest.raises(EngineError, match="the pipeline is closed: open it again"):
-            batcher.submit(**ONE).result(60)
+            batcher.submit(**ONE).result(300)
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ def mixed(count: int, most_steps: int, seed: int) -> list[dict[str, Any]]:
 
 
 def alone(batcher: Batcher, requests: Sequence[dict[str, Any]]) -> list[Array]:
-    return [batcher.submit(**request).result(60).images for request in requests]
+    return [batcher.submit(**request).result(300).images for request in requests]
 
 
 def in_a_crowd(batcher: Batcher, requests: Sequence[dict[str, Any]], poison: str, seed: int) -> list[Array]:
@@ -65,7 +65,7 @@ def in_a_crowd(batcher: Batcher, requests: Sequence[dict[str, Any]], poison: str
         other.cancel()
     for future in poisoned:
         with pytest.raises(EngineError, match="denoiser gave latents that are not finite"):
-            future.result(60)
+            future.result(300)
     return [found[number] for number in range(len(requests))]
 
 
@@ -106,7 +106,7 @@ def buckets(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_buckets_that_change_give_the_pipeline_s_pictures(pipe: Pipeline, batcher: Batcher, buckets: list[int]) -> None:
     requests = mixed(8, most_steps=5, seed=5)
     for request, future in zip(requests, [batcher.submit(**each) for each in requests], strict=True):
-        assert np.abs(future.result(60).images - pipe(**request).images).max() <= 1 / 255
+        assert np.abs(future.result(300).images - pipe(**request).images).max() <= 1 / 255
     assert {4, 6} <= set(buckets)
 
 
@@ -117,7 +117,7 @@ def test_idle_slots_read_rows_that_every_bucket_has(
     futures = [batcher.submit(**request) for request in requests]
     gate.open()
     for request, future in zip(requests, futures, strict=True):
-        assert np.abs(future.result(60).images - pipe(**request).images).max() <= 1 / 255
+        assert np.abs(future.result(300).images - pipe(**request).images).max() <= 1 / 255
     assert buckets == [6, 6, 2, 2, 2]
 
 
@@ -150,26 +150,26 @@ def test_whatever_a_pipeline_draws(pipe: Pipeline, batcher: Batcher, request_: d
     if "sigmas" in request_:
         del request["num_inference_steps"]
     beside = batcher.submit(**{**SMALL, "prompt": "a red circle", "seed": 6, "num_inference_steps": 8})
-    result, expected = batcher.submit(**request).result(60), pipe(**request)
+    result, expected = batcher.submit(**request).result(300), pipe(**request)
     assert result.seeds == expected.seeds and result.request == expected.request
     assert result.images.shape == expected.images.shape and result.images.dtype == expected.images.dtype
     tolerance = 1e-4 if request["output_type"] == "latent" else 1 / 255
     assert np.abs(result.images - expected.images).max() <= tolerance
-    assert beside.result(60).images.shape == (1, 64, 64, 3)
+    assert beside.result(300).images.shape == (1, 64, 64, 3)
 
 
 def test_embeddings_stand_in_place_of_prompts(pipe: Pipeline, batcher: Batcher) -> None:
     rows = pipe.session.encode_prompt(pipe._batches.tokens("a star"))["context"]
     request = {**SMALL, "prompt_embeds": rows, "seed": 5, "num_inference_steps": 3}
     for more in ({}, {"negative_prompt_embeds": rows * 0.5}, {"guidance_scale": 1.0}):
-        pictures = batcher.submit(**request, **more).result(60).images
+        pictures = batcher.submit(**request, **more).result(300).images
         assert np.abs(pictures - pipe(**request, **more).images).max() <= 1 / 255
 
 
 def test_pictures_are_pil_by_default_and_pasted_where_they_were_cut(pipe: Pipeline, batcher: Batcher) -> None:
     request: dict[str, Any] = {"prompt": "a star", "seed": 5, "num_inference_steps": 2, "height": 64, "width": 64}
     request |= {"image": PICTURE, "mask_image": MASK, "padding_mask_crop": 4}
-    result = batcher.submit(**request).result(60)
+    result = batcher.submit(**request).result(300)
     difference = np.asarray(result.images[0], int) - np.asarray(pipe(**request).images[0], int)
     assert np.abs(difference).max() <= 1
     times = result.timings
@@ -180,6 +180,6 @@ def test_a_generator_of_a_caller_is_left_where_the_drawing_ended(pipe: Pipeline,
     torch = pytest.importorskip("torch")
     request = {**SMALL, "prompt": "a star", "num_inference_steps": 3, "sampler": "euler_a", "num_images_per_prompt": 2}
     one, other = torch.Generator().manual_seed(3), torch.Generator().manual_seed(3)
-    pictures = batcher.submit(**request, generator=one).result(60).images
+    pictures = batcher.submit(**request, generator=one).result(300).images
     assert np.abs(pictures - pipe(**request, generator=other).images).max() <= 1 / 255
     assert torch.equal(one.get_state(), other.get_state())

@@ -48,8 +48,8 @@ def test_a_full_queue_says_how_long_what_waits_takes(pipe: Pipeline, gate: Gate)
         assert (batcher.waiting, batcher.running) == (2, 1)
         gate.open()
         for future in (first, *others):
-            future.result(60)
-        assert batcher.submit(**STAR).result(60)
+            future.result(300)
+        assert batcher.submit(**STAR).result(300)
 
 
 def test_more_images_than_may_ever_wait_are_refused(pipe: Pipeline) -> None:
@@ -65,7 +65,7 @@ def test_sizes_take_turns(pipe: Pipeline, gate: Gate) -> None:
         assert not any(future.done() for future in futures)
         gate.run(2)
         for request, future in zip(requests, futures, strict=True):
-            assert np.abs(future.result(60).images - pipe(**request).images).max() <= 1 / 255
+            assert np.abs(future.result(300).images - pipe(**request).images).max() <= 1 / 255
 
 
 def test_idle_sizes_make_room_and_busy_ones_do_not(pipe: Pipeline, gate: Gate) -> None:
@@ -76,19 +76,19 @@ def test_idle_sizes_make_room_and_busy_ones_do_not(pipe: Pipeline, gate: Gate) -
             batcher.submit(**sizes[-1])
         gate.open()
         for future in futures:
-            future.result(60)
+            future.result(300)
         for request in sizes:
-            batcher.submit(**request).result(60)
+            batcher.submit(**request).result(300)
         assert len(batcher._pools) == MAX_POOLS
 
 
 def test_threads_share_a_batcher(pipe: Pipeline) -> None:
     requests = [{**STAR, "seed": seed, "guidance_scale": 1.0 + seed % 2 * 3} for seed in range(6)]
     with Batcher(pipe, slots=3, fixed_rows=True) as batcher:
-        alone = [batcher.submit(**request).result(60).images for request in requests]
+        alone = [batcher.submit(**request).result(300).images for request in requests]
         with ThreadPoolExecutor(6) as pool:
             for pictures, expected in zip(
-                pool.map(lambda n: batcher.submit(**requests[n % 6]).result(60).images, range(24)),
+                pool.map(lambda n: batcher.submit(**requests[n % 6]).result(300).images, range(24)),
                 alone * 4,
                 strict=True,
             ):
@@ -100,7 +100,7 @@ def test_the_pipeline_itself_gets_its_turn_meanwhile(pipe: Pipeline) -> None:
         long = batcher.submit(**{**STAR, "num_inference_steps": 600})
         picture = pipe(**STAR).images
         assert not long.done() and long.cancel()
-        assert np.abs(batcher.submit(**STAR).result(60).images - picture).max() <= 1 / 255
+        assert np.abs(batcher.submit(**STAR).result(300).images - picture).max() <= 1 / 255
 
 
 def test_close_draws_what_was_submitted(pipe: Pipeline) -> None:
@@ -148,7 +148,7 @@ def test_a_callback_may_submit_but_not_close(pipe: Pipeline) -> None:
         batcher.submit(**STAR).add_done_callback(again)
         while len(seen) < 2:
             threading.Event().wait(0.01)
-    assert len(seen[0].result(60).images) == 1
+    assert len(seen[0].result(300).images) == 1
     assert isinstance(seen[1], RequestError) and "a callback of a future closed its batcher" in str(seen[1])
 
 
@@ -158,7 +158,7 @@ def test_memory_is_given_back_at_close(pipe: Pipeline) -> None:
     for cancel in (False, True):
         batcher = Batcher(pipe, slots=3)
         futures = [batcher.submit(**{**STAR, "height": height, "num_images_per_prompt": 4}) for height in (64, 72)]
-        futures[0].result(60)
+        futures[0].result(300)
         assert pipe.backend.device.tensor_bytes() > before
         batcher.close(cancel=cancel)
         assert pipe.backend.device.tensor_bytes() == before
@@ -167,7 +167,7 @@ def test_memory_is_given_back_at_close(pipe: Pipeline) -> None:
 
 def test_a_bundle_is_opened_and_closed_with_the_batcher() -> None:
     with Batcher(ensure_bundle(), slots=1, backend="onnxruntime-cpu", threads=1) as batcher:
-        assert len(batcher.submit(**STAR).result(60).images) == 1
+        assert len(batcher.submit(**STAR).result(300).images) == 1
     with pytest.raises(EngineError, match="the pipeline is closed"):
         batcher.pipe(**STAR)
 
@@ -200,12 +200,12 @@ from latentrt.export.embedded import ensure_bundle
 from latentrt.runtime import Batcher
 batcher = Batcher(ensure_bundle(), backend="onnxruntime-cpu", threads=1)
 future = batcher.submit("a star", height=64, width=64, num_inference_steps=2)
-future.result(60)
+future.result(300)
 late = batcher.submit("a star", height=64, width=64, num_inference_steps=900)
 print("end")
 """
 
 
 def test_a_batcher_that_nobody_closed_does_not_hold_up_the_end() -> None:
-    done = subprocess.run([sys.executable, "-c", FORGOTTEN], capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run([sys.executable, "-c", FORGOTTEN], capture_output=True, text=True, timeout=600, check=True)
     assert (done.stdout, done.stderr) == ("end\n", "")

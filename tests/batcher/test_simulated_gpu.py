@@ -52,12 +52,12 @@ def test_a_crowd_gives_the_pictures_of_each_alone(pipe: Pipeline, driver: Simula
     expected = [pipe(**request).images for request in REQUESTS]
     before = dict(driver.live)
     with Batcher(pipe, slots=2, fixed_rows=True) as batcher:
-        alone = [batcher.submit(**request).result(60).images for request in REQUESTS]
+        alone = [batcher.submit(**request).result(300).images for request in REQUESTS]
         lost = batcher.submit(**{**REQUESTS[0], "num_inference_steps": 40})
         crowd = [batcher.submit(**request) for request in REQUESTS]
         assert lost.cancel()
         for future, one, pictures in zip(crowd, alone, expected, strict=True):
-            np.testing.assert_array_equal(future.result(60).images, one)
+            np.testing.assert_array_equal(future.result(300).images, one)
             assert np.abs(one - pictures).max() <= 1 / 255
     for kind in ("memory", "pinned"):
         assert driver.live[kind] <= before[kind], kind
