@@ -25,11 +25,11 @@ CONFIG = {
 STATE = ("latents", "history", "model_input", "timestep", "row")
 
 
-def session(precision: str) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    graph = step_graph(precision, CHANNELS).SerializeToString()  # type: ignore[arg-type]
-    return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+def session(precision: str, options: Any = ()) -> onnxruntime.InferenceSession:
+    settings = onnxruntime.SessionOptions()
+    settings.intra_op_num_threads = 1
+    graph = step_graph(precision, CHANNELS, options).SerializeToString()  # type: ignore[arg-type]
+    return onnxruntime.InferenceSession(graph, settings, providers=["CPUExecutionProvider"])
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +60,9 @@ def branch_weights(guidance: Any, branches: int) -> list[float]:
 class Batch:
     """Images that differ in sampler, number of steps, guidance and noise, run by the graph and one by one in numpy."""
 
+    options: tuple[Any, ...] = ()
+    network = staticmethod(denoiser)
+
     def __init__(self, tables: list[StepTable], scales: list[Any], branches: int, mask: bool) -> None:
         self.tables, self.scales, self.branches = tables, scales, branches
         count = len(tables)
@@ -69,7 +72,10 @@ class Batch:
         if mask:
             self.mask = Generator(78).randn(self.mask.shape) > 0
         self.noise = Generator(79).randn((count, max(1, *(t.draw_count for t in tables)), *IMAGE))
-        self.packed = pack(tables, [branch_weights(scale, branches) for scale in scales])
+        self.packed = pack(tables, [branch_weights(scale, branches) for scale in scales], self.options)
+
+    def mixed(self, outputs: list[Any], mix: list[float]) -> Any:
+        return sum(weight * output for weight, output in zip(mix, outputs, strict=True))
 
     def run_graph(self, step: onnxruntime.InferenceSession, steps: int, dtype: Any = np.float32) -> Any:
         rows, image_of_row = self.packed["row"], self.packed["image_of_row"]
@@ -86,7 +92,7 @@ class Batch:
         constants |= {"noise": self.noise, "original": self.original, "mask": self.mask}
         for _ in range(steps):
             network = state["model_input"].astype(np.float32), state["timestep"][:, None, None, None], branch
-            feeds = {**constants, "prediction": denoiser(*network).astype(dtype)}
+            feeds = {**constants, "prediction": self.network(*network).astype(dtype)}
             feeds |= {name: state[name] for name in ("latents", "history", "row")}
             state = dict(zip(STATE, step.run([f"next_{name}" for name in STATE], feeds), strict=True))
         assert state["model_input"].dtype == dtype
@@ -99,7 +105,8 @@ class Batch:
             mix = branch_weights(scale, self.branches)
             for i in range(len(table)):
                 scaled = table.input_scales[i] * x
-                prediction = sum(w * denoiser(scaled, table.timesteps[i], g) for g, w in enumerate(mix))
+                outputs = [self.network(scaled, table.timesteps[i], g) for g in range(len(mix))]
+                prediction = self.mixed(outputs, mix)
                 x, history = table.apply(i, x, prediction, history, self.noise[b, drawn])
                 drawn = min(drawn + int(table.draws[i]), self.noise.shape[1] - 1)
                 given = table.original[i + 1, 0] * self.original[b, 0] + table.original[i + 1, 1] * self.original[b, 1]
