@@ -13,12 +13,13 @@ USUAL = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5
 """What diffusers' pipelines take where a config is silent."""
 
 
-def shift_line(scheduler: Mapping[str, Any]) -> ShiftLine:
+def shift_line(scheduler: Mapping[str, Any], **usual: float) -> ShiftLine:
     """Return the line through a config's two shifts (diffusers' `calculate_shift`).
 
-    Raises `CheckpointError` for values that make none.
+    `usual` is what the pipeline takes where the config is silent, if it is not the usual. Raises `CheckpointError` for
+    values that make none.
     """
-    found = {key: scheduler.get(key, usual) for key, usual in USUAL.items()}
+    found = {key: scheduler.get(key, number) for key, number in (USUAL | usual).items()}
     few, many, first, last = found.values()
     if not all(map(NUMBER.fits, found.values())) or few == many:
         raise CheckpointError(f"the scheduler's config has {shown(found)}: give two numbers of tokens and two shifts")

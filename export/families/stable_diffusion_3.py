@@ -93,9 +93,14 @@ class StableDiffusion3(Family):
         return geometry(vae_factor(checkpoint.config("vae")), config["in_channels"], size, size, config["patch_size"])
 
     def schedule(self, checkpoint: Checkpoint) -> ScheduleRule:
-        """Return the scheduler's own sigmas, shifted by the number of tokens where it asks for it."""
-        side = self.latent(checkpoint).size_multiple
-        return ScheduleRule(lines=(shift_line(checkpoint.scheduler),), pixels_per_token=side)
+        """Return the scheduler's own sigmas, shifted by the number of tokens where it asks for it.
+
+        Where no scheduler class has a largest shift of its own, diffusers' pipelines of this family take another.
+        """
+        side, scheduler = self.latent(checkpoint).size_multiple, checkpoint.scheduler
+        own = str(scheduler.get("_class_name")).startswith("FlowMatch")
+        line = shift_line(scheduler) if own else shift_line(scheduler, max_shift=1.16)
+        return ScheduleRule(lines=(line,), pixels_per_token=side)
 
     def defaults(self, checkpoint: Checkpoint) -> dict[str, Any]:
         """Return the defaults of diffusers' pipelines."""
