@@ -27,7 +27,7 @@ from latentrt.export.families import family_of_pipeline  # noqa: E402
 from latentrt.export.shift import shift_line  # noqa: E402
 from latentrt.runtime.sampling import check_scheduler, step_table  # noqa: E402
 
-from ..runtime.conftest import Schedulers  # noqa: E402
+from ..runtime.conftest import Schedulers, denoiser, with_variance  # noqa: E402
 
 FILE = Path(__file__).with_name("published_schedulers.json")
 PUBLISHED: dict[str, dict[str, Any]] = json.loads(FILE.read_text(encoding="utf-8"))
@@ -36,17 +36,10 @@ STEPS = (1, 4, 20, 50)
 SIZE = (1024, 1024)
 
 BROWNIAN = "its noise is a Brownian tree, drawn by torchsde; the nearest sampler is dpmpp_2m_sde"
-LEARNED = "no step table holds learned variances"
 REFUSED = {
     "stable-audio": BROWNIAN,
     "stable-audio-2": BROWNIAN,
     "stable-audio-4": BROWNIAN,
-    "if": "no step table holds dynamic thresholding, which sample_max_value=1.5 asks for",
-    "if-3": LEARNED,
-    "deepfloyd-if": LEARNED,
-    "kakao-brain-unclip-2": LEARNED,
-    "fit": LEARNED,
-    "kandinsky-2.2": LEARNED,
     "helios": "it changes the size of the latents between its steps",
     "dpm-multi-inverse": "it runs from pictures to noise; the nearest sampler is ddim_inverse",
     "minimax-h3": "sampler 'MiniMaxH3Scheduler' is not known: near are",
@@ -54,7 +47,7 @@ REFUSED = {
 }
 # numbers of steps that diffusers itself fails at, or that end in no number
 IMPOSSIBLE = {
-    **dict.fromkeys(("karlo-prior", "kakao-brain-unclip", "kakao-brain-unclip-3", "kandinsky-2"), (1,)),
+    **dict.fromkeys(("karlo-prior", *(f"kakao-brain-unclip{end}" for end in ("", "-2", "-3")), "kandinsky-2"), (1,)),
     **dict.fromkeys(("ltx-video", "ltx-of-0.32", "qwen-image"), (1,)),  # the one step is stretched over a length of 0
     **dict.fromkeys(("consistency", "consistency-models"), (50,)),  # of 40 training steps
     "pipelines": (20, 50),  # of 10
@@ -174,13 +167,16 @@ def assert_equal_or_refused(name: str, opener: Opener, schedulers: Schedulers) -
         return False
     if max(STEPS) not in IMPOSSIBLE.get(name, ()):
         check_scheduler(read, rule, SIZE)
+    network = with_variance if config.get("variance_type") == "learned_range" else denoiser
     for steps in STEPS:
         if steps in IMPOSSIBLE.get(name, ()):
             continue
         scheduler = opener.theirs(pipeline, config)
-        wanted = schedulers.run(config, steps, scheduler=scheduler, **driven(pipeline, scheduler, steps))
+        wanted = schedulers.run(
+            config, steps, scheduler=scheduler, network=network, **driven(pipeline, scheduler, steps)
+        )
         assert np.isfinite(wanted).all(), name
-        got = schedulers.run_table(read, steps, rule=rule, size=SIZE)
+        got = schedulers.run_table(read, steps, network=network, rule=rule, size=SIZE)
         error = np.abs(got - wanted).max() / np.abs(wanted).max()
         assert error <= 1e-5, f"{name}, {steps} steps: {error:.1e}"
     return True
