@@ -41,9 +41,7 @@ def bench(context: typer.Context) -> None:
 
 @app.command()
 def run(
-    workload: Annotated[
-        str, typer.Argument(help="embedded, sd15-512, …; any other word lists them all.")
-    ],
+    workload: Annotated[str, typer.Argument(help="embedded, sd15-512, …; any other word lists them all.")],
     steps: Annotated[int | None, typer.Option("--steps", min=1, help="Denoising steps.")] = None,
     batch: Annotated[int | None, typer.Option("--batch", min=1, help="Pictures in one request.")] = None,
     size: Annotated[str | None, typer.Option("--size", metavar="WxH", help="Picture size in pixels.")] = None,

@@ -131,6 +131,10 @@ class StepTable:
 class TableBuilder:
     """Collects rows; `latents`, `prediction`, `noise` and `history` are the unit vectors that formulas run on."""
 
+    _clip: tuple[Form, float]
+    _quantile: float
+    _spread: tuple[float, float]
+
     def __init__(self, history: int = 0) -> None:
         self.latents, self.prediction, self.noise, self._clipped, *self.history = np.eye(HISTORY + history)
         self.zero: Form = np.zeros(HISTORY + history)
@@ -168,9 +172,9 @@ class TableBuilder:
 
     def _nothing_more(self) -> None:
         """Forget what the closed row had beside linear columns."""
-        self._clip: tuple[Form, float] = (self.zero, 0.0)
+        self._clip = (self.zero, 0.0)
         self._quantile = LINEAR
-        self._spread: tuple[float, float] = (0.0, 0.0)
+        self._spread = (0.0, 0.0)
 
     def row(
         self,
