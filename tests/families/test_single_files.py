@@ -153,7 +153,7 @@ def test_a_file_of_playground(folders: dict[str, Path], tmp_path: Path) -> None:
     assert all(theirs.config[key] == value for key, value in checkpoint.scheduler.items() if key[0] != "_")
     asked = open_checkpoint(file, tokenizer=folders["base"], prediction_type="v_prediction").scheduler
     assert asked == {**checkpoint.scheduler, "prediction_type": "v_prediction"}
-    check_scheduler(asked)
+    check_scheduler(asked, None, (1024, 1024))
     assert type(theirs).from_config(asked).config.prediction_type == "v_prediction"
 
 
