@@ -122,7 +122,7 @@ def test_pictures_to_start_from_are_refused(pipe: Pipeline) -> None:
             '"joint_attention_dim": 48',
             '"joint_attention_dim": 64',
             CheckpointError,
-            "text encoder give 48",
+            "text encoder gives 48",
         ),
         ("text_encoder", '"num_hidden_layers": 28', '"num_hidden_layers": 27', UnsupportedModelError, "27 layers"),
         (
