@@ -90,7 +90,7 @@ class Contender:
             "options": {"backend": backend, "forecast": self._forecast, **settings},
         }
 
-    def _watch_networks(self, backend: str) -> None:
+    def _watch_networks(self, backend: str = "onnxruntime-cpu") -> None:
         """Note what each graph's runs cost: two clock readings a run, added up when the request is done."""
         from ...engines.onnxruntime.cpu import OnnxRuntimeBinding
         from ...engines.openvino.engine import OpenVinoBinding

@@ -20,7 +20,7 @@ def test_a_run_leaves_a_record_of_each_contender(
     found = [contenders.Candidate(f"fake/{name}", name) for name in ("quick", "slow", "broken")]
     found.append(contenders.Candidate("other", "another", "it is not installed"))
     model = Model(tmp_path, tiny_sd15_bundle, "random")
-    monkeypatch.setattr(contenders, "choose", lambda device, names: found)
+    monkeypatch.setattr(contenders, "choose", lambda device, names, **_: found)
     monkeypatch.setattr(bench, "ensure_model", lambda work, **options: model)
     monkeypatch.setattr(bench, "_ceiling", lambda work, options: {"flops": 1e11, "bytes": 1e10})
     monkeypatch.setattr(bench, "_reference", lambda measured, conditions: None)
@@ -55,7 +55,7 @@ def test_an_extra_that_fails_does_not_lose_what_was_measured(
         raise EngineError("no such luck")
 
     model = Model(tmp_path, tiny_sd15_bundle, "random")
-    monkeypatch.setattr(contenders, "choose", lambda device, names: [contenders.Candidate("fake/quick", "quick")])
+    monkeypatch.setattr(contenders, "choose", lambda device, names, **_: [contenders.Candidate("fake/quick", "quick")])
     monkeypatch.setattr(bench, "ensure_model", lambda work, **options: model)
     monkeypatch.setattr(bench, "_ceiling", lambda work, options: {"flops": 1e11, "bytes": 1e10})
     monkeypatch.setattr(bench, "_reference", lambda measured, conditions: None)
@@ -71,7 +71,7 @@ def test_an_extra_that_fails_does_not_lose_what_was_measured(
 def test_a_graph_that_cannot_be_slowed_is_refused_before_measuring(
     tiny_sd15_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(contenders, "choose", lambda device, names: [contenders.Candidate("fake/quick", "quick")])
+    monkeypatch.setattr(contenders, "choose", lambda device, names, **_: [contenders.Candidate("fake/quick", "quick")])
     monkeypatch.setattr(
         bench, "ensure_model", lambda work, **options: Model(tiny_sd15_bundle, tiny_sd15_bundle, "none")
     )
@@ -105,7 +105,8 @@ def test_contenders_are_chosen_by_the_beginning_of_their_names() -> None:
     everyone = contenders.candidates("cpu")
     assert everyone[0].name == "latentrt/onnxruntime-cpu/step"
     assert {"diffusers/eager", "diffusers/compile", "optimum", "openvino"} < {c.name for c in everyone}
-    assert [c.name for c in contenders.choose("cpu", ["diffusers"])] == ["diffusers/eager", "diffusers/compile"]
+    chosen = [c.name for c in contenders.choose("cpu", ["diffusers"])]
+    assert chosen == [f"diffusers/{how}" for how in ("eager", "compile", "eager-bf16", "compile-bf16")]
     cuda = [c.name for c in contenders.candidates("cuda")]
     assert all("cpu" not in name for name in cuda) and "latentrt/tensorrt/request" in cuda
     assert [name for name in cuda if "onnxruntime" in name] == [
@@ -118,11 +119,12 @@ def test_contenders_are_chosen_by_the_beginning_of_their_names() -> None:
 
 def test_workloads_and_precision() -> None:
     assert workload("sd15-512").but(steps=2, batch=None).steps == 2
-    assert (precision(None, "cuda"), precision(None, "cpu"), precision("fp16", "cpu")) == ("fp16", "fp32", "fp16")
+    found = [precision(None, "cuda", "sd15"), precision(None, "cpu", "sd15"), precision("fp16", "cpu", "sd15")]
+    assert found == ["fp16", "fp32", "fp16"]
     with pytest.raises(RequestError, match="unknown workload 'sd3': choose embedded"):
         workload("sd3")
     with pytest.raises(RequestError, match="precision is 'int8': choose fp32 or fp16"):
-        precision("int8", "cpu")
+        precision("int8", "cpu", "sd15")
 
 
 def test_points_of_a_scaling_study() -> None:
