@@ -57,7 +57,7 @@ def test_other_sizes_are_computed_from_the_graphs_own_definition(options: Any, t
     assert relative_error(run.expected["next_latents"], run.inputs["latents"]) > 0.1
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["static", "dynamic"])
 @pytest.mark.parametrize("options", OPTIONS, ids=" and ".join)
 def test_tensorrt_rtx_builds_them(options: Any, kind: str, tmp_path: Path) -> None:
