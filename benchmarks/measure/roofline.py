@@ -37,7 +37,8 @@ class Cost:
 
 def graph_cost(bundle: Bundle, name: str, *, batch: int, guidance: float, height: int, width: int) -> Cost:
     """Count one graph of a bundle for a request; sizes in pixels. Weights are not read."""
-    shapes = requested_shapes(bundle, width, height, batch, guidance_scale=guidance)
+    embedded = bundle.manifest.guidance.scale != "guidance_scale"  # a number that the network reads: no rows of its own
+    shapes = requested_shapes(bundle, width, height, batch, guidance_scale=None if embedded else guidance)
     return count(bundle.path / bundle.graph(name).files[0], {k: tuple(shape) for k, shape in shapes[name].items()})
 
 
