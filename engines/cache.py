@@ -149,22 +149,18 @@ class EngineCache:
         An engine may be whole by its hashes and not load all the same. It is built once more; raises `EngineError`,
         with advice, when that does not load either, and at once when memory runs out.
         """
-        folder = built()
-        try:
-            return folder, opened(folder)
-        except EngineError as error:
-            if is_out_of_memory(error):
-                raise out_of_memory() from error
-            log.warning("%s: it is built again", error)
-        removed = self.remove({"folder": folder})
-        folder = built()
-        try:
-            return folder, opened(folder)
-        except EngineError as error:
-            if is_out_of_memory(error):
-                raise out_of_memory() from error
-            built_when = "it was built just now" if removed else "another process holds it"
-            raise EngineError(f"{error}, although {built_when}: {advice}") from error
+        why = ""
+        while True:
+            folder = built()
+            try:
+                return folder, opened(folder)
+            except EngineError as error:
+                if is_out_of_memory(error):
+                    raise out_of_memory() from error
+                if why:
+                    raise EngineError(f"{error}, although {why}: {advice}") from error
+                log.warning("%s: it is built again", error)
+            why = "it was built just now" if self.remove({"folder": folder}) else "another process holds it"
 
     def remove(self, entry: Mapping[str, Any]) -> bool:
         """Remove an engine that `entries` has listed; one whose lock another process holds stays, and gives False.

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable
 from types import NoneType
 from typing import Annotated, Any, Literal, get_args, get_origin
+
+from .errors import RequestError
+from .machine import physical_cores
 
 Bytes = Annotated[int, "bytes"]
 """A number of bytes; on the command line it may be written as 500MB or 2GiB."""
@@ -16,7 +20,19 @@ Tf32 = Annotated[
 ]
 """An option of every GPU backend: none rounds unless it is asked to."""
 
+Threads = Annotated[
+    int | None, "threads that a run uses (default: one for each physical core that this process may use)"
+]
+"""An option of every backend of the processor."""
+
 _WORDS = {int: "number", bool: "yes or no", str: "text", Bytes: "bytes, such as 2GiB"}
+
+
+def threads_of(given: int | None) -> int:
+    """Return how many threads a run uses; raises `RequestError` for more than the machine has cores, or none."""
+    if given is not None and not 1 <= given <= (os.cpu_count() or 1):
+        raise RequestError(f"threads is {given}: this machine has {os.cpu_count()} cores, give 1 or more of them")
+    return given or physical_cores()
 
 
 def describe(function: Callable[..., Any]) -> dict[str, tuple[str, Any, str]]:

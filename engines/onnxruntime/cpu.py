@@ -7,21 +7,21 @@ with its weights in a separate file opens in under a second and shares the page 
 from __future__ import annotations
 
 import logging
-import os
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 from ..attention import rewrite
 from ..bundle import Bundle, GraphInfo
 from ..cache import EngineCache
 from ..device import Stream, Tensor
 from ..engine import Shapes
-from ..errors import BackendUnavailableError, EngineError, RequestError, reason
+from ..errors import BackendUnavailableError, EngineError, reason
 from ..host import HostDevice, HostStream
-from ..machine import physical_cores, processor_identity
+from ..machine import processor_identity
 from ..onnx_graph import follow_links, graph_files, load_graph
+from ..options import Threads, threads_of
 from ..selfcheck import Place, accept, out_of_memory
 from .session import OnnxRuntimeEngine
 
@@ -51,18 +51,14 @@ class OnnxRuntimeCpu:
         self,
         *,
         cache: EngineCache | None = None,
-        threads: Annotated[
-            int | None, "threads that a run uses (default: one for each physical core that this process may use)"
-        ] = None,
+        threads: Threads = None,
     ) -> None:
         """Open the processor; raises `BackendUnavailableError` without ONNX Runtime, `RequestError` for bad options."""
-        if threads is not None and not 1 <= threads <= (os.cpu_count() or 1):
-            raise RequestError(f"threads is {threads}: this machine has {os.cpu_count()} cores, give 1 or more of them")
+        self.threads = threads_of(threads)
         if reason := unavailable_reason():
             raise BackendUnavailableError(f"backend {self.name}: {reason}")
         self.device = HostDevice()
         self.lock = threading.RLock()
-        self.threads = threads or physical_cores()
         self._cache = cache or EngineCache()
 
     def prepare(self, bundle: Bundle, shapes: Mapping[str, Shapes]) -> None:

@@ -23,8 +23,9 @@ from ..cache import EngineCache
 from ..engine import Shapes
 from ..errors import BackendUnavailableError, EngineError, RequestError, reason
 from ..host import HostDevice
-from ..machine import physical_cores, processor_identity
+from ..machine import processor_identity
 from ..onnx_graph import graph_files
+from ..options import Threads, threads_of
 from ..selfcheck import Place, accept, out_of_memory
 from .engine import OpenVinoEngine
 from .library import load_openvino
@@ -59,17 +60,14 @@ class OpenVino:
         self,
         *,
         cache: EngineCache | None = None,
-        threads: Annotated[
-            int | None, "threads that a run uses (default: one for each physical core that this process may use)"
-        ] = None,
+        threads: Threads = None,
         precision: Annotated[
             Inside, "what networks compute in, whatever the bundle's precision; the sampler's update stays in f32"
         ] = "f32",
         device: Annotated[Literal["CPU", "GPU"], "the processor, or one of Intel's GPUs"] = "CPU",
     ) -> None:
         """Open a device; raises `BackendUnavailableError` where OpenVINO has none, `RequestError` for bad options."""
-        if threads is not None and not 1 <= threads <= (os.cpu_count() or 1):
-            raise RequestError(f"threads is {threads}: this machine has {os.cpu_count()} cores, give 1 or more of them")
+        self.threads = threads_of(threads)
         if precision not in PRECISIONS:
             raise RequestError(f"precision is {precision!r}: choose {', '.join(PRECISIONS)}")
         if device not in DEVICES:
@@ -92,7 +90,6 @@ class OpenVino:
             )
         self.device = HostDevice()
         self.lock = threading.RLock()
-        self.threads = threads or physical_cores()
         self._precision, self._on = precision, device
         self._cache = cache or EngineCache()
 

@@ -32,7 +32,7 @@ def env(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = F
         return
     typer.echo(f"{report['system']}, Python {report['python']}, {report['cores']} cores: {report['processor']}")
     bf16 = "multiplies in bf16: see `--backend openvino --option precision=bf16`"
-    typer.echo(f"the processor {bf16 if report['bf16'] else 'does not multiply in bf16'}")
+    typer.echo(f"the processor {bf16 if report['bf16'] else 'names no instructions for bf16'}")
     for gpu in report["gpus"]:
         typer.echo(f"GPU {gpu['number']}: {gpu.get('error') or _gpu_text(gpu)}")
     if report["cache"] is None:
