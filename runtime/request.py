@@ -19,7 +19,6 @@ from pydantic import (
 
 from ..engines.bundle import GuidanceInfo, Manifest
 from ..engines.errors import RequestError
-from .loop.forecast import forecast_named
 from .prompt.syntax import PromptSyntax
 from .sizes import check_size
 
@@ -145,13 +144,6 @@ class GenerationRequest(BaseModel):
                 raise ValueError(
                     f"character {error.start + 1} is half of a pair, which is no text: give valid Unicode (UTF-8)"
                 ) from error
-        return value
-
-    @field_validator("forecast")
-    @classmethod
-    def _is_forecast(cls, value: str | None) -> str | None:
-        if value is not None:
-            forecast_named(value)
         return value
 
     @field_validator("seed", mode="plain")
