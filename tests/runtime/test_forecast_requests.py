@@ -62,7 +62,7 @@ def test_a_forecast_is_an_option_of_a_request(pipe: Pipeline) -> None:
     for mode in ("taylor:interval=2", "spectrum"):
         request = pipe(**REQUEST, seed=3, sampler="ddim", forecast=mode).request
         assert request is not None and request.forecast == mode
-    with pytest.raises(RequestError, match="^forecast is 'guess': choose taylor or spectrum"):
+    with pytest.raises(RequestError, match=r"^forecast is 'guess': choose taylor or spectrum"):
         pipe(**REQUEST, forecast="guess")
     with pytest.raises(RequestError, match="this sampler draws noise at its steps"):
         pipe(**REQUEST, sampler="euler_a", forecast="taylor")
