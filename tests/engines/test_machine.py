@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+from latentrt.engines import options
 from latentrt.engines.machine import physical_cores, usable_cores
 from latentrt.engines.onnxruntime import cpu
 
@@ -86,5 +87,5 @@ def test_processors_that_the_system_does_not_list_count_one_by_one(
 
 
 def test_a_cpu_backend_takes_one_thread_for_each_core(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "physical_cores", lambda: 3)
+    monkeypatch.setattr(options, "physical_cores", lambda: 3)
     assert (cpu.OnnxRuntimeCpu().threads, cpu.OnnxRuntimeCpu(threads=1).threads) == (3, 1)
