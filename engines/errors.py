@@ -123,7 +123,11 @@ class QueueFullError(LatentRTError):
 
 
 class DeadlineError(LatentRTError, TimeoutError):
-    """A result that was not there in time."""
+    """A result that was not there in time, or cannot be: `seconds` is then how long it will take, otherwise None."""
+
+    def __init__(self, message: str, seconds: float | None = None) -> None:
+        super().__init__(message)
+        self.seconds = seconds
 
 
 class StorageError(LatentRTError, OSError):

@@ -24,6 +24,8 @@ class Timings:
     total: float = 0.0
     steps: int = 0
     """Denoiser evaluations, summed over batches."""
+    queue: float = 0.0
+    """Seconds in a batcher's queue, until the first image got a slot; part of `total`."""
 
 
 log = logging.getLogger(__name__)

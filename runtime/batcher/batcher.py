@@ -7,39 +7,45 @@ import itertools
 import os
 import threading
 import time
-from collections import OrderedDict
-from collections.abc import Sequence
-from concurrent.futures import Future
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from ...engines.bundle import Bundle
-from ...engines.errors import EngineError, QueueFullError, RequestError
+from ...engines.errors import EngineError, LatentRTError, RequestError
+from ...engines.progress import Progress, silent
 from ..loop.shared import Key
 from ..pipeline import Pipeline
-from ..result import GenerationResult
+from .deliver import Deliverer
 from .encode import Encoder
-from .finish import Finisher
+from .events import Listener
+from .finish import settle
+from .future import BatchFuture, JobProgress
 from .job import Job
-from .pool import Pool
-from .prepared import Fit, table_names
+from .pool import Pool, Shared
+from .prepared import table_names
+from .queue import Queue
+from .stats import Observer, Stats, Tally
+from .warm_up import warm_up
 
 BUCKETS = (2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 MAX_ROWS = 1024
-MAX_POOLS = 4
-"""Sizes of images that have buffers at one time."""
 TURNS_IN_A_ROW, PAUSE = 8, 1e-4
 """Steps after which others may have the pipeline, and the seconds in which they can take it: locks are not fair."""
+AT_EXIT = 1.0
+"""Seconds for which the end of the interpreter waits for listeners."""
 
 
 class Batcher:
     """Draws unlike requests together: prompts, samplers, steps, guidance and seeds may all differ.
 
     A context manager, for any number of threads. `slots` images are in flight at a time on `rows` network rows, two for
-    an image with guidance and one without (default: two for each slot); `max_waiting` images of a size may wait. The
-    rows that are computed are the fewest that hold what is in flight, of a few numbers; with `fixed_rows` it is always
-    all of them, and a picture is then the same bit for bit whatever else is drawn.
+    an image with guidance and one without (default: two for each slot); `max_waiting` images of a size may wait, and
+    no more once what waits takes `max_wait` seconds. The rows that are computed are the fewest that hold what is in
+    flight, of a few numbers; with `fixed_rows` it is always all of them, and a picture is then the same bit for bit
+    whatever else is drawn.
     """
 
     def __init__(
@@ -50,13 +56,18 @@ class Batcher:
         rows: int | None = None,
         fixed_rows: bool = False,
         max_waiting: int = 64,
+        max_wait: float | None = None,
+        build: bool = True,
+        observer: Observer | None = None,
         backend: str = "auto",
         **options: Any,
     ) -> None:
         """Start the batcher on an open pipeline, which stays the caller's, or on a bundle.
 
-        `backend` and `options` are those of `Pipeline.open`, for a bundle. Raises `RequestError` for numbers out of
-        range, `BundleError` for a bundle whose steps are not of one image alone, and what `Pipeline.open` raises.
+        Without `build`, a request of a size whose engines are not there is refused instead of building them.
+        `observer` is told of steps, images and requests. `backend` and `options` are those of `Pipeline.open`, for a
+        bundle. Raises `RequestError` for numbers out of range, `BundleError` for a bundle whose steps are not of one
+        image alone, and what `Pipeline.open` raises.
         """
         rows = 2 * slots if rows is None else rows
         for name, value, least, most in (
@@ -66,9 +77,10 @@ class Batcher:
         ):
             if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
                 raise RequestError(f"{name} is {value!r}: give a whole number from {least} to {most}")
+        if max_wait is not None and not max_wait > 0:
+            raise RequestError(f"max_wait is {max_wait!r}: give seconds, more than 0, or leave it out")
         self._owns = not isinstance(pipe, Pipeline)
         self.pipe = pipe if isinstance(pipe, Pipeline) else Pipeline.open(pipe, backend, **options)
-        self._slots, self._max_waiting = slots, max_waiting
         session = self.pipe.session
         try:
             if session.low_memory:
@@ -80,19 +92,19 @@ class Batcher:
             self._close_pipe()
             raise
         narrower: Sequence[int] = () if fixed_rows or not self.pipe.backend.dynamic else BUCKETS
-        self._buckets = (*(bucket for bucket in narrower if bucket < rows), rows)
+        buckets = (*(bucket for bucket in narrower if bucket < rows), rows)
         self._changed = threading.Condition()
-        self._pools: OrderedDict[Fit, Pool] = OrderedDict()  # the one whose turn was longest ago first
-        self._leaving: list[Pool] = []
-        self._jobs: dict[int, Job] = {}
         self._closing, self._process = False, os.getpid()
+        self._turn_began: float | None = None
         self._uses: set[Key] = set()
         open_engine = session.hold(self._uses)
         self._encoder = Encoder(self.pipe.backend.device, self.pipe.bundle, open_engine, session.stream)
-        self._finisher = Finisher()
+        self._deliverer, self._tally = Deliverer(), Tally(observer or Observer())
+        shared = (session, self._encoder, self.pipe.mode, slots, buckets, self._changed, self._deliverer, self._tally)
+        self._queue = Queue(Shared(*shared, self._settle), max_waiting, max_wait, build)
         self._thread = threading.Thread(target=self._run, name="latentrt batcher", daemon=True)
         self._thread.start()
-        atexit.register(self.close, cancel=True)  # engines must not run on while the interpreter goes
+        atexit.register(self._at_exit)  # engines must not run on while the interpreter goes
 
     def submit(
         self,
@@ -100,82 +112,115 @@ class Batcher:
         negative_prompt: str | Sequence[str] | None = None,
         *,
         timeout: float | None = None,
+        previews: int = 0,
+        on_event: Listener | None = None,
         **arguments: Any,
-    ) -> Future[GenerationResult[Any]]:
+    ) -> BatchFuture:
         """Queue a request with the arguments of a pipeline's call, and return the future of its result.
 
         Every image goes by itself, so the images of one request may be drawn with those of others. `future.cancel()`
         works until the result is there, also while images are drawn, and frees their slots after the step that runs. A
-        request that is not done `timeout` seconds from now fails with `DeadlineError`.
+        request that is not done `timeout` seconds from now fails with `DeadlineError`; one that cannot be done by then
+        is refused with it at once. `on_event` is called with what happens to the request (see `events`), on a thread
+        beside the loop; `previews` pictures of each image are among it, 3 at most.
 
         Raises `RequestError` for what cannot be served as given, `QueueFullError` when too much waits, and
         `EngineError` when the batcher is closed.
         """
-        if timeout is not None and not timeout > 0:
-            raise RequestError(f"timeout is {timeout!r}: give seconds, more than 0, or leave it out")
-        self._check_open()
-        job = Job.of(self.pipe, {"prompt": prompt, "negative_prompt": negative_prompt, **arguments}, timeout)
-        if (least := job.images[0].candidate.rows) > self._buckets[-1]:
-            raise RequestError(f"an image of this request needs {least} rows: open the batcher with more")
-        if len(job.images) > self._max_waiting:
-            raise RequestError(
-                f"the request has {len(job.images)} images: at most max_waiting={self._max_waiting} wait"
-            )
-        with self._changed:
+        try:
+            if timeout is not None and not timeout > 0:
+                raise RequestError(f"timeout is {timeout!r}: give seconds, more than 0, or leave it out")
             self._check_open()
-            pool = self._pool(job.fit)
-            if len(pool.waiting) + len(job.images) > self._max_waiting:
-                seconds = pool.times.wait(self._work(pool))
-                after = "" if seconds is None else f", and take about {seconds:.1f} s"
-                raise QueueFullError(
-                    f"{len(pool.waiting)} images of this size wait{after}: at most {self._max_waiting} may; try later",
-                    seconds,
-                )
-            pool.waiting += job.images
-            pool.live += len(job.images)
-            self._jobs[id(job)] = job
-            self._changed.notify()
+            given = {"prompt": prompt, "negative_prompt": negative_prompt, **arguments}
+            job = self._job(given, timeout=timeout, previews=previews, listener=on_event)
+            with self._changed:  # before it is prepared, which takes time, and again when it is
+                self._queue.check(job)
+            job.prepare_early()
+            with self._changed:
+                self._check_open()
+                self._queue.add(job)
+                self._tally.count("submitted")
+                self._changed.notify()
+        except LatentRTError as error:
+            self._tally.count("rejected", error)
+            raise
         return job.future
+
+    def _job(self, given: Mapping[str, Any], **options: Any) -> Job:
+        return Job.of(self.pipe, given, progress=self._progress, **options)
+
+    def _progress(self, job: Job) -> JobProgress:
+        self._check_process()
+        with self._changed:
+            return self._queue.progress(job)
 
     @property
     def waiting(self) -> int:
-        """Images that are in no slot yet."""
+        """Images that are in no slot."""
         with self._changed:
-            return sum(len(pool.waiting) for pool in self._pools.values())
+            return sum(len(pool.waiting) for pool in self._queue.pools.values())
 
     @property
     def running(self) -> int:
         """Images in flight."""
         with self._changed:
-            return sum(pool.live - len(pool.waiting) for pool in self._pools.values())
+            return sum(pool.live - len(pool.waiting) for pool in self._queue.pools.values())
 
-    def _check_open(self) -> None:
+    @property
+    def stuck_seconds(self) -> float:
+        """How long the present turn of the loop has run: a step, and what came and went before and after it; 0 when
+        idle."""
+        began = self._turn_began
+        return 0.0 if began is None else time.monotonic() - began
+
+    @property
+    def failures_in_a_row(self) -> int:
+        """Turns of the loop that have failed since a step worked."""
+        return self._tally.failures_in_a_row
+
+    def stats(self) -> Stats:
+        """Return what there is at this moment, and what has been since the batcher was opened."""
+        self._check_process()
+        with self._changed:
+            return self._queue.stats()
+
+    def warm_up(
+        self,
+        sizes: Sequence[tuple[int, int]] | None = None,
+        *,
+        pictures: bool = True,
+        progress: Progress = silent,
+        **arguments: Any,
+    ) -> None:
+        """Do what first requests of sizes (width, height) would wait for: build, open, bind, capture; and time steps.
+
+        Every number of rows is run and timed, so that from the first request on it is known what a step takes. With
+        `pictures`, also what encodes initial pictures. `arguments` are those of requests that need other engines.
+        Raises as a request does.
+        """
+        latent = self.pipe.bundle.manifest.latent
+        for width, height in sizes or [(latent.default_width, latent.default_height)]:
+            request = {"prompt": "", "seed": 0, "width": width, "height": height, **arguments}
+            job = self._job(request)
+            with self._changed:
+                self._check_open()
+                pool = self._queue.pool(job.fit)
+            with self.pipe.session.request():
+                warm_up(self, pool, request, pictures, progress)
+
+    def _check_process(self) -> None:
         if os.getpid() != self._process:
             raise EngineError("the batcher was opened in another process, of which this is a fork: open one here")
+
+    def _check_open(self) -> None:
+        self._check_process()
         if self._closing:
             raise EngineError("the batcher is closed: open another one")
 
-    def _work(self, pool: Pool) -> float:
-        return sum(job.work for job in self._jobs.values() if job.fit == pool.fit)
-
-    def _pool(self, fit: Fit) -> Pool:
-        """Return the pool of a fit; one that has nothing to do makes room for a new one."""
-        if fit not in self._pools:
-            if len(self._pools) >= MAX_POOLS:
-                idle = next((pool for pool in self._pools.values() if not pool.live), None)
-                if idle is None:
-                    raise QueueFullError(
-                        f"images of {MAX_POOLS} other sizes are being drawn: at most so many; try later"
-                    )
-                self._leaving.append(self._pools.pop(idle.fit))
-            pipe, size = self.pipe, (self._slots, self._buckets)
-            self._pools[fit] = Pool(pipe.session, self._encoder, fit, *size, pipe.mode, self._changed, self._settle)
-        return self._pools[fit]
-
     def _settle(self, job: Job) -> None:
         with self._changed:
-            del self._jobs[id(job)]
-        self._finisher.hand_over(job)
+            del self._queue.jobs[id(job)]
+        self._deliverer.post(job.box, "end", partial(settle, job, self._tally))
 
     def _run(self) -> None:
         """Give every size its turn until the batcher is closed and nothing is left."""
@@ -186,50 +231,56 @@ class Batcher:
                 time.sleep(PAUSE)
             try:
                 with self.pipe.session.request():
-                    while self._leaving:
-                        self._leaving.pop().close()
+                    self._turn_began = time.monotonic()
+                    while self._queue.leaving:
+                        self._queue.leaving.pop().close()
                     pool.turn()
             except Exception as error:  # the pipeline was closed, or its device is lost
                 pool.fail(error, waiting=True)
+            self._turn_began = None
 
     def _next(self) -> Pool | None:
         with self._changed:
             while True:
-                busy = next((pool for pool in self._pools.values() if pool.live), None)
-                if busy is not None:
-                    self._pools.move_to_end(busy.fit)
-                    return busy
-                if self._closing:
-                    return None
+                if (pool := self._queue.next()) is not None or self._closing:
+                    return pool
                 self._changed.wait()
 
     def close(self, *, cancel: bool = False) -> None:
         """Draw what was submitted, or with `cancel` drop it, and free everything; calling it again does nothing.
 
-        Raises `RequestError` when a callback of a future calls it, which runs on a thread of the batcher.
+        Waits for listeners and callbacks. Raises `RequestError` when one of them calls it, on a thread of the batcher.
         """
-        if threading.current_thread() in (self._thread, self._finisher.thread):
+        self._close(cancel, None)
+
+    def _at_exit(self) -> None:
+        self._close(True, AT_EXIT)
+
+    def _close(self, cancel: bool, patience: float | None) -> None:
+        this = threading.current_thread()
+        if this is self._thread or self._deliverer.owns(this):
             raise RequestError("a callback of a future closed its batcher: close it from another thread")
         if os.getpid() != self._process:
             return
         with self._changed:
             self._closing = True
-            jobs = list(self._jobs.values()) if cancel else []
+            jobs = list(self._queue.jobs.values()) if cancel else []
             self._changed.notify()
         for job in jobs:
             job.future.cancel()
         self._thread.join()
         with self._changed:
-            finisher, pools = self._finisher, [*self._leaving, *self._pools.values()]
-            self._leaving, self._pools = [], OrderedDict()
-        finisher.close()
+            pools = [*self._queue.leaving, *self._queue.pools.values()]
+            self._queue.leaving.clear()
+            self._queue.pools.clear()
+        self._deliverer.close(patience)
         with self.pipe.backend.lock:
             for pool in pools:
                 pool.close()
             self._encoder.close()
             self.pipe.session.let_go(self._uses)
         self._close_pipe()
-        atexit.unregister(self.close)
+        atexit.unregister(self._at_exit)
 
     def _close_pipe(self) -> None:
         if self._owns:

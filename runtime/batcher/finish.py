@@ -1,11 +1,8 @@
-"""The end of an image: latents to pixels beside the loop, and results handed over on a thread of their own."""
+"""The end of an image and of a request: latents to pixels beside the loop's steps, pictures and results on threads."""
 
 from __future__ import annotations
 
-import logging
-import threading
 import time
-from queue import SimpleQueue
 
 import numpy as np
 from PIL import Image
@@ -15,12 +12,12 @@ from ...engines.errors import EngineError
 from ..drawing import PICTURES
 from ..finite import NOT_FINITE
 from .encode import Encoder
+from .events import Drawn, Event, Previewed
 from .job import Job
+from .stats import Tally
 
-log = logging.getLogger(__name__)
 
-
-def output_of(job: Job, latents: Array, encoder: Encoder) -> Array:
+def output_of(job: Job, latents: Array, encoder: Encoder, tally: Tally) -> Array:
     """Return an image as its request wants it, from latents [1, C, h, w]; raises `EngineError` for what is no number.
 
     One image is decoded at a time: a picture then depends on itself alone.
@@ -33,59 +30,67 @@ def output_of(job: Job, latents: Array, encoder: Encoder) -> Array:
     decoded = encoder.decode(latents)
     if not np.isfinite(decoded["pixels"]).all():
         raise EngineError(NOT_FINITE.format(stage="decoder", what="pixels"))
-    job.finished.timings.decode += time.perf_counter() - began
+    seconds = time.perf_counter() - began
+    job.finished.timings.decode += seconds
+    tally.tell("decoded", seconds)
     picture: Array = decoded[PICTURES[job.call.output_type]][0]
     return picture
 
 
-class Finisher:
-    """A thread that makes results of finished requests: conversions and callbacks of futures hold up no step."""
-
-    def __init__(self) -> None:
-        """Start the thread."""
-        self._jobs: SimpleQueue[Job | None] = SimpleQueue()
-        self.thread = threading.Thread(target=self._run, name="latentrt finisher", daemon=True)
-        self.thread.start()
-
-    def hand_over(self, job: Job) -> None:
-        """Let the thread settle a request's future, once."""
-        self._jobs.put(job)
-
-    def close(self) -> None:
-        """End the thread when everything has been handed over; calling it again does nothing."""
-        self._jobs.put(None)
-        self.thread.join()
-
-    def _run(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            try:
-                _settle(job)
-            except BaseException:  # of a callback that ends its thread
-                log.exception("a callback of a future failed")
+def picture_of(job: Job, output: Array) -> Array | Image.Image:
+    """Return what a caller gets of an output: a picture, pasted where its part was cut, or the array."""
+    if job.call.output_type != "pil":
+        return output
+    drawn = Image.fromarray(output)
+    return job.call.pictures.put_back(drawn) if job.call.pictures else drawn
 
 
-def _settle(job: Job) -> None:
-    """Give a request's future its result or its error, unless it was cancelled."""
+def draw(job: Job, index: int, output: Array) -> None:
+    """Make the picture of an image, and show it to the request's listener; on a thread beside the loop."""
+    try:
+        job.pictures[index] = picture = picture_of(job, output)
+    except Exception as error:
+        job.error = job.error or error
+        return
+    job.tell(Drawn(index, picture, job.future.seeds[index]))
+
+
+def preview(job: Job, index: int, number: int, output: Array) -> None:
+    """Show a picture of an image on its way, unless the request is over; on a thread beside the loop."""
+    if not job.over:
+        picture = Image.fromarray(output)
+        job.tell(Previewed(index, number, job.call.pictures.put_back(picture) if job.call.pictures else picture))
+
+
+def hear(job: Job, event: Event) -> None:
+    """Tell a request's listener of an event, unless the request is over; on a thread beside the loop."""
+    if not job.over:
+        job.tell(event)
+
+
+def settle(job: Job, tally: Tally) -> None:
+    """Give a request's future its result or its error, unless it was cancelled; on a thread beside the loop."""
     if not job.future.set_running_or_notify_cancel():
+        tally.count("cancelled")
+        job.let_go()
         return
     try:
         if job.error is None:
             _complete(job)
     except Exception as error:
         job.error = error
+    job.let_go()
     if job.error is None:
+        tally.count("finished", job.finished.timings)
         job.future.set_result(job.finished)
     else:
+        tally.failed(job.error)
         job.future.set_exception(job.error)
 
 
 def _complete(job: Job) -> None:
     """Fill in a request's result."""
-    outputs, pictures, finished = [job.outputs[image.index] for image in job.images], job.call.pictures, job.finished
-    if job.call.output_type == "pil":
-        drawn = [Image.fromarray(each) for each in outputs]
-        finished.images = [pictures.put_back(each) for each in drawn] if pictures else drawn
-    else:
-        finished.images = np.stack(outputs)
+    pictures, finished = [job.pictures[image.index] for image in job.images], job.finished
+    finished.images = pictures if job.call.output_type == "pil" else np.stack(pictures)
     finished.timings.steps = sum(image.done for image in job.images)
     finished.timings.total = time.monotonic() - job.arrived

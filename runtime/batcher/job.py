@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import inspect
+import logging
 import time
-from collections.abc import Mapping
-from concurrent.futures import Future
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,8 +19,15 @@ from ..prompt.conditioning import WeightedPrompts
 from ..prompt.embeddings import Conditioning
 from ..result import GenerationResult
 from ..sampling import takes_eta
+from .deliver import Box
+from .events import Event, Listener
+from .future import BatchFuture, JobProgress
 from .policy import Candidate
 from .prepared import Fit, Prepared, fit_of, prepared, region, table_names
+
+MOST_PREVIEWS = 3
+
+log = logging.getLogger(__name__)
 
 _SIGNATURE = inspect.signature(Pipeline.__call__)
 ELSEWHERE = (
@@ -39,6 +46,13 @@ class Image:
     prepared: Prepared | None = None
     done: int = 0
     """Steps that have been enqueued."""
+    admitted: bool = False
+    """Whether it has, or had, a slot."""
+
+    @property
+    def now(self) -> Candidate:
+        """What the policy knows of it at present."""
+        return replace(self.candidate, done=self.done) if self.done else self.candidate
 
 
 @dataclass(eq=False)
@@ -53,9 +67,15 @@ class Job:
     arrived: float
     due: float | None
     """When it is too late (`time.monotonic`), or None."""
-    future: Future[GenerationResult[Any]] = field(default_factory=Future)
+    previews: Mapping[int, int] = field(default_factory=dict)
+    """Numbers of previews by the evaluations after which they are shown."""
+    listener: Listener | None = None
+    future: BatchFuture = field(init=False)
     images: list[Image] = field(default_factory=list)
-    outputs: dict[int, Any] = field(default_factory=dict)
+    finished_images: set[int] = field(default_factory=set)
+    pictures: dict[int, Any] = field(default_factory=dict)
+    """What the request gets, by image."""
+    box: Box = field(default_factory=Box)
     began: float | None = None
     """When its first image got a slot (`time.monotonic`), or None."""
     error: BaseException | None = None
@@ -63,10 +83,24 @@ class Job:
     """Whether the rest of its images is to be dropped."""
     _prompts: WeightedPrompts | None = None
     _lengths: Mapping[str, int] = field(default_factory=dict)
+    _early: bool = False
+    """Whether its images can be prepared before an engine runs."""
+    _complained: bool = False
 
     @classmethod
-    def of(cls, pipe: Pipeline, arguments: Mapping[str, Any], timeout: float | None) -> Job:
-        """Check a request and prepare what needs no engine; raises as the pipeline's own call does."""
+    def of(
+        cls,
+        pipe: Pipeline,
+        arguments: Mapping[str, Any],
+        *,
+        progress: Callable[[Job], JobProgress],
+        timeout: float | None = None,
+        previews: int = 0,
+        listener: Listener | None = None,
+    ) -> Job:
+        """Check a request; raises as the pipeline's own call does."""
+        if isinstance(previews, bool) or not isinstance(previews, int) or not 0 <= previews <= MOST_PREVIEWS:
+            raise RequestError(f"previews is {previews!r}: give a whole number from 0 to {MOST_PREVIEWS}")
         began = time.monotonic()
         given = _given(arguments)
         call = Call.of(pipe.bundle, pipe._manifest, given)
@@ -88,12 +122,37 @@ class Job:
         channels, height, width = arrays["latents"].shape[1:]
         fit = fit_of(bundle, inputs, (channels, height, width), table)
         due = None if timeout is None else began + timeout
-        job = cls(pipe, call, table, fit, finished, began, due, _prompts=prompts, _lengths=lengths)
+        job = cls(pipe, call, table, fit, finished, began, due, listener=listener, _prompts=prompts, _lengths=lengths)
+        job.future = BatchFuture(request, finished.seeds, lambda: progress(job))
         rows = len(request.weights(pipe._manifest.guidance))
         job.images = [Image(job, i, Candidate(began, rows, len(table))) for i in range(len(request.images))]
-        if call.pictures is None and conditioning is None:
-            job._prepare(None, None)
+        if listener is not None:
+            steps = [round(len(table) * number / (previews + 1)) for number in range(1, previews + 1)]
+            job.previews = {step: number for number, step in enumerate(steps, 1) if 0 < step < len(table)}
+        job._early = call.pictures is None and conditioning is None
         return job
+
+    def prepare_early(self) -> None:
+        """Prepare the images where that needs no engine, on the caller's thread."""
+        if self._early:
+            self._prepare(None, None)
+
+    def tell(self, event: Event) -> None:
+        """Call the request's listener; the first thing that it raises is logged, and no more comes of it."""
+        if self.listener is None:
+            return
+        try:
+            self.listener(event)
+        except Exception:
+            if not self._complained:
+                log.exception("on_event of a request failed")
+            self._complained = True
+
+    def let_go(self) -> None:
+        """Drop what only a request that is not over needs."""
+        self.pictures = {}
+        for image in self.images:
+            image.prepared = None
 
     def end(self, error: BaseException | None = None) -> bool:
         """Note the end of the request, with the error that was its end, and tell whether it was not over before."""
@@ -105,8 +164,7 @@ class Job:
     @property
     def work(self) -> int:
         """Network rows times evaluations that are still to be run."""
-        left = (image for image in self.images if image.index not in self.outputs)
-        return 0 if self.over else sum(i.candidate.rows * (i.candidate.evaluations - i.done) for i in left)
+        return 0 if self.over else sum(i.candidate.rows * (i.candidate.evaluations - i.done) for i in self.images)
 
     def prepare(self) -> None:
         """Encode pictures and prompts that need it, and prepare the images; on the thread that holds the session."""

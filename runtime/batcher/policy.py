@@ -26,11 +26,34 @@ FADING = 0.2
 
 @dataclass(frozen=True)
 class Candidate:
-    """An image that waits: since when (seconds), its network rows, and how often it has the network evaluated."""
+    """An image: when it came (seconds), its network rows, and how often it has the network evaluated.
+
+    `done` evaluations are behind it: of an image that waits, those it had before it left its slot to another.
+    """
 
     arrived: float
     rows: int
     evaluations: int
+    done: int = 0
+
+    @property
+    def left(self) -> int:
+        """Evaluations that are still to come."""
+        return self.evaluations - self.done
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What happens before the next step, and how wide that is.
+
+    swap_out   which of the running images leave their slots first, to go on later
+    admit      which of the waiting images then get slots, in this order
+    bucket     the network rows that the step computes, 0 when nothing runs
+    """
+
+    swap_out: tuple[int, ...]
+    admit: tuple[int, ...]
+    bucket: int
 
 
 class StepTimes:
@@ -48,6 +71,11 @@ class StepTimes:
         if runs > UNSETTLED:
             before = self.seconds.get(bucket, seconds)
             self.seconds[bucket] = before + FADING * (seconds - before)
+
+    def set(self, bucket: int, seconds: float) -> None:
+        """Take what a step was measured to take."""
+        self._runs[bucket] = UNSETTLED
+        self.seconds[bucket] = seconds
 
     def bucket(self, rows: int) -> int:
         """Return the smallest bucket that holds so many rows."""
@@ -84,24 +112,43 @@ class StepTimes:
         return work / knee * self.of(knee)
 
 
+def until_done(own: Sequence[Candidate], before: float, others: Sequence[float], times: StepTimes) -> float | None:
+    """Return about how many seconds it takes until images of one request are done, None before any step was timed.
+
+    `before` is the work, rows times evaluations, of images of their size that are due earlier, and `others` are the
+    seconds of work of other sizes: those take as much time meanwhile, as far as they have something to do.
+    """
+    work = before + sum(candidate.rows * candidate.left for candidate in own)
+    shared = times.wait(work)
+    if shared is None:
+        return None
+    alone = max((candidate.left * times.of(candidate.rows) for candidate in own), default=0.0)
+    seconds = max(shared, alone)
+    return seconds + sum(min(other, seconds) for other in others)
+
+
 def due(candidate: Candidate, times: StepTimes) -> float:
     """Return when an image is due, in the seconds of its arrival."""
     alone = candidate.evaluations * times.of(candidate.rows)
     return candidate.arrived + min(SLACK * alone, PATIENCE)
 
 
-def admitted(waiting: Sequence[Candidate], used: int, free_slots: int, times: StepTimes) -> list[int]:
-    """Return the indices of the images to admit now, in order: the earliest due first, nobody out of turn.
+def decide(
+    waiting: Sequence[Candidate], running: Sequence[Candidate], times: StepTimes, now: float, *, slots: int
+) -> Decision:
+    """Return what to do before the next step, of images of one size in so many slots; the earliest due goes first.
 
-    `used` are the rows of what runs. An image that does not fit keeps those behind it waiting, so that two rows come
+    `now` is in the seconds of arrivals. An image that does not fit keeps those behind it waiting, so that two rows come
     free for it in the end. One image always runs, however wide.
     """
+    used = sum(candidate.rows for candidate in running)
     most = times.most(used + sum(candidate.rows for candidate in waiting))
+    free = slots - len(running)
     chosen: list[int] = []
     for index in sorted(range(len(waiting)), key=lambda i: (due(waiting[i], times), i)):
         rows = waiting[index].rows
-        if len(chosen) == free_slots or used + rows > (most if used else times.buckets[-1]):
+        if len(chosen) >= free or used + rows > (most if used else times.buckets[-1]):
             break
         chosen.append(index)
         used += rows
-    return chosen
+    return Decision((), tuple(chosen), times.bucket(used) if used else 0)

@@ -170,7 +170,7 @@ def test_buffers_that_cannot_be_had_fail_what_waits(
     batcher: Batcher, monkeypatch: pytest.MonkeyPatch, expected: list[Array]
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(Pool, "_opened", lambda pool: (_ for _ in ()).throw(EngineError("no memory")))
+        patch.setattr(Pool, "opened", lambda pool: (_ for _ in ()).throw(EngineError("no memory")))
         for future in [batcher.submit(**ONE), batcher.submit(**OTHER)]:
             with pytest.raises(EngineError, match="no memory"):
                 future.result(300)

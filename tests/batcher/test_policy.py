@@ -5,12 +5,18 @@ from __future__ import annotations
 import random
 
 import pytest
-from latentrt.runtime.batcher.policy import PATIENCE, SLACK, UNSETTLED, Candidate, StepTimes, admitted, due
+from latentrt.runtime.batcher.policy import PATIENCE, SLACK, UNSETTLED, Candidate, StepTimes, decide, due
 
 FLAT = StepTimes((2, 4, 8), {2: 1.0, 4: 1.1, 8: 1.2})
 """A device on which a wide step costs little more."""
 STEEP = StepTimes((2, 4, 8), {2: 1.0, 4: 1.9, 8: 3.9})
 """One that is full with four rows."""
+
+
+def admitted(waiting: list[Candidate], used: int, free: int, times: StepTimes) -> list[int]:
+    """Return who gets a slot beside images that are due long before, of one row each."""
+    running = [Candidate(-1e9, 1, 1)] * used
+    return list(decide(waiting, running, times, 0.0, slots=used + free).admit)
 
 
 def guided(arrived: float, evaluations: int = 20) -> Candidate:

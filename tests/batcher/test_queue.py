@@ -15,7 +15,7 @@ from latentrt.engines.errors import EngineError, QueueFullError, RequestError
 from latentrt.export.embedded import ensure_bundle
 from latentrt.runtime import Pipeline
 from latentrt.runtime.batcher import Batcher
-from latentrt.runtime.batcher.batcher import MAX_POOLS
+from latentrt.runtime.batcher.queue import MAX_POOLS
 
 from .conftest import Gate
 
@@ -79,7 +79,7 @@ def test_idle_sizes_make_room_and_busy_ones_do_not(pipe: Pipeline, gate: Gate) -
             future.result(300)
         for request in sizes:
             batcher.submit(**request).result(300)
-        assert len(batcher._pools) == MAX_POOLS
+        assert len(batcher._queue.pools) == MAX_POOLS
 
 
 def test_threads_share_a_batcher(pipe: Pipeline) -> None:

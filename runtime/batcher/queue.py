@@ -1,0 +1,167 @@
+"""Requests that were taken, and their sizes: who has room, whose turn it is, and how long what is left takes."""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from dataclasses import dataclass, field
+
+from ...engines.errors import DeadlineError, QueueFullError, RequestError
+from .future import JobProgress, State
+from .job import Job
+from .policy import due, until_done
+from .pool import Pool, Shared
+from .prepared import Fit
+from .stats import SizeStats, Stats
+
+MAX_POOLS = 4
+"""Sizes of images that have buffers at one time."""
+
+
+@dataclass
+class Queue:
+    """All methods are called with the lock held."""
+
+    shared: Shared
+    max_waiting: int
+    """Images of a size that may wait."""
+    max_wait: float | None
+    """Seconds of steps that what waits may take."""
+    build: bool
+    """Whether engines may be built for a request."""
+    pools: OrderedDict[Fit, Pool] = field(default_factory=OrderedDict)
+    """The one whose turn was longest ago first."""
+    leaving: list[Pool] = field(default_factory=list)
+    """Pools whose buffers are to be freed."""
+    jobs: dict[int, Job] = field(default_factory=dict)
+
+    def add(self, job: Job) -> None:
+        """Take a request; raises as `check` does."""
+        self.check(job)
+        pool = self.pool(job.fit)
+        pool.waiting += job.images
+        pool.live += len(job.images)
+        self.jobs[id(job)] = job
+
+    def check(self, job: Job) -> None:
+        """Raise for a request that has no room, would wait too long, or has no engines."""
+        if (least := job.images[0].candidate.rows) > self.shared.buckets[-1]:
+            raise RequestError(f"an image of this request needs {least} rows: open the batcher with more")
+        if len(job.images) > self.max_waiting:
+            raise RequestError(f"the request has {len(job.images)} images: at most max_waiting={self.max_waiting} wait")
+        pool = self.pools.get(job.fit)
+        if pool is None and not self.build and not self.shared.session.backend.dynamic:
+            sizes = ", ".join(f"{width}x{height}" for width, height in map(self.size, self.pools)) or "none"
+            raise RequestError(
+                f"{job.future.request.width}x{job.future.request.height} has no engines here, and none are built: "
+                f"choose {sizes}, or warm the batcher up for it"
+            )
+        if pool is not None and len(pool.waiting) + len(job.images) > self.max_waiting:
+            seconds = pool.times.wait(self.work(pool))
+            after = "" if seconds is None else f", and take about {seconds:.1f} s"
+            raise QueueFullError(
+                f"{len(pool.waiting)} images of this size wait{after}: at most {self.max_waiting} may; try later",
+                seconds,
+            )
+        if self.max_wait is not None and (seconds := self.waiting_seconds()) > self.max_wait:
+            raise QueueFullError(
+                f"what waits takes about {seconds:.1f} s: at most {self.max_wait:g} s may; try later", seconds
+            )
+        needed = None if job.due is None else self.estimate(job)
+        if job.due is not None and needed is not None and needed > (left := job.due - time.monotonic()):
+            raise DeadlineError(
+                f"the request takes about {needed:.1f} s from now, with what comes before it, and has "
+                f"{max(left, 0):.1f} s: give more timeout, or try later",
+                needed,
+            )
+
+    def pool(self, fit: Fit) -> Pool:
+        """Return the pool of a fit; one that has nothing to do makes room for a new one."""
+        if fit not in self.pools:
+            if len(self.pools) >= MAX_POOLS:
+                idle = next((pool for pool in self.pools.values() if not pool.live), None)
+                if idle is None:
+                    raise QueueFullError(
+                        f"images of {MAX_POOLS} other sizes are being drawn: at most so many; try later"
+                    )
+                self.leaving.append(self.pools.pop(idle.fit))
+            self.pools[fit] = Pool(self.shared, fit)
+        return self.pools[fit]
+
+    def next(self) -> Pool | None:
+        """Return the pool whose turn it is, None when there is nothing to do."""
+        busy = next((pool for pool in self.pools.values() if pool.live), None)
+        if busy is not None:
+            self.pools.move_to_end(busy.fit)
+        return busy
+
+    def work(self, pool: Pool) -> float:
+        """Return the work that is left of a size, rows times evaluations."""
+        return sum(job.work for job in self.jobs.values() if job.fit == pool.fit)
+
+    def waiting_seconds(self) -> float:
+        """Return the seconds of steps that what waits takes."""
+        busy = [pool for pool in self.pools.values() if pool.waiting]
+        return sum(pool.times.wait(sum(i.candidate.rows * i.now.left for i in pool.waiting)) or 0.0 for pool in busy)
+
+    def estimate(self, job: Job) -> float | None:
+        """Return about how many seconds it takes until a request is done, which is there or comes now."""
+        pool = self.pools.get(job.fit)
+        if pool is None:
+            return None
+        own = [image.now for image in job.images if image.index not in job.finished_images]
+        last = max((due(each, pool.times) for each in own), default=0.0)
+        others = [other for other in self.jobs.values() if other is not job and other.fit == job.fit]
+        before = sum(other.work for other in others if due(other.images[0].candidate, pool.times) <= last)
+        seconds = [each.times.wait(self.work(each)) or 0.0 for each in self.pools.values() if each is not pool]
+        return until_done(own, before, seconds, pool.times)
+
+    def progress(self, job: Job) -> JobProgress:
+        """Return how far a request has come."""
+        future, pool = job.future, self.pools.get(job.fit)
+        position: int | None = None
+        seconds: float | None = 0.0
+        state: State = "queued" if job.began is None else "running"
+        if future.cancelled():
+            state = "cancelled"
+        elif future.done():
+            state = "done" if job.error is None else "failed"
+        elif not job.over:
+            queue = [] if pool is None else sorted(pool.waiting, key=lambda image: due(image.candidate, pool.times))
+            position = next((place for place, image in enumerate(queue) if image.job is job), None)
+            seconds = self.estimate(job)
+        done = sum(image.done for image in job.images)
+        total = sum(image.candidate.evaluations for image in job.images)
+        return JobProgress(state, done, total, len(job.finished_images), len(job.images), position, seconds)
+
+    def stats(self) -> Stats:
+        """Return what there is at this moment, and what has been since the batcher was opened."""
+        pools, now = list(self.pools.values()), time.monotonic()
+        sizes = tuple(
+            SizeStats(
+                *self.size(pool.fit),
+                waiting=len(pool.waiting),
+                running=pool.live - len(pool.waiting),
+                seconds=pool.times.wait(self.work(pool)),
+                curve=dict(pool.times.seconds),
+            )
+            for pool in pools
+        )
+        most = max(pools, key=lambda pool: pool.steps, default=None)
+        arrivals = [image.candidate.arrived for pool in pools for image in pool.waiting]
+        return Stats(
+            waiting=sum(size.waiting for size in sizes),
+            running=sum(size.running for size in sizes),
+            oldest_waiting_seconds=now - min(arrivals, default=now),
+            slots=self.shared.slots,
+            rows=self.shared.buckets[-1],
+            waiting_seconds=self.waiting_seconds(),
+            curve={} if most is None else dict(most.times.seconds),
+            sizes=sizes,
+            **self.shared.tally.snapshot(),
+        )
+
+    def size(self, fit: Fit) -> tuple[int, int]:
+        """Return width and height of the images of a fit, in pixels."""
+        downscale = self.shared.session.bundle.manifest.latent.downscale
+        return fit.latents[2] * downscale, fit.latents[1] * downscale
