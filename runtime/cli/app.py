@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from . import bench, build, bundle, cache, env, generate, listings, verify
+from . import bench, build, bundle, cache, env, generate, listings, serve, verify
 from .errors import outcome
 from .interrupts import INTERRUPTED
 from .progress import set_verbosity
@@ -30,6 +30,7 @@ COMMANDS: list[tuple[str, Callable[..., None], str, str]] = [
         "Turn prompts into pictures.",
         'latentrt generate "a red circle on a blue background" -o circle.png',
     ),
+    ("serve", serve.serve, "Serve bundles over HTTP.", "latentrt serve my-bundle --size 512x512 --port 8000"),
     (
         "export",
         bundle.export,

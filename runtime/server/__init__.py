@@ -1,0 +1,6 @@
+"""The HTTP server: OpenAI's Images API with our fields on top, jobs, health and metrics over a `Service`."""
+
+from .app import create_app
+from .settings import HttpSettings
+
+__all__ = ["HttpSettings", "create_app"]

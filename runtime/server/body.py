@@ -1,0 +1,79 @@
+"""Bodies of requests: JSON or forms in, checked fields and work out; and what OpenAPI says of them."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+from fastapi import Request
+from starlette.datastructures import UploadFile
+
+from ..service import Work
+from ..service.errors import RefusedError
+from .errors import ApiError
+from .schema import Edit, Generation, ignored, work_of
+from .watch import Workers
+
+FILES = {"image": "image", "image[]": "image", "mask": "mask"}
+"""Fields of a form that are files, and what they are called."""
+MAX_FIELDS = 100
+
+Body = TypeVar("Body", bound=Generation)
+
+
+def context_of(request: Request) -> dict[str, str]:
+    """Return whose request it is, and its id."""
+    state = request.scope.get("state", {})
+    return {"owner": state.get("owner", ""), "request_id": state.get("request_id", "")}
+
+
+async def read_body(request: Request, schema: type[Body], workers: Workers) -> tuple[Body, Work, list[str]]:
+    """Return a request's fields, its work, and the fields that are ignored.
+
+    Raises `ApiError` for another content type, `ValidationError` and `RefusedError` for fields that are wrong.
+    """
+    files: dict[str, bytes] = {}
+    kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+    body: Body
+    if kind in ("multipart/form-data", "application/x-www-form-urlencoded") and issubclass(schema, Edit):
+        body, files = await _form(request, schema)
+    elif kind == "application/json" or kind.endswith("+json"):
+        body = schema.model_validate_json(await request.body())
+    else:
+        raise ApiError(415, f"content-type is {kind[:60]!r}: send application/json", "unsupported_media_type")
+    if schema is Edit and not (files.get("image") or getattr(body, "image", None)):
+        raise RefusedError("image is missing: give the picture to start from", "image")
+    work = await workers.run(lambda: work_of(body, files=files, **context_of(request)))
+    return body, work, ignored(body)
+
+
+async def _form(request: Request, schema: type[Body]) -> tuple[Body, dict[str, bytes]]:
+    fields: dict[str, str] = {}
+    files: dict[str, bytes] = {}
+    async with request.form(max_files=8, max_fields=MAX_FIELDS) as form:
+        for name, value in form.multi_items():
+            field = FILES.get(name, name)
+            if isinstance(value, UploadFile):
+                if field == "markup":
+                    fields[field] = "a file"
+                    continue
+                if name not in FILES:
+                    raise RefusedError(f"{name[:60]!r} is a file: give a text", name[:60])
+                if field in files:
+                    raise RefusedError(f"{field} was given twice: give one picture", field)
+                files[field] = await value.read()
+            elif field in fields:
+                raise RefusedError(f"{field[:60]} was given twice: give it once", field[:60])
+            else:
+                fields[field] = value
+    return schema.model_validate_strings(fields), files
+
+
+def described(schema: type[Generation], *, form: bool = False) -> dict[str, Any]:
+    """Return what OpenAPI says of a body that is read by hand."""
+    content: dict[str, Any] = {"application/json": {"schema": schema.model_json_schema()}}
+    if form:
+        said = schema.model_json_schema()
+        for name in ("image", "mask"):
+            said["properties"][name] = {"type": "string", "format": "binary"}
+        content["multipart/form-data"] = {"schema": said}
+    return {"requestBody": {"required": True, "content": content}}

@@ -1,0 +1,39 @@
+"""Whether the server lives, whether it takes requests, and what it is."""
+
+from __future__ import annotations
+
+from importlib import metadata
+from typing import Any
+
+from fastapi import APIRouter
+from starlette.responses import JSONResponse, Response
+
+from ..service import Service
+
+
+def router(service: Service) -> APIRouter:
+    """Return the routes."""
+    routes = APIRouter(tags=["Server"])
+
+    def said(healthy: bool) -> Response:
+        status = 200 if healthy else 503
+        return JSONResponse({"status": service.state}, status, headers={} if healthy else {"retry-after": "5"})
+
+    @routes.get("/health")
+    @routes.get("/v2/health/ready")
+    async def ready() -> Response:
+        """Whether requests are taken: 503 while loading, draining or failed."""
+        return said(service.state == "ready")
+
+    @routes.get("/v2/health/live")
+    async def live() -> Response:
+        """Whether the process is any good: 503 once its device is lost."""
+        return said(service.state != "failed")
+
+    @routes.get("/version")
+    async def version() -> dict[str, Any]:
+        """Say which release this is, and which bundles it serves."""
+        bundles = {model.name: model.digest for model in service.models}
+        return {"name": "latentrt", "version": metadata.version("latentrt"), "bundles": bundles}
+
+    return routes

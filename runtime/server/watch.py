@@ -1,0 +1,98 @@
+"""A job's events on an event loop, and clients that go away meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+from fastapi import Request
+
+from ..service import Ended, Event, Job
+
+T = TypeVar("T")
+
+
+class ClientGoneError(Exception):
+    """Nobody waits for the answer any more."""
+
+
+class Events:
+    """The events of a job, an asynchronous iterator that ends behind `Ended`; a context manager."""
+
+    def __init__(self, job: Job) -> None:
+        """Listen from now on."""
+        loop, self._queue = asyncio.get_running_loop(), asyncio.Queue[Event]()
+
+        def hear(event: Event) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed, and nobody listens
+                loop.call_soon_threadsafe(self._queue.put_nowait, event)
+
+        self._stop = job.listen(hear)
+
+    async def next(self, timeout: float | None = None) -> Event | None:
+        """Return the next event, or None when it does not come in so many seconds."""
+        if timeout is None:
+            return await self._queue.get()
+        try:
+            return await asyncio.wait_for(self._queue.get(), timeout)
+        except asyncio.TimeoutError:
+            return None
+
+    async def until_over(self) -> Ended:
+        """Return the last event."""
+        while not isinstance(event := await self._queue.get(), Ended):
+            pass
+        return event
+
+    async def __aiter__(self) -> AsyncIterator[Event]:
+        while True:
+            yield (event := await self._queue.get())
+            if isinstance(event, Ended):
+                return
+
+    def __enter__(self) -> Events:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Listen no more; calling it again does nothing."""
+        self._stop()
+
+
+async def unless_gone(request: Request, work: asyncio.Future[T]) -> T:
+    """Return what `work` returns; raises `ClientGoneError`, and cancels it, when the client goes away before."""
+    gone = asyncio.ensure_future(_gone(request))
+    try:
+        await asyncio.wait((gone, work), return_when=asyncio.FIRST_COMPLETED)
+        if not work.done():
+            raise ClientGoneError
+        return work.result()
+    finally:
+        gone.cancel()
+        work.cancel()
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+class Workers:
+    """Threads for what would hold up the event loop: parsing, pictures, a batcher's checks."""
+
+    def __init__(self, count: int = 4) -> None:
+        """Start no thread yet."""
+        self._pool = ThreadPoolExecutor(count, "latentrt requests")
+
+    async def run(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Run a function on a thread."""
+        return await asyncio.get_running_loop().run_in_executor(self._pool, function, *arguments)
+
+    def close(self) -> None:
+        """End the threads."""
+        self._pool.shutdown(wait=False, cancel_futures=True)

@@ -1,0 +1,45 @@
+"""What a service refuses, beside what a batcher does.
+
+RequestError
+└── RefusedError      a request over a limit of this service, with the name of its field and a code
+LatentRTError
+├── NotFoundError     a model or a job that there is not
+├── BusyError         too much at once of one key, or no room for another model now: later
+└── UnavailableError  a service that loads, drains or has failed
+"""
+
+from __future__ import annotations
+
+from ...engines.errors import LatentRTError, RequestError
+
+
+class RefusedError(RequestError):
+    """A request over a limit of this service: `param` names the field, `code` the kind."""
+
+    def __init__(self, message: str, param: str | None = None, code: str = "invalid_request") -> None:
+        super().__init__(message)
+        self.param, self.code = param, code
+
+
+class NotFoundError(LatentRTError):
+    """A model or a job that there is not."""
+
+    def __init__(self, message: str, param: str | None = None, code: str = "not_found") -> None:
+        super().__init__(message)
+        self.param, self.code = param, code
+
+
+class BusyError(LatentRTError):
+    """Too much at once; `seconds` is a guess of when to try again, None where there is none."""
+
+    def __init__(self, message: str, code: str, seconds: float | None = None) -> None:
+        super().__init__(message)
+        self.code, self.seconds = code, seconds
+
+
+class UnavailableError(LatentRTError):
+    """A service that takes nothing now; `code` says why."""
+
+    def __init__(self, message: str, code: str, seconds: float | None = None) -> None:
+        super().__init__(message)
+        self.code, self.seconds = code, seconds

@@ -1,0 +1,242 @@
+"""Bundles by name: each opened in a batcher of its own when it is first asked for, the longest idle closed for room."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from ...engines.bundle import Bundle
+from ...engines.bundle.manifest import MANIFEST
+from ...engines.errors import RequestError
+from ..batcher import Batcher
+from ..sizes import check_size
+from .errors import BusyError, NotFoundError
+from .work import Size
+
+BUSY_SECONDS = 10.0
+"""When to try again for a model that has no room now."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """How bundles are opened: those of `Batcher` and `Pipeline.open`, and the sizes that are served."""
+
+    backend: str = "auto"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    slots: int = 4
+    rows: int | None = None
+    fixed_rows: bool = False
+    max_waiting: int = 64
+    sizes: tuple[Size, ...] = ()
+    """Warmed up when a bundle is opened; none: its default size."""
+    sizes_only: bool = False
+    """Whether other sizes are refused also where the backend could open them."""
+
+
+class Model:
+    """A bundle by its name, open or not."""
+
+    def __init__(self, name: str, bundle: Bundle, settings: ModelSettings) -> None:
+        """Open nothing yet; raises `RequestError` for sizes that the bundle cannot draw."""
+        self.name, self.bundle, self.manifest = name, bundle, bundle.manifest
+        file = bundle.path / MANIFEST
+        self.digest, self.created = hashlib.sha256(file.read_bytes()).hexdigest(), int(file.stat().st_mtime)
+        latent = self.manifest.latent
+        self.sizes: tuple[Size, ...] = settings.sizes or ((latent.default_width, latent.default_height),)
+        for size in self.sizes:
+            check_size(*size, latent)
+        self.state: Literal["cold", "loading", "ready", "failed"] = "cold"
+        self.batcher: Batcher | None = None
+        self.sizes_only = settings.sizes_only
+        self.unfinished = 0
+        """Jobs that have not ended: a model with one stays open."""
+        self.used = time.monotonic()
+        self.load_seconds: float | None = None
+        self.nbytes = sum(info.size for name, info in self.manifest.files.items() if _is_loaded(name))
+
+    @property
+    def allowed(self) -> tuple[Size, ...] | None:
+        """The only sizes that are drawn; None: any that the bundle can. Known for certain once it is open."""
+        dynamic = self.batcher is None or self.batcher.pipe.backend.dynamic
+        return self.sizes if self.sizes_only or not dynamic else None
+
+    def open(self, settings: ModelSettings, **named: Any) -> None:
+        """Open the batcher and warm it up for every size; raises as `Batcher` does."""
+        began = time.perf_counter()
+        batcher = Batcher(
+            self.bundle,
+            slots=settings.slots,
+            rows=settings.rows,
+            fixed_rows=settings.fixed_rows,
+            max_waiting=settings.max_waiting,
+            backend=settings.backend,
+            **settings.options,
+            **named,
+        )
+        try:
+            batcher.warm_up(self.sizes)
+        except BaseException:
+            batcher.close(cancel=True)
+            raise
+        self.batcher, self.state, self.used = batcher, "ready", time.monotonic()
+        self.load_seconds = time.perf_counter() - began
+
+    def close(self, *, cancel: bool = False) -> None:
+        """Close the batcher; calling it again does nothing."""
+        batcher, self.batcher = self.batcher, None
+        self.state = "cold"
+        if batcher is not None:
+            batcher.close(cancel=cancel)
+
+
+def _is_loaded(name: str) -> bool:
+    return not name.startswith("references/")
+
+
+class Models:
+    """The bundles of a server, within a budget of bytes of those that are open at one time.
+
+    Bundles are opened one at a time on a thread of their own, beside the steps of those that are open.
+    """
+
+    def __init__(
+        self,
+        bundles: Mapping[str, Bundle],
+        settings: ModelSettings,
+        *,
+        budget: int | None = None,
+        aliases: Mapping[str, str] | None = None,
+        observe: Callable[[str], Mapping[str, Any]] = lambda name: {},
+    ) -> None:
+        """Open nothing yet. `observe(name)` gives further arguments of a model's `Batcher`.
+
+        Raises `RequestError` for no bundle, an alias of none, and a bundle that is larger than the budget.
+        """
+        if not bundles:
+            raise RequestError("no bundle is given: name one")
+        self._settings, self._observe, self.budget = settings, observe, budget
+        self._models = {name: Model(name, bundle, settings) for name, bundle in bundles.items()}
+        self._aliases = dict(aliases or {})
+        for alias, name in self._aliases.items():
+            if name not in self._models:
+                raise RequestError(f"alias {alias}={name} is of no bundle: there are {', '.join(self._models)}")
+        for model in self._models.values():
+            if budget is not None and model.nbytes > budget:
+                raise RequestError(
+                    f"bundle {model.name} has {model.nbytes / 2**30:.1f} GiB, more than all may have: "
+                    f"{budget / 2**30:.1f} GiB"
+                )
+        self._lock = threading.Lock()
+        self._opening: dict[str, Future[None]] = {}
+        self._thread = ThreadPoolExecutor(1, "latentrt loader")
+
+    def __iter__(self) -> Iterator[Model]:
+        return iter(self._models.values())
+
+    @property
+    def names(self) -> Sequence[str]:
+        """The names of all bundles, the default one first."""
+        return tuple(self._models)
+
+    def find(self, name: str | None) -> Model:
+        """Return a model by its name or an alias, the first one for None; raises `NotFoundError`."""
+        if name is None:
+            return next(iter(self._models.values()))
+        found = self._models.get(self._aliases.get(name, name))
+        if found is None:
+            names = ", ".join([*self._models, *self._aliases])
+            raise NotFoundError(f"model {name[:60]!r} is not served here: choose {names}", "model", "model_not_found")
+        return found
+
+    def hold(self, model: Model) -> None:
+        """Count a job of a model: it stays open until `let_go`."""
+        with self._lock:
+            model.unfinished += 1
+            model.used = time.monotonic()
+
+    def let_go(self, model: Model) -> None:
+        """Count the end of a job."""
+        with self._lock:
+            model.unfinished -= 1
+            model.used = time.monotonic()
+
+    def opened(self, model: Model) -> Future[None]:
+        """Return a future of a model being open; it fails with what opening raised, and with `BusyError`."""
+        with self._lock:
+            if model.state == "ready":
+                done: Future[None] = Future()
+                done.set_result(None)
+                return done
+            if model.name not in self._opening:
+                model.state = "loading"
+                self._opening[model.name] = self._thread.submit(self._open, model)
+            return self._opening[model.name]
+
+    def _open(self, model: Model) -> None:
+        try:
+            self._make_room(model)
+            log.info("opening bundle %s", model.name)
+            model.open(self._settings, **self._observe(model.name))
+            log.info("bundle %s is open after %.1f s", model.name, model.load_seconds)
+        except BusyError:
+            model.state = "cold"
+            raise
+        except BaseException:
+            model.state = "failed"
+            raise
+        finally:
+            with self._lock:
+                del self._opening[model.name]
+
+    def _make_room(self, wanted: Model) -> None:
+        """Close models without work, the longest idle first, until one more fits; raises `BusyError`."""
+        if self.budget is None:
+            return
+        while True:
+            with self._lock:
+                is_open = [model for model in self._models.values() if model.state == "ready"]
+                if sum(model.nbytes for model in is_open) + wanted.nbytes <= self.budget:
+                    return
+                idle = [model for model in is_open if not model.unfinished]
+                if not idle:
+                    raise BusyError(
+                        f"model {wanted.name} is not open, and the others have work: try later",
+                        "model_not_loaded",
+                        BUSY_SECONDS,
+                    )
+                oldest = min(idle, key=lambda model: model.used)
+                batcher, oldest.batcher, oldest.state = oldest.batcher, None, "cold"
+            log.info("closing bundle %s to make room for %s", oldest.name, wanted.name)
+            if batcher is not None:
+                batcher.close()
+
+    def close(self, *, cancel: bool = False) -> None:
+        """Close all models, after their work or with `cancel` without it."""
+        self._thread.shutdown(wait=True, cancel_futures=True)
+        for model in self._models.values():
+            model.close(cancel=cancel)
+
+
+def named_bundles(given: Sequence[str]) -> dict[str, Bundle]:
+    """Return bundles of `PATH` or `NAME=PATH` texts by name, that of the folder where none is given.
+
+    Raises `RequestError` for a name twice, `BundleError` for what is no bundle.
+    """
+    bundles: dict[str, Bundle] = {}
+    for text in given:
+        name, equals, path = text.partition("=")
+        if not equals or "/" in name:
+            path, name = text, Path(text).absolute().name
+        if name in bundles:
+            raise RequestError(f"two bundles are called {name!r}: give NAME=PATH for one of them")
+        bundles[name] = Bundle.open(path)
+    return bundles

@@ -1,0 +1,237 @@
+"""Requests in, jobs out: limits, the right bundle, its batcher, and pictures encoded beside it."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import threading
+import time
+from collections.abc import Mapping
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from typing import Any, Literal
+
+from ...engines.errors import RequestError
+from ..batcher import events
+from .errors import BusyError, UnavailableError
+from .job import Job
+from .models import Model, Models
+from .pictures import Picture, encoded
+from .store import Store
+from .work import Limits, Output, Work, size_of
+
+PREVIEW = Output("jpeg", 80)
+"""A PNG of a preview would cost ten times the time."""
+DRAIN_SECONDS = 5.0
+
+log = logging.getLogger(__name__)
+
+
+class Service:
+    """What serves: takes `Work`, returns a `Job`, and knows those that are not over. For any number of threads."""
+
+    def __init__(
+        self,
+        models: Models,
+        limits: Limits | None = None,
+        *,
+        keep_prompts: bool = False,
+        results_seconds: float = 600.0,
+        results_bytes: int = 1 << 28,
+    ) -> None:
+        """Take models, of which none needs to be open yet.
+
+        With `keep_prompts` every PNG holds its request, prompt included. Finished jobs that were to be kept are for
+        `results_seconds`, in at most `results_bytes` of memory.
+        """
+        self.models, self.limits, self.keep_prompts = models, limits or Limits(), keep_prompts
+        self.store = Store(results_seconds, results_bytes)
+        self.state: Literal["loading", "ready", "draining", "failed"] = "loading"
+        self._live: dict[str, Job] = {}
+        self._lock = threading.Lock()
+        self._pool = ThreadPoolExecutor(max(2, min(8, os.cpu_count() or 2)), "latentrt pictures")
+
+    def open(self) -> None:
+        """Open the first model, and further ones while there is room; raises what opening raises."""
+        total = 0
+        for model in self.models:
+            total += model.nbytes
+            if self.models.budget is None or total <= self.models.budget:
+                self.models.opened(model).result()
+        if self.state == "loading":
+            self.state = "ready"
+
+    @property
+    def unfinished(self) -> list[Job]:
+        """The jobs that are not over."""
+        with self._lock:
+            return list(self._live.values())
+
+    def submit(self, work: Work, *, keep: bool = False, name: str | None = None, asked_for: str = "") -> Job:
+        """Take a request, and return its job; with `keep` it can be found by its id, and by the idempotency key `name`.
+
+        Never waits for a bundle to be opened: until it is, the job is "loading", and what is wrong with the request may
+        only then end it. Raises what `Batcher.submit` raises, `RefusedError`, `NotFoundError`, `BusyError` and
+        `UnavailableError`.
+        """
+        self.check_ready()
+        if name is not None and (before := self.store.named(work.owner, name, asked_for)) is not None:
+            return before
+        model = self.models.find(work.model)
+        size = size_of(work, model.manifest, model.allowed)
+        self.limits.check(work, model.manifest, size)
+        job = Job(work, model.name, size)
+        with self._lock:
+            most = self.limits.unfinished
+            if most is not None and sum(each.work.owner == work.owner for each in self._live.values()) >= most:
+                raise BusyError(f"{most} requests of this key are not done: at most so many are taken", "key_busy", 1.0)
+            self._live[job.id] = job
+        self.models.hold(model)
+        try:
+            if model.batcher is not None:
+                self._begin(job, model)
+        except BaseException:
+            self._over(job, model)
+            raise
+        if keep:
+            self.store.add(job, name, asked_for)
+        if job.state == "loading":
+            self.models.opened(model).add_done_callback(lambda opened: self._opened(job, model, opened))
+        return job
+
+    def check_ready(self) -> None:
+        """Raise `UnavailableError` unless requests are taken."""
+        if self.state == "loading":
+            raise UnavailableError("the server is loading: try later", "loading", DRAIN_SECONDS)
+        if self.state == "draining":
+            raise UnavailableError("the server is shutting down: try another one, or later", "draining", DRAIN_SECONDS)
+        if self.state == "failed":
+            raise UnavailableError("the server has failed and restarts: try later", "failed", DRAIN_SECONDS)
+
+    def _opened(self, job: Job, model: Model, opened: Future[None]) -> None:
+        """Go on with a job whose model was opened, or could not be; on the loader's thread."""
+        try:
+            opened.result()
+            if job.is_over:
+                self._over(job, model)
+                return
+            job.size = size_of(job.work, model.manifest, model.allowed)  # a static backend has fewer, as is known now
+            self._begin(job, model)
+        except Exception as error:
+            self._end(job, model, error)
+
+    def _begin(self, job: Job, model: Model) -> None:
+        """Hand a job to its batcher; raises what `submit` raises."""
+        batcher, work = model.batcher, job.work
+        assert batcher is not None
+        width, height = job.size
+        left = (work.timeout or self.limits.timeout) - (time.monotonic() - job.arrived)
+        future = batcher.submit(
+            **{**work.arguments, "width": width, "height": height},
+            timeout=max(left, 1e-3),
+            previews=work.previews,
+            on_event=lambda event: self._heard(job, event),
+        )
+        job.started(future)
+        future.add_done_callback(lambda done: self._settled(job, model, done))
+
+    def _heard(self, job: Job, event: events.Event) -> None:
+        """Pass on what a batcher says of a job; on a thread of the batcher."""
+        if isinstance(event, events.Stepped):
+            job.stepped(event.index, event.done, event.total)
+        elif isinstance(event, events.Previewed):
+            self._pool.submit(self._preview, job, event.index, event.number - 1, event.picture)
+        elif isinstance(event, events.Drawn):
+            self._pool.submit(self._picture, job, event.index, event.picture, event.seed)
+
+    def _preview(self, job: Job, index: int, number: int, picture: Any) -> None:
+        if not job.is_over:
+            output = job.work.output if job.work.output.format != "png" else PREVIEW
+            job.previewed(index, number, Picture(encoded(picture, output), output))
+
+    def _picture(self, job: Job, index: int, picture: Any, seed: int, request: Any = None) -> None:
+        """Encode a picture, unless it is there or nobody wants it."""
+        if job.is_over or index in job.pictures:
+            return
+        began, output = time.perf_counter(), job.work.output
+        said = self._written(job, seed) if self.keep_prompts else None
+        data = encoded(picture, output, said)
+        job.pictured(index, Picture(data, output, seed, time.perf_counter() - began))
+
+    def _written(self, job: Job, seed: int) -> Mapping[str, Any]:
+        """Return what a PNG says of its request."""
+        arguments = {name: value for name, value in job.work.arguments.items() if name not in ("image", "mask_image")}
+        width, height = job.size
+        return {**arguments, "seed": seed, "width": width, "height": height, "bundle": job.model}
+
+    def _settled(self, job: Job, model: Model, done: Future[Any]) -> None:
+        """Finish a job whose future is done; on a thread of the batcher."""
+        if done.cancelled():
+            self._end(job, model, CancelledError())
+        elif (error := done.exception()) is not None:
+            self._end(job, model, error)
+        else:
+            self._pool.submit(self._finish, job, model, done.result())
+
+    def _finish(self, job: Job, model: Model, result: Any) -> None:
+        try:
+            for index, (picture, seed) in enumerate(zip(result.images, result.seeds, strict=True)):
+                self._picture(job, index, picture, seed)
+            facts = self._facts(job, model, result)
+        except Exception as error:
+            self._end(job, model, error)
+            return
+        job.end("succeeded", facts=facts)
+        self._over(job, model)
+
+    def _facts(self, job: Job, model: Model, result: Any) -> dict[str, Any]:
+        timings = dataclasses.asdict(result.timings)
+        timings["encode_image"] = sum(picture.encode_seconds for picture in job.pictures.values())
+        timings["total"] = time.monotonic() - job.arrived
+        request = result.request
+        said = {} if request is None else {
+            "num_inference_steps": request.num_inference_steps,
+            "guidance_scale": request.guidance_scale,
+            "sampler": request.sampler,
+        }  # fmt: skip
+        return {"timings": timings, "warnings": list(result.warnings), "bundle": model.digest, "parameters": said}
+
+    def _end(self, job: Job, model: Model, error: BaseException) -> None:
+        state: Literal["cancelled", "failed"] = "cancelled" if isinstance(error, CancelledError) else "failed"
+        if not isinstance(error, (CancelledError, RequestError)):
+            log.warning("job %s failed: %s", job.id, type(error).__name__)
+        job.end(state, error)
+        self._over(job, model)
+
+    def _over(self, job: Job, model: Model) -> None:
+        """Count a job out, once."""
+        with self._lock:
+            gone = self._live.pop(job.id, None)
+        if gone is not None:
+            self.models.let_go(model)
+
+    def drain(self, timeout: float) -> bool:
+        """Take nothing more, wait for what there is, cancel what is left then, and tell whether nothing was."""
+        if self.state != "failed":
+            self.state = "draining"
+        end = time.monotonic() + timeout
+        for job in self.unfinished:
+            job.wait(max(0.0, end - time.monotonic()))
+        left = self.unfinished
+        for job in left:
+            job.end("failed", UnavailableError("the server shut down before this was done", "draining", DRAIN_SECONDS))
+            job.cancel()
+        return not left
+
+    def fail(self, error: BaseException) -> None:
+        """Take nothing more, and end every job with an error: the device is lost."""
+        self.state = "failed"
+        for job in self.unfinished:
+            job.end("failed", error)
+
+    def close(self) -> None:
+        """Cancel what is left and close the models."""
+        for job in self.unfinished:
+            job.cancel()
+        self.models.close(cancel=True)
+        self._pool.shutdown(wait=True)
