@@ -131,7 +131,8 @@ class Drawing(DiffusersHabits):
                 conditioning=conditioning,
             )
             workspace = self.session.workspace(inputs, arrays)
-            workspace.load(inputs, arrays, stream)
+            known = self.session.prompts.get(inputs)
+            workspace.load(inputs, arrays, stream, known)
             on_step = step_hook(workspace, table, stream, listeners, count, self.mode)
             decode = call.output_type != "latent"
             trace = workspace.run(len(table), stream, mode=self.mode, decode=decode, on_step=on_step)
@@ -139,6 +140,8 @@ class Drawing(DiffusersHabits):
             output = last.read(stream)[:count]
             check_finite(workspace, trace.steps, output, decode, stream)
             finished.add(trace, trace.steps)
+            if known is None and conditioning is None and self.session.prompts.on:
+                self.session.prompts.put(inputs, workspace.encoded(self.session.prompts.names, stream))
             if call.output_type == "pil":
                 drawn = [Image.fromarray(each) for each in output]
                 yield batch.first, [call.pictures.put_back(each) for each in drawn] if call.pictures else drawn

@@ -47,6 +47,7 @@ class Pipeline(Drawing):
         max_batch: int = 4,
         low_memory: bool = False,
         memory_budget: int | None = None,
+        prompt_cache: int | None = None,
         progress: Progress = silent,
     ) -> None:
         """Open all engines that every request needs; see `open`."""
@@ -56,15 +57,14 @@ class Pipeline(Drawing):
             raise RequestError(f"mode is {mode!r}: backend {backend.name} as opened cannot be captured; use eager")
         if isinstance(max_batch, bool) or not isinstance(max_batch, int) or max_batch < 1:
             raise RequestError(f"max_batch is {max_batch!r}: give the most pictures of a batch, 1 or more")
-        if memory_budget is not None and (not isinstance(memory_budget, int) or memory_budget < 1):
-            raise RequestError(f"memory_budget is {memory_budget!r}: give bytes, 1 or more, or leave it out")
         self.bundle = bundle
         self.backend = backend
         self.mode: Mode = mode or ("step" if backend.can_capture else "eager")
         self.max_batch = max_batch
         self._batches = Batches(bundle)
         self._use(bundle.manifest)
-        self.session = Session(bundle, backend, low_memory=low_memory, memory_budget=memory_budget, progress=progress)
+        kept = {"memory_budget": memory_budget, "prompt_cache": prompt_cache}
+        self.session = Session(bundle, backend, low_memory=low_memory, progress=progress, **kept)
 
     @classmethod
     def open(
@@ -76,6 +76,7 @@ class Pipeline(Drawing):
         max_batch: int = 4,
         low_memory: bool = False,
         memory_budget: int | None = None,
+        prompt_cache: int | None = None,
         progress: Progress = silent,
         **options: Any,
     ) -> Pipeline:
@@ -86,8 +87,10 @@ class Pipeline(Drawing):
 
         Buffers, engines and captures of the last 4 shapes of requests are kept, fewer while more than `memory_budget`
         bytes of the device's memory are in use: on a GPU, what is taken since it was opened (default: 3/4 of what is
-        free then); on the CPU, what is resident (default: no bound). `options` go to the backend (`threads=`,
-        `cache=`). Raises `BundleError`, `BackendUnavailableError` or `EngineError`.
+        free then); on the CPU, what is resident (default: no bound). What prompts were encoded to is kept in up to
+        `prompt_cache` bytes of the host's memory (default: 128 MiB; 0: never), so that for the same prompts again the
+        text encoders do not run, nor open with `low_memory`; pictures are the same bit for bit. `options` go to the
+        backend (`threads=`, `cache=`). Raises `BundleError`, `BackendUnavailableError` or `EngineError`.
         """
         opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         return cls(
@@ -97,6 +100,7 @@ class Pipeline(Drawing):
             max_batch=max_batch,
             low_memory=low_memory,
             memory_budget=memory_budget,
+            prompt_cache=prompt_cache,
             progress=progress,
         )
 
@@ -262,14 +266,8 @@ class Pipeline(Drawing):
         for each that is served. Raises as a request does.
         """
         latent = self.bundle.manifest.latent
-        arguments = {
-            "num_inference_steps": num_inference_steps,
-            "guidance_scale": guidance_scale,
-            "sampler": sampler,
-            "eta": eta,
-            "forecast": forecast,
-            "strength": strength,
-        }
+        arguments = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, "sampler": sampler}
+        arguments |= {"eta": eta, "forecast": forecast, "strength": strength}
         warm_up(self, sizes or [(latent.default_width, latent.default_height)], batches, pictures, arguments)
 
     def _table_for(self, request: GenerationRequest, chosen: bool) -> StepTable:

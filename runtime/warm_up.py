@@ -31,7 +31,10 @@ def warm_up(
             if pipe.bundle.manifest.masked_input is not None:
                 request = {"image": blank, "mask_image": blank, **request}
             for output_type in ROUNDS:
+                pipe.session.prompts.clear()
                 pipe(**{**request, "strength": None}, output_type=output_type)
+                if pipe.mode == "request":  # it is captured apart from one whose prompts are encoded already
+                    pipe(**{**request, "strength": None}, output_type=output_type)
             if pictures and pipe.bundle.has_graph("image_encoder"):
                 for output_type in ROUNDS:
                     pipe(**{**request, "image": blank}, output_type=output_type, callback_on_step_end=_preview)

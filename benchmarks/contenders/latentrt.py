@@ -64,6 +64,7 @@ class Contender:
         self._runs: list[tuple[Any, float, float]] = []
         self._slow = {name: float(share) for name, share in (options.get("slow") or {}).items()}
         settings: dict[str, Any] = {"mode": mode or "step", "max_batch": options.get("max_batch", 4)}
+        settings["prompt_cache"] = 0  # the same prompt again is encoded again, as others do it
         if mode == OWN_GRAPHS:
             settings |= {"mode": "eager", "graphs": "onnxruntime"}
         if inside is not None:

@@ -17,6 +17,7 @@ from ...engines.device import Array
 from ...engines.engine import Engine, Shapes
 from ...engines.errors import EngineError, RequestError
 from ...engines.progress import Progress, silent
+from ..prompt.cache import PromptCache
 from .denoise import OpenEngine
 from .shared import Key, SharedEngines
 from .wiring import wired_shapes
@@ -39,12 +40,17 @@ class Session:
         *,
         low_memory: bool = False,
         memory_budget: int | None = None,
+        prompt_cache: int | None = None,
         progress: Progress = silent,
     ) -> None:
         """Open the engines that every request needs; with `low_memory` each stage opens its own and closes them.
 
-        `memory_budget` is the bytes of the device's memory in use above which kept shapes are let go of.
+        `memory_budget` is the bytes of the device's memory in use above which kept shapes are let go of, `prompt_cache`
+        those of the host's for what prompts were encoded to. Raises `RequestError` for numbers that cannot be.
         """
+        if memory_budget is not None and (not isinstance(memory_budget, int) or memory_budget < 1):
+            raise RequestError(f"memory_budget is {memory_budget!r}: give bytes, 1 or more, or leave it out")
+        self.prompts = PromptCache(bundle, prompt_cache)
         self.bundle = bundle
         self.backend = backend
         self.low_memory = low_memory
@@ -125,12 +131,15 @@ class Session:
         return self._run_bound("image_encoder", inputs)
 
     def encode_prompt(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """Return, on the host, what the graphs of the stage "prompt" write for token ids and numbers [n, ...]."""
+        """Return, on the host, what later graphs read of the stage "prompt" for token ids and numbers [n, ...]."""
+        if (known := self.prompts.get(inputs)) is not None:
+            return dict(known)
         tensors = dict(inputs)
         for graph in self.bundle.manifest.graphs:
             if graph.stage == "prompt":
                 tensors |= self._run_bound(graph.name, {spec.name: tensors[spec.name] for spec in graph.inputs})
-        return tensors
+        self.prompts.put(inputs, tensors)
+        return {name: tensors[name] for name in self.prompts.names}
 
     def _run_bound(self, name: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Run one graph on host arrays; it stays bound while the running request's workspace is kept."""

@@ -104,6 +104,8 @@ class Workspace:
         prompt_graphs = [graph for graph in bundle.manifest.graphs if graph.stage == "prompt"]
         # what is given in place of all that a graph writes is not computed
         self._prompt_graphs = [g for g in prompt_graphs if not all(spec.name in inputs for spec in g.outputs)]
+        self._encoded = False  # what the prompt graphs write is there
+        self._held: Mapping[str, Array] = {}  # of it, by the arrays that it is equal to
         self._prompt: list[BoundEngine] = []
         self._decoders: list[BoundEngine] = []
         self._requests = CapturedWork()
@@ -125,10 +127,22 @@ class Workspace:
                 self._bind_decoder()
             self._memory = memory.pop_all()
 
-    def load(self, inputs: Mapping[str, Array], arrays: Mapping[str, Array], stream: Stream) -> None:
-        """Copy a request's token ids, numbers and loop arrays to the device."""
-        for name, array in inputs.items():
-            self._tensors[name].write(array, stream)
+    def load(
+        self,
+        inputs: Mapping[str, Array],
+        arrays: Mapping[str, Array],
+        stream: Stream,
+        encoded: Mapping[str, Array] | None = None,
+    ) -> None:
+        """Copy a request's token ids, numbers and loop arrays to the device.
+
+        `encoded` is what the prompt graphs would write that others read: they do not run then.
+        """
+        held, self._held, self._encoded = self._held, {}, encoded is not None
+        for name, array in {**inputs, **(encoded or {})}.items():
+            if held.get(name) is not array:
+                self._tensors[name].write(array, stream)
+        self._held = encoded or {}
         self.loop.load(arrays, stream)
 
     def run(
@@ -147,12 +161,13 @@ class Workspace:
                 if decode:
                     self._decoders[steps % 2].enqueue(stream)
 
-            self._requests.run((steps, decode), enqueue, stream)
+            self._requests.run((steps, decode, self._encoded), enqueue, stream)
             after = stream.record()
             return Trace([before, before, after, after], {"denoise": self._device.bytes_taken()}, steps)
         trace = Trace([stream.record()])
         try:
-            self._bind_prompt()
+            if not self._encoded:
+                self._bind_prompt()
             self._encode(stream)
             self._done("encode", "prompt", trace, stream)
             self._bind_loop()
@@ -183,8 +198,13 @@ class Workspace:
         self._decoders[free % 2].enqueue(stream)
         return self.pictures["image"].read(stream)[: len(latents)]
 
+    def encoded(self, names: Sequence[str], stream: Stream) -> dict[str, Array]:
+        """Return what the prompt graphs have written, on the host."""
+        self._held = {name: self._tensors[name].read(stream) for name in names}
+        return dict(self._held)
+
     def _encode(self, stream: Stream) -> None:
-        for bound in self._prompt:
+        for bound in () if self._encoded else self._prompt:
             bound.enqueue(stream)
 
     def _bind_prompt(self) -> None:
