@@ -5,19 +5,26 @@ from __future__ import annotations
 from importlib import metadata
 
 from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
 
 from ..service import Service
-from . import health, openai
+from . import health, jobs, openai
 from .auth import Keys
 from .context import Context
 from .errors import add_handlers
+from .guard import Guard
+from .metrics import Metrics
 from .settings import HttpSettings
 from .watch import Workers
 
 
-def create_app(service: Service, settings: HttpSettings | None = None) -> FastAPI:
-    """Return an ASGI application that serves a service, which stays the caller's to open and to close."""
-    settings = settings or HttpSettings()
+def create_app(service: Service, settings: HttpSettings | None = None, metrics: Metrics | None = None) -> FastAPI:
+    """Return an ASGI application that serves a service, which stays the caller's to open and to close.
+
+    `metrics` are those that the service's models tell of their steps, without them only requests are counted.
+    """
+    settings, metrics = settings or HttpSettings(), metrics or Metrics()
+    metrics.watch(service)
     workers = Workers()
     app = FastAPI(
         title="latentrt",
@@ -28,6 +35,16 @@ def create_app(service: Service, settings: HttpSettings | None = None) -> FastAP
     )
     add_handlers(app)
     app.include_router(openai.router(service, workers, settings.heartbeat))
-    app.include_router(health.router(service))
-    app.add_middleware(Context, keys=Keys(settings.keys), note=lambda *_: None)
+    app.include_router(jobs.router(service, workers, settings.heartbeat))
+    app.include_router(health.router(service, metrics))
+    app.add_middleware(Guard, settings=settings)
+    app.add_middleware(Context, keys=Keys(settings.keys), note=metrics.answered)
+    if settings.cors_origins:  # around it all: a browser asks for leave without a key
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id", "x-job-id", "retry-after"],
+        )
     return app

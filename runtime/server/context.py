@@ -12,6 +12,7 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ..result import GenerationResult
 from .auth import Keys
 from .errors import ApiError, api_error
 from .watch import ClientGoneError
@@ -22,10 +23,14 @@ REQUEST_ID = re.compile(r"[\w.:/+=-]{1,128}")
 TRACE = re.compile(r"00-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})")
 
 log = logging.getLogger(__name__)
-access = logging.getLogger("latentrt.access")
+ACCESS = logging.getLogger("latentrt.access")
 
-Note = Callable[[str, str, int, float], None]
-"""Is told of a request: method, route, status, seconds."""
+NOTED = ("request_id", "trace_id", "span_id", "parent_id", "job", "model", "code")
+QUIET = ("/health", "/v2/health/live", "/v2/health/ready", "/metrics")
+"""Routes that are asked every few seconds."""
+
+Note = Callable[[str, str, int, float, "str | None"], None]
+"""Is told of a request: method, route, status, seconds, and the code of its error."""
 
 
 class Context:
@@ -60,9 +65,10 @@ class Context:
             state["owner"] = self._keys.owner(scope["path"], headers)
             await self._app(scope, receive, answered)
         except ClientGoneError:
-            status = GONE
+            status, state["code"] = GONE, "client_gone"
         except Exception as error:
             answer = api_error(error)
+            state["code"] = answer.code
             if not isinstance(error, ApiError):
                 log.exception("request %s failed", state["request_id"])
             if status:  # the answer has begun: a break is the only thing left to say
@@ -81,20 +87,15 @@ class Context:
 
     def _end(self, scope: Scope, status: int, seconds: float) -> None:
         """Note a request. Of its path the route alone: what a client wrote there need not be in a log."""
-        state = scope["state"]
+        state, method = scope["state"], scope["method"][:20]
         route = getattr(scope.get("route"), "path", "(none)")
-        self._note(scope["method"], route, status, seconds)
-        extra = {
-            "method": scope["method"],
-            "route": route,
-            "status": status,
-            "seconds": round(seconds, 6),
-            "client": (scope.get("client") or ("",))[0],
-            **{
-                name: state[name] for name in ("request_id", "trace_id", "span_id", "parent_id", "job") if name in state
-            },
-        }
-        access.info("%s %s %d %.3f s", extra["method"][:20], route, status, seconds, extra=extra)
+        self._note(method, route, status, seconds, state.get("code"))
+        extra = {"method": method, "route": route, "status": status, "seconds": round(seconds, 6)}
+        extra["client"] = (scope.get("client") or ("",))[0]
+        extra |= {name: state[name] for name in NOTED if name in state}
+        level = logging.DEBUG if route in QUIET else logging.INFO
+        said = [state["request_id"], *([state["code"]] if "code" in state else [])]
+        ACCESS.log(level, "%s %s %d %.3f s %s", method, route, status, seconds, " ".join(said), extra=extra)
 
 
 class JsonLines(logging.Formatter):
@@ -114,3 +115,16 @@ class JsonLines(logging.Formatter):
         if record.exc_info:
             said["traceback"] = self.formatException(record.exc_info)
         return json.dumps(said, ensure_ascii=False, default=str)
+
+
+def set_up_logs(*, as_json: bool = False, access: bool = True, keep_prompts: bool = False) -> None:
+    """Say what a server's log holds: also what is done, unless the process was told to be quiet; never a prompt."""
+    root, ours = logging.getLogger(), logging.getLogger("latentrt")
+    if ours.level == logging.WARNING:
+        ours.setLevel(logging.INFO)
+    ACCESS.disabled = not access
+    if as_json:
+        for handler in root.handlers:
+            handler.setFormatter(JsonLines())
+    if not keep_prompts:  # warnings of results quote the prompts that they are of
+        logging.getLogger(GenerationResult.__module__).setLevel(logging.ERROR)

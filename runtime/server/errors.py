@@ -73,8 +73,8 @@ def retry_headers(seconds: float | None) -> dict[str, str]:
     return {"retry-after": str(math.ceil(seconds)), "retry-after-ms": str(math.ceil(seconds * 1000))}
 
 
-def api_error(error: BaseException, *, arriving: bool = False) -> ApiError:
-    """Return what an exception is to a client; `arriving`: it was raised before the request was taken."""
+def api_error(error: BaseException) -> ApiError:
+    """Return what an exception is to a client."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, RefusedError):
@@ -93,8 +93,8 @@ def api_error(error: BaseException, *, arriving: bool = False) -> ApiError:
             return _too_many(str(error), error.code, error.seconds)
         return ApiError(503, str(error), error.code, headers=retry_headers(error.seconds))
     if isinstance(error, DeadlineError):
-        if arriving:
-            return _too_many(str(error), "deadline_infeasible", getattr(error, "seconds", None))
+        if error.seconds is not None:  # refused when it came
+            return _too_many(str(error), "deadline_infeasible", error.seconds)
         return ApiError(504, str(error), "deadline_exceeded", headers={"x-should-retry": "false"})
     if isinstance(error, UnavailableError):
         return ApiError(503, str(error), error.code, headers=retry_headers(error.seconds))
@@ -160,23 +160,27 @@ def _short(value: Any) -> str:
 def add_handlers(app: FastAPI) -> None:
     """Give every error of an app, also the framework's own, OpenAI's shape."""
 
+    def answer(request: Request, error: ApiError) -> Response:
+        request.scope.setdefault("state", {})["code"] = error.code
+        return error.response()
+
     async def handle(request: Request, error: Exception) -> Response:
-        return api_error(error, arriving=True).response()
+        return answer(request, api_error(error))
 
     async def framework(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        path = request.url.path[:100]
+        path = repr(request.url.path[:100])
         code, message = {
-            404: ("not_found", f"there is nothing at {path!r}: /openapi.json lists what there is"),
-            405: ("method_not_allowed", f"{request.method[:20]} is not for {path!r}: see /openapi.json"),
+            404: ("not_found", f"there is nothing at {path}: /openapi.json lists what there is"),
+            405: ("method_not_allowed", f"{request.method[:20]} is not for {path}: see /openapi.json"),
         }.get(error.status_code, ("invalid_request", str(error.detail)))
-        return ApiError(error.status_code, message, code, headers=error.headers).response()
+        return answer(request, ApiError(error.status_code, message, code, headers=error.headers))
 
     async def validation(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
         first = error.errors()[0]
         name = str(first["loc"][-1])
-        return ApiError(400, f"{name}: {first['msg'].lower()}", "invalid_request", param=name).response()
+        return answer(request, ApiError(400, f"{name}: {first['msg'].lower()}", "invalid_request", param=name))
 
     app.add_exception_handler(HTTPException, framework)
     app.add_exception_handler(RequestValidationError, validation)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from importlib import metadata
 from typing import Any
 
@@ -9,9 +10,10 @@ from fastapi import APIRouter
 from starlette.responses import JSONResponse, Response
 
 from ..service import Service
+from .metrics import Metrics
 
 
-def router(service: Service) -> APIRouter:
+def router(service: Service, metrics: Metrics) -> APIRouter:
     """Return the routes."""
     routes = APIRouter(tags=["Server"])
 
@@ -35,5 +37,11 @@ def router(service: Service) -> APIRouter:
         """Say which release this is, and which bundles it serves."""
         bundles = {model.name: model.digest for model in service.models}
         return {"name": "latentrt", "version": metadata.version("latentrt"), "bundles": bundles}
+
+    @routes.get("/metrics", response_class=Response)
+    async def read() -> Response:
+        """Return the metrics as Prometheus reads them."""
+        text = await asyncio.get_running_loop().run_in_executor(None, metrics.text)
+        return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     return routes

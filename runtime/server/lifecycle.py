@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import faulthandler
 import logging
@@ -20,6 +21,9 @@ import uvicorn
 from ...engines.errors import EngineError, LatentRTError, RequestError
 from ..service import Service
 from ..service.errors import UnavailableError
+from .guard import protocol_of, watch_connections
+from .metrics import Metrics
+from .settings import HttpSettings
 
 FLUSH_SECONDS = 5.0
 """Within which answers must have been sent once all work is done."""
@@ -64,10 +68,13 @@ def bound(host: str, port: int) -> socket.socket:
 class Server(uvicorn.Server):
     """uvicorn's server, which on the first signal lets all work finish, and on the second goes at once."""
 
-    def __init__(self, config: uvicorn.Config, service: Service, settings: LifeSettings) -> None:
+    def __init__(
+        self, config: uvicorn.Config, service: Service, settings: LifeSettings, http: HttpSettings, metrics: Metrics
+    ) -> None:
         """Serve a service, which is opened on a thread while `ready` answers 503."""
         super().__init__(config)
-        self.service, self.settings = service, settings
+        self.service, self.settings, self._http, self._metrics = service, settings, http, metrics
+        self._watch: asyncio.Task[None] | None = None
         self.error: BaseException | None = None
         """Why the process ends with an error, or None."""
         self.interrupted = False
@@ -109,6 +116,8 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Answer from now on, and load."""
         await super().startup(sockets)
+        watch = watch_connections(self.server_state.connections, self._http, self._metrics)
+        self._watch = asyncio.get_running_loop().create_task(watch)
         threading.Thread(target=self._load, name="latentrt load", daemon=True).start()
 
     def _load(self) -> None:
@@ -171,7 +180,7 @@ class Watchdog:
         faulthandler.cancel_dump_traceback_later()
 
 
-def serve(app: Any, service: Service, settings: LifeSettings, **options: Any) -> bool:
+def serve(app: Any, service: Service, settings: LifeSettings, http: HttpSettings, metrics: Metrics) -> bool:
     """Serve until a signal ends it, and tell whether that was an interrupt of the keyboard.
 
     Raises `RequestError` when the address is taken, and what ended the server otherwise.
@@ -182,12 +191,12 @@ def serve(app: Any, service: Service, settings: LifeSettings, **options: Any) ->
         log_config=None,
         access_log=False,
         server_header=False,
+        http=protocol_of(http),
         ws="none",
         lifespan="off",
         timeout_graceful_shutdown=int(FLUSH_SECONDS),
-        **options,
     )
-    server = Server(config, service, settings)
+    server = Server(config, service, settings, http, metrics)
     watchdog = Watchdog(server)
     try:
         server.run(sockets=[listener])

@@ -26,6 +26,7 @@ def router(service: Service, workers: Workers, heartbeat: float) -> APIRouter:
         service.check_ready()
         body, work, ignored = await read_body(request, schema, workers)
         job = await workers.run(service.submit, work)
+        request.scope["state"] |= {"job": job.id, "model": job.model}
         if body.stream:
             return await stream_of(job, ignored, heartbeat)
         return await whole(request, job, ignored)

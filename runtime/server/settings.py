@@ -23,7 +23,6 @@ class HttpSettings:
     heartbeat: float = 10.0
     """Seconds of silence in a stream after which a comment is sent."""
     cors_origins: tuple[str, ...] = ()
-    keep_prompts: bool = False
 
     def __post_init__(self) -> None:
         """Raise `RequestError` for limits that allow nothing."""

@@ -31,7 +31,7 @@ async def stream_of(job: Job, ignored: list[str], heartbeat: float) -> Streaming
         if job.state == "loading":  # what is wrong with the request may not be known before its model is open
             first = await events.next()
         if isinstance(first, Ended) and first.error is not None:
-            raise api_error(first.error, arriving=True)
+            raise api_error(first.error)
     except BaseException:
         events.close()
         job.cancel()

@@ -10,6 +10,7 @@ from concurrent.futures import CancelledError
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from ...engines.errors import DeadlineError, QueueFullError, RequestError
 from .pictures import Picture
 from .work import Size, Work
 
@@ -80,6 +81,8 @@ class Job:
         """The latest preview of the first unfinished image."""
         self.facts: dict[str, Any] = {}
         """What is said with the result: timings, warnings, the digest of the bundle, every parameter."""
+        self.ignored: list[str] = []
+        """Fields that its client gave and that mean nothing here."""
         self.asked = self.arrived
         """When somebody last asked for it (`time.monotonic`)."""
         self._steps: dict[int, tuple[int, int]] = {}
@@ -92,6 +95,15 @@ class Job:
     def is_over(self) -> bool:
         """Whether nothing more will happen."""
         return self.state in OVER
+
+    @property
+    def outcome(self) -> str:
+        """How it ended: succeeded, cancelled, late, refused or failed."""
+        if self.state != "failed":
+            return self.state
+        if isinstance(self.error, DeadlineError):
+            return "late"
+        return "refused" if isinstance(self.error, (RequestError, QueueFullError)) else "failed"
 
     @property
     def nbytes(self) -> int:
@@ -112,8 +124,8 @@ class Job:
                 "queue_position": None,
                 "seconds_left": None,
             }
-        told = None if self.is_over else getattr(self._future, "progress", None)
-        if told is not None:
+        if not self.is_over and self._future is not None:
+            told = self._future.progress()
             said |= {"steps": told.done, "total_steps": told.total}
             said |= {"queue_position": told.position, "seconds_left": told.seconds}
         return said
@@ -156,6 +168,12 @@ class Job:
             gone = self.is_over
         if gone:
             future.cancel()
+
+    def admitted(self) -> None:
+        """Note that an image of it has a slot."""
+        with self._lock:
+            if not self.is_over:
+                self.state = "running"
 
     def stepped(self, index: int, done: int, total: int) -> None:
         """Note a step of an image."""

@@ -6,7 +6,7 @@ import hashlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +16,9 @@ from ...engines.bundle import Bundle
 from ...engines.bundle.manifest import MANIFEST
 from ...engines.errors import RequestError
 from ..batcher import Batcher
+from ..batcher.queue import MAX_POOLS
 from ..sizes import check_size
+from .counts import ServiceObserver, counts_of
 from .errors import BusyError, NotFoundError
 from .work import Size
 
@@ -36,6 +38,7 @@ class ModelSettings:
     rows: int | None = None
     fixed_rows: bool = False
     max_waiting: int = 64
+    max_wait: float | None = None
     sizes: tuple[Size, ...] = ()
     """Warmed up when a bundle is opened; none: its default size."""
     sizes_only: bool = False
@@ -57,6 +60,8 @@ class Model:
         self.state: Literal["cold", "loading", "ready", "failed"] = "cold"
         self.batcher: Batcher | None = None
         self.sizes_only = settings.sizes_only
+        self.counted: dict[str, float] = {}
+        """What batchers of this model had counted when they were closed."""
         self.unfinished = 0
         """Jobs that have not ended: a model with one stays open."""
         self.used = time.monotonic()
@@ -78,11 +83,15 @@ class Model:
             rows=settings.rows,
             fixed_rows=settings.fixed_rows,
             max_waiting=settings.max_waiting,
+            max_wait=settings.max_wait,
+            build=False,
             backend=settings.backend,
             **settings.options,
             **named,
         )
         try:
+            if not batcher.pipe.backend.dynamic and len(self.sizes) > MAX_POOLS:
+                raise RequestError(f"{len(self.sizes)} sizes are given: backend {settings.backend} holds {MAX_POOLS}")
             batcher.warm_up(self.sizes)
         except BaseException:
             batcher.close(cancel=True)
@@ -90,12 +99,17 @@ class Model:
         self.batcher, self.state, self.used = batcher, "ready", time.monotonic()
         self.load_seconds = time.perf_counter() - began
 
-    def close(self, *, cancel: bool = False) -> None:
-        """Close the batcher; calling it again does nothing."""
-        batcher, self.batcher = self.batcher, None
-        self.state = "cold"
+    def taken(self) -> Batcher | None:
+        """Return the batcher, which is to be closed, and have none from now on."""
+        batcher, self.batcher, self.state = self.batcher, None, "cold"
+        return batcher
+
+    def close(self, batcher: Batcher | None, *, cancel: bool = False) -> None:
+        """Close a batcher that was taken, and remember what it counted."""
         if batcher is not None:
             batcher.close(cancel=cancel)
+            for name, count in counts_of(batcher.stats()).items():
+                self.counted[name] = self.counted.get(name, 0) + count
 
 
 def _is_loaded(name: str) -> bool:
@@ -115,15 +129,15 @@ class Models:
         *,
         budget: int | None = None,
         aliases: Mapping[str, str] | None = None,
-        observe: Callable[[str], Mapping[str, Any]] = lambda name: {},
+        observer: ServiceObserver | None = None,
     ) -> None:
-        """Open nothing yet. `observe(name)` gives further arguments of a model's `Batcher`.
+        """Open nothing yet.
 
         Raises `RequestError` for no bundle, an alias of none, and a bundle that is larger than the budget.
         """
         if not bundles:
             raise RequestError("no bundle is given: name one")
-        self._settings, self._observe, self.budget = settings, observe, budget
+        self._settings, self.observer, self.budget = settings, observer or ServiceObserver(), budget
         self._models = {name: Model(name, bundle, settings) for name, bundle in bundles.items()}
         self._aliases = dict(aliases or {})
         for alias, name in self._aliases.items():
@@ -185,13 +199,15 @@ class Models:
         try:
             self._make_room(model)
             log.info("opening bundle %s", model.name)
-            model.open(self._settings, **self._observe(model.name))
+            model.open(self._settings, observer=self.observer.observer(model.name))
+            self.observer.loaded(model.name, model.load_seconds)
             log.info("bundle %s is open after %.1f s", model.name, model.load_seconds)
         except BusyError:
             model.state = "cold"
             raise
         except BaseException:
             model.state = "failed"
+            self.observer.loaded(model.name, None)
             raise
         finally:
             with self._lock:
@@ -214,16 +230,15 @@ class Models:
                         BUSY_SECONDS,
                     )
                 oldest = min(idle, key=lambda model: model.used)
-                batcher, oldest.batcher, oldest.state = oldest.batcher, None, "cold"
+                batcher = oldest.taken()
             log.info("closing bundle %s to make room for %s", oldest.name, wanted.name)
-            if batcher is not None:
-                batcher.close()
+            oldest.close(batcher)
 
     def close(self, *, cancel: bool = False) -> None:
         """Close all models, after their work or with `cancel` without it."""
         self._thread.shutdown(wait=True, cancel_futures=True)
         for model in self._models.values():
-            model.close(cancel=cancel)
+            model.close(model.taken(), cancel=cancel)
 
 
 def named_bundles(given: Sequence[str]) -> dict[str, Bundle]:

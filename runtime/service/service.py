@@ -137,7 +137,9 @@ class Service:
 
     def _heard(self, job: Job, event: events.Event) -> None:
         """Pass on what a batcher says of a job; on a thread of the batcher."""
-        if isinstance(event, events.Stepped):
+        if isinstance(event, events.Admitted):
+            job.admitted()
+        elif isinstance(event, events.Stepped):
             job.stepped(event.index, event.done, event.total)
         elif isinstance(event, events.Previewed):
             self._pool.submit(self._preview, job, event.index, event.number - 1, event.picture)
@@ -182,6 +184,7 @@ class Service:
             self._end(job, model, error)
             return
         job.end("succeeded", facts=facts)
+        self.models.observer.remembered(model.name, result.memory)
         self._over(job, model)
 
     def _facts(self, job: Job, model: Model, result: Any) -> dict[str, Any]:
@@ -209,6 +212,8 @@ class Service:
             gone = self._live.pop(job.id, None)
         if gone is not None:
             self.models.let_go(model)
+        if gone is not None and job.is_over:
+            self.models.observer.ended(job)
 
     def drain(self, timeout: float) -> bool:
         """Take nothing more, wait for what there is, cancel what is left then, and tell whether nothing was."""

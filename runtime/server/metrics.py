@@ -1,0 +1,231 @@
+"""What Prometheus reads: counts, times and states of the server, of its models, and of every request."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from importlib import metadata
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.platform_collector import PlatformCollector
+from prometheus_client.process_collector import ProcessCollector
+from prometheus_client.registry import Collector
+
+from ..batcher.stats import Observer, Stats
+from ..service import Job, Service
+from ..service.counts import ServiceObserver, counts_of
+
+TIMES = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 60.0, 120.0, 300.0)
+"""Seconds of requests and of what they wait for."""
+SHORT_TIMES = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+"""Seconds of steps and stages."""
+STAGES = ("tokenize", "encode", "prepare", "denoise", "decode", "encode_image")
+METHODS = ("GET", "POST", "HEAD", "OPTIONS", "DELETE")
+STATES = ("loading", "ready", "draining", "failed")
+
+HISTOGRAMS: dict[str, tuple[str, tuple[str, ...], tuple[float, ...]]] = {
+    "step_seconds": ("Time of a step by the network rows it computed.", ("model", "rows"), SHORT_TIMES),
+    "stage_seconds": ("Time of a request's stages.", ("model", "stage"), SHORT_TIMES),
+    "queue_wait_seconds": ("Time from a request's arrival to an image's slot.", ("model",), TIMES),
+    "request_seconds": ("Time from a request's arrival to its last picture as bytes.", ("model", "task"), TIMES),
+    "http_request_seconds": ("Time of answers, streams included.", ("route",), TIMES),
+}
+COUNTED: dict[str, tuple[str, tuple[str, ...]]] = {
+    "requests": ("Requests that are over, by how.", ("model", "task", "outcome")),
+    "images": ("Pictures that were handed over.", ("model",)),
+    "prompts_cut": ("Prompts of which tokens were cut off.", ("model",)),
+    "rejections": ("Requests that were not taken, by the code of the error.", ("reason",)),
+    "model_loads": ("Times a bundle was opened, by how that ended.", ("model", "outcome")),
+    "http_requests": ("Answers by route and status; 499: the client went away.", ("method", "route", "status")),
+}
+NOTED: dict[str, tuple[str, tuple[str, ...]]] = {
+    "memory_bytes": ("Memory of the device at the end of a stage, the most so far.", ("model", "stage")),
+    "model_load_seconds": ("Time that opening a bundle took, the last time.", ("model",)),
+    "build_info": ("Which release this is.", ("version",)),
+}
+
+
+class Metrics(ServiceObserver):
+    """All metrics of a server, in a registry of their own; what a service and its batchers tell is counted here."""
+
+    def __init__(self) -> None:
+        """Count from zero."""
+        self.registry = registry = CollectorRegistry()
+        self._times = {
+            name: Histogram(f"latentrt_{name}", text, labels, buckets=buckets, registry=registry)
+            for name, (text, labels, buckets) in HISTOGRAMS.items()
+        }
+        self._counts = {
+            name: Counter(f"latentrt_{name}", text, labels, registry=registry)
+            for name, (text, labels) in COUNTED.items()
+        }
+        self._values = {
+            name: Gauge(f"latentrt_{name}", text, labels, registry=registry) for name, (text, labels) in NOTED.items()
+        }
+        self._values["build_info"].labels(metadata.version("latentrt")).set(1)
+        self._most: dict[tuple[str, str], int] = {}
+        self.open_connections = 0
+        """Set by the server before every reading."""
+        ProcessCollector(registry=self.registry)
+        PlatformCollector(registry=self.registry)
+
+    def watch(self, service: Service) -> None:
+        """Read the states of a service and of its batchers whenever somebody asks."""
+        self.registry.register(_States(service, self))
+
+    def text(self) -> bytes:
+        """Return everything as Prometheus reads it."""
+        return generate_latest(self.registry)
+
+    def observer(self, model: str) -> Observer:
+        """Return what a model's batcher tells of its steps."""
+        return _Observer(self, model)
+
+    def answered(self, method: str, route: str, status: int, seconds: float, code: str | None) -> None:
+        """Count an answer."""
+        method = method if method in METHODS else "other"
+        self._counts["http_requests"].labels(method, route, str(status)).inc()
+        self._times["http_request_seconds"].labels(route).observe(seconds)
+        if code is not None and (status < 500 or status == 503):
+            self._counts["rejections"].labels(code).inc()
+
+    def ended(self, job: Job) -> None:
+        """Count a job that is over."""
+        task, outcome = job.work.task, job.outcome
+        self._counts["requests"].labels(job.model, task, outcome).inc()
+        if job.state != "succeeded":
+            return
+        self._counts["images"].labels(job.model).inc(len(job.pictures))
+        timings = job.facts.get("timings", {})
+        self._times["request_seconds"].labels(job.model, task).observe(timings.get("total", 0.0))
+        for stage in STAGES:
+            if stage in timings:
+                self._times["stage_seconds"].labels(job.model, stage).observe(timings[stage])
+        if cut := sum("is longer than" in warning for warning in job.facts.get("warnings", ())):
+            self._counts["prompts_cut"].labels(job.model).inc(cut)
+
+    def remembered(self, model: str, memory: Mapping[str, int]) -> None:
+        """Note the memory of the device in use at the end of stages."""
+        for stage, used in memory.items():
+            most = self._most[model, stage] = max(used, self._most.get((model, stage), 0))
+            self._values["memory_bytes"].labels(model, stage).set(most)
+
+    def loaded(self, model: str, seconds: float | None) -> None:
+        """Count a bundle that was opened in some seconds, or could not be."""
+        self._counts["model_loads"].labels(model, "failed" if seconds is None else "succeeded").inc()
+        if seconds is not None:
+            self._values["model_load_seconds"].labels(model).set(seconds)
+
+
+class _Observer(Observer):
+    """Counts what a batcher tells; steps are told on its own thread, and cost it microseconds."""
+
+    def __init__(self, metrics: Metrics, model: str) -> None:
+        self._metrics, self._model = metrics, model
+        self._wait = metrics._times["queue_wait_seconds"].labels(model)
+        self._steps: dict[int, Any] = {}
+
+    def stepped(self, bucket: int, used: int, seconds: float) -> None:
+        if bucket not in self._steps:
+            self._steps[bucket] = self._metrics._times["step_seconds"].labels(self._model, str(bucket))
+        self._steps[bucket].observe(seconds)
+
+    def admitted(self, queue_seconds: float) -> None:
+        self._wait.observe(queue_seconds)
+
+
+GAUGES: dict[str, str] = {
+    "queue_images": "Images that wait for a slot.",
+    "queue_oldest_seconds": "How long the image that came first has waited.",
+    "queue_work_seconds": "Seconds of steps that everything taken still needs.",
+    "running_images": "Images in slots.",
+    "slots": "Images that may be in flight of a size.",
+    "rows": "Network rows that they share.",
+    "failures_in_a_row": "Turns of the loop that failed since a step worked.",
+    "stuck_seconds": "How long the present turn of the loop has taken.",
+    "tensor_bytes": "Memory of the device that buffers hold.",
+}
+COUNTERS: dict[str, str] = {
+    "rows_used": "Network rows that had an image; over rows_run they are the occupancy.",
+    "rows_run": "Network rows that were computed.",
+    "rows_wasted": "Network rows that were computed for no image.",
+    "steps": "Steps that were run.",
+    "admissions": "Images that got a slot.",
+    "swaps": "Images that left their slot for one that was due earlier.",
+    "step_retries": "Steps that failed and were run again.",
+    "cancellations": "Requests that were cancelled.",
+    "deadlines_missed": "Requests that were not done in time.",
+}
+
+
+class _States(Collector):
+    """The states of a service and its batchers, at the moment of reading."""
+
+    def __init__(self, service: Service, metrics: Metrics) -> None:
+        self._service, self._metrics = service, metrics
+
+    def describe(self) -> Iterable[Metric]:
+        """Name what `collect` returns."""
+        return self._families().values()
+
+    def collect(self) -> Iterable[Metric]:
+        """Return everything."""
+        found, service = self._families(), self._service
+        for state in STATES:
+            found["state"].add_metric([state], float(service.state == state))
+        found["connections"].add_metric([], self._metrics.open_connections)
+        found["jobs_unfinished"].add_metric([], len(service.unfinished))
+        found["results_bytes"].add_metric([], service.store.sweep())
+        for model in service.models:
+            found["model_loaded"].add_metric([model.name], float(model.batcher is not None))
+            found["model_bytes"].add_metric([model.name], model.nbytes)
+            found["model_requests"].add_metric([model.name], model.unfinished)
+            counts = dict(model.counted)
+            if (batcher := model.batcher) is not None:
+                stats = batcher.stats()
+                for name, value in counts_of(stats).items():
+                    counts[name] = counts.get(name, 0) + value
+                for name, value in _gauges(stats).items():
+                    found[name].add_metric([model.name], value)
+                found["stuck_seconds"].add_metric([model.name], batcher.stuck_seconds)
+                found["tensor_bytes"].add_metric([model.name], batcher.pipe.backend.device.tensor_bytes())
+            for name in COUNTERS:
+                found[name].add_metric([model.name], counts.get(name, 0))
+        return found.values()
+
+    @staticmethod
+    def _families() -> dict[str, Any]:
+        found: dict[str, Any] = {
+            name: GaugeMetricFamily(f"latentrt_{name}", text, labels=["model"]) for name, text in GAUGES.items()
+        }
+        found |= {
+            name: CounterMetricFamily(f"latentrt_{name}", text, labels=["model"]) for name, text in COUNTERS.items()
+        }
+        one = {
+            "connections": "Connections that are open.",
+            "jobs_unfinished": "Requests that are not over.",
+            "results_bytes": "Memory of pictures that wait to be fetched.",
+        }
+        found |= {name: GaugeMetricFamily(f"latentrt_{name}", text) for name, text in one.items()}
+        of_model = {
+            "model_loaded": "Whether a bundle is open.",
+            "model_bytes": "Bytes of a bundle's files, which its memory is reckoned by.",
+            "model_requests": "Requests of a model that are not over.",
+        }
+        found |= {
+            name: GaugeMetricFamily(f"latentrt_{name}", text, labels=["model"]) for name, text in of_model.items()
+        }
+        return found | {"state": GaugeMetricFamily("latentrt_state", "Which state the server is in.", labels=["state"])}
+
+
+def _gauges(stats: Stats) -> dict[str, float]:
+    return {
+        "queue_images": stats.waiting,
+        "queue_oldest_seconds": stats.oldest_waiting_seconds,
+        "queue_work_seconds": stats.waiting_seconds,
+        "running_images": stats.running,
+        "slots": stats.slots,
+        "rows": stats.rows,
+        "failures_in_a_row": stats.failures_in_a_row,
+    }
