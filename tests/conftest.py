@@ -14,7 +14,10 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: over tiny models threads wait for each other
 
-IN_EXTRAS = ("diffusers", "huggingface_hub", "matplotlib", "psutil", "safetensors", "torch", "transformers")
+IN_EXTRAS = (
+    *("diffusers", "fastapi", "huggingface_hub", "httptools", "httpx2", "matplotlib", "openai", "prometheus_client"),
+    *("psutil", "safetensors", "schemathesis", "torch", "transformers", "uvicorn"),
+)
 
 
 @pytest.hookimpl(wrapper=True)
