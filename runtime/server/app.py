@@ -6,12 +6,15 @@ from importlib import metadata
 
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response
 
+from .. import sdapi
+from ..sdapi.errors import error_response
 from ..service import Service
 from . import health, jobs, openai
 from .auth import Keys
 from .context import Context
-from .errors import add_handlers
+from .errors import ApiError, add_handlers
 from .guard import Guard
 from .metrics import Metrics
 from .settings import HttpSettings
@@ -36,9 +39,10 @@ def create_app(service: Service, settings: HttpSettings | None = None, metrics: 
     add_handlers(app)
     app.include_router(openai.router(service, workers, settings.heartbeat))
     app.include_router(jobs.router(service, workers, settings.heartbeat))
+    app.include_router(sdapi.router(service, workers))
     app.include_router(health.router(service, metrics))
     app.add_middleware(Guard, settings=settings)
-    app.add_middleware(Context, keys=Keys(settings.keys), note=metrics.answered)
+    app.add_middleware(Context, keys=Keys(settings.keys), note=metrics.answered, shape=_shape)
     if settings.cors_origins:  # around it all: a browser asks for leave without a key
         app.add_middleware(
             CORSMiddleware,
@@ -48,3 +52,8 @@ def create_app(service: Service, settings: HttpSettings | None = None, metrics: 
             expose_headers=["x-request-id", "x-job-id", "retry-after"],
         )
     return app
+
+
+def _shape(path: str, error: ApiError) -> Response:
+    """Return the answer to a request that reached no route, as clients of its path read errors."""
+    return error_response(error) if path.startswith("/sdapi/") else error.response()

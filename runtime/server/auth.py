@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
 import hashlib
 import hmac
 from collections.abc import Mapping, Sequence
@@ -31,8 +33,7 @@ class Keys:
         """
         if not self._keys or path in OPEN:
             return ""
-        kind, _, given = headers.get(b"authorization", "").partition(" ")
-        given = given.strip() if kind.lower() == "bearer" else headers.get(b"x-api-key", "")
+        given = _given(headers)
         encoded, right = given.encode("utf-8", "replace"), False
         for key in self._keys:
             right |= hmac.compare_digest(hashlib.sha256(key).digest(), hashlib.sha256(encoded).digest())
@@ -46,6 +47,20 @@ class Keys:
                 headers={"www-authenticate": 'Bearer realm="latentrt"'},
             )
         return hashlib.sha256(b"latentrt owner " + encoded).hexdigest()[:16]
+
+
+def _given(headers: Mapping[bytes, str]) -> str:
+    """Return the key of a request, which may be the password of a user of any name."""
+    kind, _, given = headers.get(b"authorization", "").partition(" ")
+    if kind.lower() == "bearer":
+        return given.strip()
+    if kind.lower() == "basic":
+        try:
+            user, colon, password = base64.b64decode(given.strip(), validate=True).decode().partition(":")
+        except (binascii.Error, ValueError):
+            return ""
+        return password if colon else user
+    return headers.get(b"x-api-key", "")
 
 
 def keys_of_file(path: Path) -> tuple[str, ...]:

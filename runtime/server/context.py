@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..result import GenerationResult
@@ -32,13 +33,16 @@ QUIET = ("/health", "/v2/health/live", "/v2/health/ready", "/metrics")
 Note = Callable[[str, str, int, float, "str | None"], None]
 """Is told of a request: method, route, status, seconds, and the code of its error."""
 
+Shape = Callable[[str, ApiError], Response]
+"""Returns the answer to a request for a path that ended with an error."""
+
 
 class Context:
     """ASGI middleware, the outermost."""
 
-    def __init__(self, app: ASGIApp, keys: Keys, note: Note) -> None:
+    def __init__(self, app: ASGIApp, keys: Keys, note: Note, shape: Shape) -> None:
         """Answer for `app`."""
-        self._app, self._keys, self._note = app, keys, note
+        self._app, self._keys, self._note, self._shape = app, keys, note, shape
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -73,7 +77,7 @@ class Context:
                 log.exception("request %s failed", state["request_id"])
             if status:  # the answer has begun: a break is the only thing left to say
                 raise
-            await answer.response()(scope, receive, answered)
+            await self._shape(scope["path"], answer)(scope, receive, answered)
         finally:
             self._end(scope, status or GONE, time.perf_counter() - began)
 
