@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 from fastapi import Request
 from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
 
 from ..service import Work
 from ..service.errors import RefusedError
@@ -35,7 +36,13 @@ async def read_body(request: Request, schema: type[Body], workers: Workers) -> t
     kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     body: Body
     if kind in ("multipart/form-data", "application/x-www-form-urlencoded") and issubclass(schema, Edit):
-        body, files = await _form(request, schema)
+        try:
+            body, files = await _form(request, schema)
+        except HTTPException as error:
+            why = str(error.detail).rstrip(".")
+            raise ApiError(
+                400, f"the body is no form that can be read: {why[0].lower()}{why[1:]}", "invalid_request"
+            ) from error
     elif kind == "application/json" or kind.endswith("+json"):
         body = schema.model_validate_json(await request.body())
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 import time
 from collections.abc import Collection, Iterable
 from typing import Any
@@ -105,8 +106,9 @@ def protocol_of(settings: HttpSettings) -> type[asyncio.Protocol]:
             """Answer to what is no HTTP."""
             error = ApiError(400, msg[0].lower() + msg[1:].rstrip("."), "invalid_http")
             body = bytes(error.response().body)
-            head = f"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
-            self.transport.write(f"{head}connection: close\r\n\r\n".encode() + body)
+            head = ["HTTP/1.1 400 Bad Request", "content-type: application/json", f"content-length: {len(body)}"]
+            head += [f"x-request-id: req-{secrets.token_hex(12)}", "connection: close", "", ""]
+            self.transport.write("\r\n".join(head).encode() + body)
             self.transport.close()
 
     return Connection
