@@ -48,7 +48,7 @@ class Service:
         self.store = Store(results_seconds, results_bytes)
         self.state: Literal["loading", "ready", "draining", "failed"] = "loading"
         self._live: dict[str, Job] = {}
-        self._lock = threading.Lock()
+        self._lock, self._naming = threading.Lock(), threading.Lock()
         self._pool = ThreadPoolExecutor(max(2, min(8, os.cpu_count() or 2)), "latentrt pictures")
 
     def open(self) -> None:
@@ -75,8 +75,13 @@ class Service:
         `UnavailableError`.
         """
         self.check_ready()
-        if name is not None and (before := self.store.named(work.owner, name, asked_for)) is not None:
-            return before
+        if name is None:
+            return self._submit(work, keep, None, asked_for)
+        with self._naming:  # the same key may come twice at once
+            before = self.store.named(work.owner, name, asked_for)
+            return before or self._submit(work, keep, name, asked_for)
+
+    def _submit(self, work: Work, keep: bool, name: str | None, asked_for: str) -> Job:
         model = self.models.find(work.model)
         size = size_of(work, model.manifest, model.allowed)
         self.limits.check(work, model.manifest, size)

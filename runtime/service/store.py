@@ -10,6 +10,7 @@ from .errors import NotFoundError, RefusedError
 from .job import Job
 
 MAX_JOBS = 10_000
+SWEEP_SECONDS = 0.5
 
 
 class Store:
@@ -21,7 +22,7 @@ class Store:
         self._jobs: OrderedDict[str, Job] = OrderedDict()
         self._named: dict[tuple[str, str], tuple[str, str]] = {}  # owner, idempotency key: job, what was asked for
         self._name_of: dict[str, tuple[str, str]] = {}
-        self._lock = threading.Lock()
+        self._lock, self._swept = threading.Lock(), 0.0
 
     def add(self, job: Job, name: str | None = None, asked_for: str = "") -> None:
         """Keep a job, under an idempotency key of its owner if there is one."""
@@ -35,9 +36,9 @@ class Store:
     def named(self, owner: str, name: str, asked_for: str) -> Job | None:
         """Return the job of an idempotency key; raises `RefusedError` when something else was asked for with it."""
         with self._lock:
-            self._sweep()
+            self._look()
             found, before = self._named.get((owner, name), (None, ""))
-            if found is None:
+            if found is None or self._is_late(self._jobs[found]):
                 return None
             if before != asked_for:
                 raise RefusedError(
@@ -50,8 +51,10 @@ class Store:
     def find(self, owner: str, id: str) -> Job:
         """Return a job of an owner; raises `NotFoundError`."""
         with self._lock:
-            self._sweep()
+            self._look()
             job = self._jobs.get(id)
+            if job is not None and self._is_late(job):
+                job = None
         if job is None or job.work.owner != owner:
             raise NotFoundError(
                 f"there is no job {id[:60]!r}: it is another key's, or its result was dropped", "id", "job_not_found"
@@ -62,8 +65,9 @@ class Store:
     def of(self, owner: str) -> list[Job]:
         """Return the jobs of an owner, the newest first."""
         with self._lock:
-            self._sweep()
-            return [job for job in reversed(self._jobs.values()) if job.work.owner == owner]
+            self._look()
+            jobs = [job for job in reversed(self._jobs.values()) if job.work.owner == owner]
+            return [job for job in jobs if not self._is_late(job)]
 
     def all(self) -> list[Job]:
         """Return all jobs."""
@@ -80,11 +84,19 @@ class Store:
         with self._lock:
             return self._sweep()
 
+    def _is_late(self, job: Job) -> bool:
+        return job.finished is not None and job.finished < time.time() - self.ttl
+
+    def _look(self) -> None:
+        """Sweep, if that was not done a moment ago: clients ask often, and there may be many jobs."""
+        if time.monotonic() - self._swept > SWEEP_SECONDS:
+            self._sweep()
+
     def _sweep(self) -> int:
-        late = time.time() - self.ttl
+        self._swept = time.monotonic()
         over = [job for job in self._jobs.values() if job.finished is not None]
         for job in over:
-            if (job.finished or 0.0) < late:
+            if self._is_late(job):
                 self._drop(job.id)
         left = [job for job in over if job.id in self._jobs]
         sizes = {job.id: job.nbytes for job in left}
@@ -98,5 +110,6 @@ class Store:
 
     def _drop(self, id: str) -> None:
         self._jobs.pop(id, None)
-        if (owned := self._name_of.pop(id, None)) is not None:
-            self._named.pop(owned, None)
+        owned = self._name_of.pop(id, None)
+        if owned is not None and self._named[owned][0] == id:  # else a newer job has the name
+            del self._named[owned]
