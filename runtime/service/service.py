@@ -218,6 +218,7 @@ class Service:
         if gone is not None:
             self.models.let_go(model)
         if gone is not None and job.is_over:
+            self.store.ended(job)
             self.models.observer.ended(job)
 
     def drain(self, timeout: float) -> bool:

@@ -1,4 +1,4 @@
-"""Finished jobs that somebody may still ask for, bounded in time and bytes."""
+"""Jobs that somebody may still ask for, and their results, bounded in time and bytes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from .errors import NotFoundError, RefusedError
 from .job import Job
 
 MAX_JOBS = 10_000
-SWEEP_SECONDS = 0.5
 
 
 class Store:
@@ -20,9 +19,11 @@ class Store:
         """Keep nothing yet."""
         self.ttl, self.max_bytes = ttl, max_bytes
         self._jobs: OrderedDict[str, Job] = OrderedDict()
+        self._over: OrderedDict[str, tuple[float, int]] = OrderedDict()  # id: when it was over, bytes; oldest first
+        self._bytes = 0
         self._named: dict[tuple[str, str], tuple[str, str]] = {}  # owner, idempotency key: job, what was asked for
         self._name_of: dict[str, tuple[str, str]] = {}
-        self._lock, self._swept = threading.Lock(), 0.0
+        self._lock = threading.Lock()
 
     def add(self, job: Job, name: str | None = None, asked_for: str = "") -> None:
         """Keep a job, under an idempotency key of its owner if there is one."""
@@ -31,14 +32,23 @@ class Store:
             if name is not None:
                 owned = (job.work.owner, name)
                 self._named[owned], self._name_of[job.id] = (job.id, asked_for), owned
+            if job.is_over:  # before it was kept
+                self._note(job)
             self._sweep()
+
+    def ended(self, job: Job) -> None:
+        """Note the end of a job, from which on its result is kept for so long; one that is not kept is none of ours."""
+        with self._lock:
+            if job.id in self._jobs:
+                self._note(job)
+                self._sweep()
 
     def named(self, owner: str, name: str, asked_for: str) -> Job | None:
         """Return the job of an idempotency key; raises `RefusedError` when something else was asked for with it."""
         with self._lock:
-            self._look()
+            self._sweep()
             found, before = self._named.get((owner, name), (None, ""))
-            if found is None or self._is_late(self._jobs[found]):
+            if found is None:
                 return None
             if before != asked_for:
                 raise RefusedError(
@@ -51,10 +61,8 @@ class Store:
     def find(self, owner: str, id: str) -> Job:
         """Return a job of an owner; raises `NotFoundError`."""
         with self._lock:
-            self._look()
+            self._sweep()
             job = self._jobs.get(id)
-            if job is not None and self._is_late(job):
-                job = None
         if job is None or job.work.owner != owner:
             raise NotFoundError(
                 f"there is no job {id[:60]!r}: it is another key's, or its result was dropped", "id", "job_not_found"
@@ -65,14 +73,8 @@ class Store:
     def of(self, owner: str) -> list[Job]:
         """Return the jobs of an owner, the newest first."""
         with self._lock:
-            self._look()
-            jobs = [job for job in reversed(self._jobs.values()) if job.work.owner == owner]
-            return [job for job in jobs if not self._is_late(job)]
-
-    def all(self) -> list[Job]:
-        """Return all jobs."""
-        with self._lock:
-            return list(self._jobs.values())
+            self._sweep()
+            return [job for job in reversed(self._jobs.values()) if job.work.owner == owner]
 
     def drop(self, job: Job) -> None:
         """Forget a job."""
@@ -82,34 +84,25 @@ class Store:
     def sweep(self) -> int:
         """Drop what has expired, and return the bytes of what is left."""
         with self._lock:
-            return self._sweep()
-
-    def _is_late(self, job: Job) -> bool:
-        return job.finished is not None and job.finished < time.time() - self.ttl
-
-    def _look(self) -> None:
-        """Sweep, if that was not done a moment ago: clients ask often, and there may be many jobs."""
-        if time.monotonic() - self._swept > SWEEP_SECONDS:
             self._sweep()
+            return self._bytes
 
-    def _sweep(self) -> int:
-        self._swept = time.monotonic()
-        over = [job for job in self._jobs.values() if job.finished is not None]
-        for job in over:
-            if self._is_late(job):
-                self._drop(job.id)
-        left = [job for job in over if job.id in self._jobs]
-        sizes = {job.id: job.nbytes for job in left}
-        total, count = sum(sizes.values()), len(self._jobs)
-        for job in sorted(left, key=lambda job: job.finished or 0.0):
-            if total <= self.max_bytes and count <= MAX_JOBS:
-                break
-            total, count = total - sizes[job.id], count - 1
-            self._drop(job.id)
-        return total
+    def _note(self, job: Job) -> None:
+        if job.id not in self._over:
+            self._over[job.id] = (time.monotonic(), job.nbytes)
+            self._bytes += job.nbytes
+
+    def _sweep(self) -> None:
+        late = time.monotonic() - self.ttl
+        while self._over:
+            id, (ended, _) = next(iter(self._over.items()))
+            if ended > late and self._bytes <= self.max_bytes and len(self._jobs) <= MAX_JOBS:
+                return
+            self._drop(id)
 
     def _drop(self, id: str) -> None:
         self._jobs.pop(id, None)
+        self._bytes -= self._over.pop(id, (0.0, 0))[1]
         owned = self._name_of.pop(id, None)
-        if owned is not None and self._named[owned][0] == id:  # else a newer job has the name
+        if owned is not None and self._named[owned][0] == id:
             del self._named[owned]

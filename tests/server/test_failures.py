@@ -124,7 +124,7 @@ def test_a_deadline_that_cannot_be_met_is_refused_at_once(http: httpx2.Client) -
 def test_a_deadline_that_passes(served: Served, http: httpx2.Client) -> None:
     with held() as free:
         threading.Timer(0.6, free.set).start()
-        answer = generate(http, timeout=0.4)
+        answer = generate(http, num_inference_steps=1, timeout=0.4)
     assert (answer.status_code, error_of(answer)["code"]) == (504, "deadline_exceeded")
     assert answer.headers["x-should-retry"] == "false"
     assert_well(served)

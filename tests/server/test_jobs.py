@@ -107,6 +107,7 @@ def test_an_idempotency_key_gives_the_same_job(served: Served, http: httpx2.Clie
 
 
 def test_an_idempotency_key_of_requests_that_come_at_once(served: Served) -> None:
+    until(lambda: not served.service.unfinished)
     with held(), ThreadPoolExecutor(8) as pool, served.http() as http:
         key = {"idempotency-key": "at-once"}
         found = {job["id"] for job in pool.map(lambda _: submit(http, key), range(8))}
@@ -122,8 +123,8 @@ def test_what_is_wrong_with_a_job_is_said_at_once(http: httpx2.Client) -> None:
 
 def test_the_error_of_a_job_that_failed_is_kept(http: httpx2.Client) -> None:
     with held() as free:
-        job = submit(http, timeout=0.05)
-        assert not free.wait(0.1)
+        job = submit(http, num_inference_steps=1, timeout=0.5)
+        assert not free.wait(0.6)
         free.set()
         said = done(http, job["id"])
     assert said["state"] == "failed" and said["error"]["code"] == "deadline_exceeded"

@@ -26,6 +26,7 @@ WEB_UI = {
     "LMS": "lms",
     "Heun": "heun",
     "DPM2": "dpm_2_karras",
+    "DPM2 a": "dpm_2_a_karras",
     "DDIM": "ddim",
     "PLMS": "plms",
     "UniPC": "unipc",

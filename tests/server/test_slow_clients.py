@@ -1,0 +1,169 @@
+"""Clients that are slow, many, or no clients at all: none of them holds the server up."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import uvicorn
+from latentrt.runtime.server import HttpSettings
+from latentrt.runtime.server.guard import protocol_of, watch_connections
+from latentrt.runtime.server.lifecycle import bound
+from latentrt.runtime.server.metrics import Metrics
+
+from .conftest import Served, generate, until
+
+HEAD = b"POST /v1/images/generations HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+
+
+@pytest.fixture(scope="module")
+def impatient(request: pytest.FixtureRequest) -> Iterator[Served]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("latentrt.runtime.server.guard.LOOK_SECONDS", 0.02)
+        patch.setattr("latentrt.runtime.server.guard.GRACE", 0.2)
+        patch.setattr("latentrt.runtime.server.guard.SPARE", 3)
+        with Served(http=HttpSettings(body_timeout=0.3, send_timeout=0.3, max_connections=6)) as served:
+            yield served
+
+
+def connected(served: Served) -> socket.socket:
+    client = socket.create_connection(("127.0.0.1", int(served.url.rpartition(":")[2])))
+    client.settimeout(20)
+    return client
+
+
+def read(client: socket.socket) -> bytes:
+    """Return what comes until the server closes or cuts the connection."""
+    found = b""
+    try:
+        while data := client.recv(65536):
+            found += data
+    except ConnectionResetError:
+        pass
+    return found
+
+
+def test_a_body_that_does_not_come(impatient: Served) -> None:
+    with connected(impatient) as client:
+        client.sendall(HEAD + b'content-length: 100\r\n\r\n{"prompt"')
+        head, _, body = read(client).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 408") and b"x-should-retry: false" in head
+    assert json.loads(body)["error"]["code"] == "body_timeout"
+
+
+def test_a_body_that_comes_byte_by_byte(impatient: Served) -> None:
+    with connected(impatient) as client:
+        client.sendall(HEAD + b"content-length: 100000\r\n\r\n")
+        stop = threading.Event()
+
+        def drip() -> None:
+            while not stop.wait(0.01):
+                try:
+                    client.send(b" ")
+                except OSError:
+                    return
+
+        thread = threading.Thread(target=drip)
+        thread.start()
+        assert read(client).startswith(b"HTTP/1.1 408")
+        stop.set()
+        thread.join()
+
+
+@pytest.mark.parametrize("sent", [b"", b"POST /v1/ima", HEAD], ids=["nothing", "half a line", "half a head"])
+def test_a_head_that_does_not_come(impatient: Served, sent: bytes) -> None:
+    with connected(impatient) as client:
+        client.sendall(sent)
+        assert read(client) == b""
+
+
+def test_a_second_head_that_does_not_come(impatient: Served) -> None:
+    with connected(impatient) as client:
+        client.sendall(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\nGET /heal")
+        answer = read(client)
+    assert answer.startswith(b"HTTP/1.1 200") and answer.count(b"HTTP/1.1") == 1
+
+
+def test_a_client_that_sends_on_after_its_answer_is_cut(impatient: Served) -> None:
+    with connected(impatient) as client:
+        client.sendall(HEAD.replace(b"/v1/images/generations", b"/nothing") + b"content-length: 100000\r\n\r\n")
+        answer = read(client)
+    assert answer.startswith(b"HTTP/1.1 404")
+
+
+def test_what_is_no_http(impatient: Served) -> None:
+    with connected(impatient) as client:
+        client.sendall(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03")
+        head, _, body = read(client).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400") and json.loads(body)["error"]["code"] == "invalid_http"
+
+
+def test_more_connections_than_there_may_be(impatient: Served) -> None:
+    until(lambda: not impatient.server.server_state.connections)
+    ask = b"GET /health HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"
+    clients = [connected(impatient) for _ in range(6)]
+    until(lambda: len(impatient.server.server_state.connections) == 6)
+    with connected(impatient) as beyond:
+        beyond.sendall(ask)
+        head, _, body = read(beyond).partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 503") and b"retry-after: 1" in head
+        assert json.loads(body)["error"]["code"] == "too_many_connections"
+    assert impatient.metrics.open_connections <= 7
+    for client in clients:
+        client.close()
+    until(lambda: not impatient.server.server_state.connections)
+    with connected(impatient) as client:
+        client.sendall(ask)
+        assert read(client).startswith(b"HTTP/1.1 200")
+
+
+def test_fast_clients_are_served_all_the_while(impatient: Served) -> None:
+    with impatient.http() as http:
+        assert generate(http).status_code == 200
+
+
+def test_a_client_that_reads_nothing_is_cut() -> None:
+    """Against an answer that no buffer holds."""
+    gone = threading.Event()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": bytes(1 << 26), "more_body": True})
+        await send({"type": "http.response.body", "body": bytes(1 << 26), "more_body": True})
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        gone.set()
+
+    settings, metrics = HttpSettings(send_timeout=0.2), Metrics()
+    config = uvicorn.Config(app, http=protocol_of(settings), log_config=None, lifespan="off", ws="none")
+    server, listener = uvicorn.Server(config), bound("127.0.0.1", 0)
+
+    async def run() -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("latentrt.runtime.server.guard.LOOK_SECONDS", 0.02)
+            watch = asyncio.create_task(watch_connections(server.server_state.connections, settings, metrics))
+            await server.serve(sockets=[listener])
+            watch.cancel()
+
+    thread = threading.Thread(target=asyncio.run, args=[run()])
+    thread.start()
+    with (
+        socket.create_connection(listener.getsockname()) as slow,
+        socket.create_connection(listener.getsockname()) as fast,
+    ):
+        for client in (slow, fast):
+            client.sendall(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
+        end = time.monotonic() + 1.0
+        while time.monotonic() < end:  # one that reads a little all the while is let go on
+            fast.recv(1 << 20)
+            time.sleep(0.02)
+        assert len(server.server_state.connections) == 1 and gone.wait(10)
+    server.should_exit = True
+    thread.join(20)
+    assert not thread.is_alive()
