@@ -33,7 +33,7 @@ SAMPLERS: tuple[Named, ...] = (
     Named("LMS", "lms", "", ("k_lms",)),
     Named("Heun", "heun", "", ("k_heun",)),
     Named("DPM2", "dpm_2", "karras", ("k_dpm_2",)),
-    Named("DPM2 a", "dpm_2_a", "", ("k_dpm_2_a",)),
+    Named("DPM2 a", "dpm_2_a", "karras", ("k_dpm_2_a",)),
     Named("DDIM", "ddim"),
     Named("PLMS", "plms"),
     Named("UniPC", "unipc"),

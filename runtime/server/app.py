@@ -8,7 +8,7 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
-from .. import sdapi
+from .. import page, sdapi
 from ..sdapi.errors import error_response
 from ..service import Service
 from . import health, jobs, openai
@@ -35,11 +35,13 @@ def create_app(service: Service, settings: HttpSettings | None = None, metrics: 
         description="Text to pictures: OpenAI's Images API with more fields, and jobs.",
         docs_url=None,  # its pages load scripts from elsewhere
         redoc_url=None,
+        redirect_slashes=False,  # every path is one
     )
     add_handlers(app)
     app.include_router(openai.router(service, workers, settings.heartbeat))
     app.include_router(jobs.router(service, workers, settings.heartbeat))
     app.include_router(sdapi.router(service, workers))
+    app.include_router(page.router())
     app.include_router(health.router(service, metrics))
     app.add_middleware(Guard, settings=settings)
     app.add_middleware(Context, keys=Keys(settings.keys), note=metrics.answered, shape=_shape)

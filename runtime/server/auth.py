@@ -10,9 +10,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ...engines.errors import RequestError
+from ..page import PATHS
 from .errors import ApiError
 
-OPEN = ("/health", "/v2/health/live", "/v2/health/ready", "/version", "/metrics", "/openapi.json", "/")
+OPEN = ("/health", "/v2/health/live", "/v2/health/ready", "/version", "/metrics", "/openapi.json", *PATHS)
 """Paths that need no key: what they say is no client's."""
 
 

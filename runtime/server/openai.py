@@ -134,6 +134,7 @@ def capabilities(service: Service, model: Model) -> dict[str, Any]:
             "sampler": manifest.scheduler.get("_class_name"),
         },
         "samplers": [sampler.name for sampler in describe()],
+        "spacings": {sampler.name: list(sampler.suffixes) for sampler in describe() if sampler.suffixes},
         "limits": {
             "n": limits.images,
             "num_inference_steps": limits.steps,
