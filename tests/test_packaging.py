@@ -38,7 +38,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
         pytest.skip(f"building needs setuptools 77 or later, here is {setuptools.__version__}")
     folder = tmp_path_factory.mktemp("build")
     for path in ROOT.iterdir():  # a build writes into its source: it gets a folder of links
-        if path.name in {*FOLDERS, "docs", "examples", "tests", ".ci", ".github"} or path.is_file():
+        if path.name in {*FOLDERS, "deploy", "docs", "examples", "tests", ".ci", ".github"} or path.is_file():
             (folder / path.name).symlink_to(path)
     command = [sys.executable, "-c", SETUP, "egg_info", "build_py", "--build-lib", "lib"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
@@ -75,7 +75,7 @@ def test_the_build_warns_of_nothing(built: Built) -> None:
 def test_the_source_distribution_can_be_tested(built: Built) -> None:
     wanted = {"Makefile", "constraints.txt", "zensical.toml", "CHANGELOG.md", ".ci/run", ".ci/reference.py"}
     wanted |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "tests").rglob("*.py")}
-    for folder in ("docs", "examples"):
+    for folder in ("deploy", "docs", "examples"):
         wanted |= {path.relative_to(ROOT).as_posix() for path in (ROOT / folder).rglob("*.??*")}
     assert {name for name in wanted - built.source if "__pycache__" not in name} == set()
 

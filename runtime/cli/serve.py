@@ -12,7 +12,7 @@ from ...engines.errors import MissingExtraError, RequestError
 from ..sizes import parse_size
 from .generate import _embedded
 from .interrupts import INTERRUPTED
-from .options import BackendOptions, backend_options, bytes_of
+from .options import backend_options, bytes_of
 
 PREFIX = "LATENTRT_SERVE_"
 KEY_VARIABLE = PREFIX + "API_KEY"
@@ -63,7 +63,10 @@ def serve(
     ] = None,
     backend: Annotated[str, _option("--backend", help="Backend (default: the fastest that works).")] = "auto",
     threads: Annotated[int | None, _option("--threads", min=1, help="Processor threads.")] = None,
-    options: BackendOptions = None,
+    options: Annotated[
+        list[str] | None,
+        _option("--option", "-O", metavar="NAME=VALUE", help="Option of the backend; may be repeated."),
+    ] = None,
     models_budget: Annotated[
         str | None,
         _option("--models-budget", metavar="BYTES", help="Bytes of bundles that are open at a time (default: all)."),

@@ -23,7 +23,19 @@ from latentrt.runtime.sampling import step_table
 from latentrt.runtime.sampling.catalog import SAMPLERS
 from latentrt.runtime.sampling.registry import names
 
-COMMANDS = ["generate", "export", "build", "inspect", "verify", "samplers", "backends", "env", "cache", "bench"]
+COMMANDS = [
+    "generate",
+    "serve",
+    "export",
+    "build",
+    "inspect",
+    "verify",
+    "samplers",
+    "backends",
+    "env",
+    "cache",
+    "bench",
+]
 
 
 def output(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:

@@ -1,0 +1,190 @@
+"""Several bundles in one process: by name, within a budget, opened beside what runs."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+from latentrt.engines.bundle import Bundle
+from latentrt.engines.errors import BundleError, EngineError, RequestError
+from latentrt.export.embedded import ensure_bundle
+from latentrt.runtime.service import Models, ModelSettings
+from latentrt.runtime.service.models import Model, named_bundles
+
+from .conftest import Served, error_of, generate, held, until
+
+
+def bundles(*names: str) -> dict[str, Bundle]:
+    return {name: Bundle.open(ensure_bundle()) for name in names}
+
+
+@pytest.fixture(scope="module")
+def room() -> int:
+    """Bytes in which one bundle fits and two do not."""
+    model = Model("embedded", Bundle.open(ensure_bundle()), ModelSettings())
+    return int(1.5 * model.nbytes)
+
+
+@contextmanager
+def opening_held() -> Iterator[threading.Event]:
+    """Hold the opening of bundles until the event is set, or the block ends."""
+    free, opened = threading.Event(), Model.open
+
+    def waiting(model: Model, *given: Any, **named: Any) -> None:
+        assert free.wait(120)
+        opened(model, *given, **named)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Model, "open", waiting)
+        try:
+            yield free
+        finally:
+            free.set()
+
+
+def states(served: Served) -> dict[str, str]:
+    return {model.name: model.state for model in served.service.models}
+
+
+def test_models_by_name_and_by_other_names() -> None:
+    with Served(bundles("one", "two"), aliases={"gpt-image-1": "two"}) as served, served.http() as http:
+        assert states(served) == {"one": "ready", "two": "ready"}
+        asked = (None, "one"), ("one", "one"), ("two", "two"), ("gpt-image-1", "two")
+        assert [generate(http, model=name).json()["model"] for name, _ in asked] == [found for _, found in asked]
+        answer = generate(http, model="three")
+        assert answer.status_code == 404 and "one, two, gpt-image-1" in error_of(answer)["message"]
+        assert [each["id"] for each in http.get("/v1/models").json()["data"]] == ["one", "two"]
+        assert http.get("/v1/models/gpt-image-1").json()["id"] == "two"
+
+
+def test_the_longest_idle_bundle_goes_for_another(room: int) -> None:
+    with Served(bundles("one", "two", "three"), budget=room) as served, served.http() as http:
+        assert states(served) == {"one": "ready", "two": "cold", "three": "cold"}
+        first = generate(http, model="one").json()["data"]
+        for name in ("two", "three", "one"):
+            assert generate(http, model=name).status_code == 200
+            assert states(served) == {each: "ready" if each == name else "cold" for each in ("one", "two", "three")}
+        assert generate(http, model="one").json()["data"][0]["seed"] == first[0]["seed"]
+        text = http.get("/metrics").text
+        assert 'latentrt_model_loads_total{model="one",outcome="succeeded"} 2.0' in text
+        assert 'latentrt_admissions_total{model="one"} 3.0' in text  # those before it was closed are counted
+
+
+def test_a_bundle_with_work_stays(room: int) -> None:
+    with Served(bundles("one", "two"), budget=room) as served, served.http() as http, ThreadPoolExecutor() as pool:
+        with held() as free:
+            running = pool.submit(generate, http, model="one")
+            until(lambda: served.service.unfinished)
+            answer = generate(http, model="two")
+            assert (answer.status_code, error_of(answer)["code"]) == (503, "model_not_loaded")
+            assert 1 <= int(answer.headers["retry-after"]) <= 120
+            free.set()
+            assert running.result().status_code == 200
+        until(lambda: not served.service.unfinished)
+        assert generate(http, model="two").status_code == 200
+
+
+def test_opening_one_holds_up_no_other(room: int) -> None:
+    both = 2 * room
+    with Served(bundles("one", "two"), budget=both) as served, served.http() as http, ThreadPoolExecutor() as pool:
+        two = served.service.models.find("two")
+        two.close(two.taken())
+        with opening_held() as free:
+            waiting = pool.submit(generate, http, model="two")
+            job = http.post("/v1/jobs", json={"prompt": "x", "size": "64x64", "model": "two"}).json()
+            until(lambda: len(served.service.unfinished) == 2)
+            assert job["state"] == "loading" and states(served)["two"] == "loading"
+            assert [generate(http, model="one").status_code for _ in range(3)] == [200] * 3
+            assert http.get("/health").status_code == 200
+            cancelled = http.post("/v1/jobs", json={"prompt": "x", "size": "64x64", "model": "two"}).json()
+            http.post(f"/v1/jobs/{cancelled['id']}/cancel")
+            free.set()
+            assert waiting.result().status_code == 200
+        until(lambda: http.get(f"/v1/jobs/{job['id']}").json()["state"] == "succeeded")
+        assert http.get(f"/v1/jobs/{cancelled['id']}").json()["state"] == "cancelled"
+        until(lambda: two.unfinished == 0)
+
+
+def ask(http: httpx2.Client, stream: bool, **fields: Any) -> httpx2.Response:
+    body = {"prompt": "x", "size": "64x64", "stream": stream, **fields}
+    return http.post("/v1/images/generations", json=body)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_is_known_only_once_a_bundle_is_open_has_the_same_answer(stream: bool) -> None:
+    with Served(bundles("one", "two")) as served, served.http() as http, ThreadPoolExecutor() as pool:
+        two = served.service.models.find("two")
+        two.close(two.taken())
+        with opening_held() as free:
+            bad = pool.submit(ask, http, stream, model="two", sampler="nothing")
+            good = pool.submit(ask, http, stream, model="two", num_inference_steps=2)
+            until(lambda: len(served.service.unfinished) == 2)
+            free.set()
+            assert bad.result().status_code == 400 and error_of(bad.result())["param"] == "sampler"
+            assert good.result().status_code == 200
+
+
+def test_a_bundle_that_cannot_be_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Served(bundles("one", "two")) as served, served.http() as http:
+        two = served.service.models.find("two")
+        two.close(two.taken())
+        with monkeypatch.context() as patch:
+
+            def fails(*_: Any, **__: Any) -> None:
+                raise EngineError("no such device")
+
+            patch.setattr(Model, "open", fails)
+            answer = generate(http, model="two")
+            assert (answer.status_code, error_of(answer)["code"]) == (500, "engine_error")
+            assert generate(http, model="one").status_code == 200
+        assert generate(http, model="two").status_code == 200  # it is tried again
+        assert 'outcome="failed"} 1.0' in http.get("/metrics").text
+
+
+def test_sizes_of_a_static_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As TensorRT's: what is not warmed up has no engines, and none are built for a request."""
+    with Served() as served, served.http() as http:
+        model = served.service.models.find(None)
+        assert model.batcher is not None
+        monkeypatch.setattr(type(model.batcher.pipe.backend), "dynamic", property(lambda backend: False))
+        answer = generate(http, size="128x64")
+        assert (answer.status_code, error_of(answer)["code"]) == (400, "unsupported_size")
+        assert "64x64" in error_of(answer)["message"] and generate(http, size="auto").json()["size"] == "64x64"
+        assert http.get("/v1/models/embedded").json()["other_sizes"] is False
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"bundles": {}}, "no bundle"),
+        ({"aliases": {"a": "b"}}, "alias a=b"),
+        ({"budget": 1000}, "more than all may have"),
+        ({"settings": ModelSettings(sizes=((65, 64),))}, "multiple of 8"),
+    ],
+)
+def test_settings_that_cannot_be(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        Models(**{"bundles": bundles("one"), "settings": ModelSettings(), **given})
+
+
+def test_names_of_bundles(tmp_path: Path) -> None:
+    path = str(ensure_bundle())
+    assert list(named_bundles([f"mine={path}", path])) == ["mine", Path(path).name]
+    with pytest.raises(RequestError, match="give NAME=PATH"):
+        named_bundles([path, path])
+    with pytest.raises(BundleError, match="does not exist"):
+        named_bundles([str(tmp_path / "a=b")])
+
+
+def test_a_batcher_that_was_closed_leaves_no_thread(room: int) -> None:
+    with Served(bundles("one", "two"), budget=room) as served, served.http() as http:
+        before = sum(thread.name == "latentrt batcher" for thread in threading.enumerate())
+        for name in ("two", "one", "two"):
+            assert generate(http, model=name).status_code == 200
+        assert sum(thread.name == "latentrt batcher" for thread in threading.enumerate()) == before
