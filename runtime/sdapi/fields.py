@@ -13,6 +13,7 @@ from ..service.errors import RefusedError
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Text = Annotated[str, Field(max_length=1_000_000)]
 Count = Annotated[int, Field(ge=1, le=1024)]
+Blur = Annotated[float, Field(ge=0, le=256, allow_inf_nan=False, description="Pixels that its edge is softened by.")]
 Side = Annotated[int, Field(ge=1, le=65536)]
 
 
@@ -59,6 +60,9 @@ class ImageToImage(TextToImage):
     mask: str | None = None
     denoising_strength: Number = 0.75
     resize_mode: Annotated[int, Field(ge=0, le=3, description="0 stretch, 1 cut, 2 fill.")] = 0
+    mask_blur: Blur = 4
+    mask_blur_x: Blur | None = None
+    mask_blur_y: Blur | None = None
     inpainting_fill: Annotated[int, Field(ge=0, le=3, description="0 fill with what is around, 1 as it is.")] = 0
     inpaint_full_res: bool = True
     inpaint_full_res_padding: Annotated[int, Field(ge=0, le=65536)] = 0
@@ -110,9 +114,6 @@ NOTED: Mapping[str, Test] = {
     "restore_faces": _is_on,
     "save_images": _is_on,
     "s_min_uncond": _is_positive,
-    "mask_blur": lambda value: _is_positive(value) and value != 4,
-    "mask_blur_x": lambda value: _is_positive(value) and value != 4,
-    "mask_blur_y": lambda value: _is_positive(value) and value != 4,
     "initial_noise_multiplier": lambda value: value not in (None, 1),
     "image_cfg_scale": lambda value: value not in (None, 1.5),
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image, ImageFilter, ImageOps
 
-from ..pictures.initial import centred, filled
+from ..pictures.initial import LANCZOS, centred, filled
 from ..pictures.load import load_image
 from ..service.errors import RefusedError
 from ..service.pictures import bytes_of_text, decoded, picture_of
@@ -22,7 +22,7 @@ def initial_picture(text: str) -> Image.Image:
 
 
 def initial_mask(text: str, *, invert: bool) -> Image.Image:
-    """Return a mask in which white is repainted; raises `RefusedError`.
+    """Return a gray mask in which white is repainted; raises `RefusedError`.
 
     A mask with transparency is painted where it is opaque, one without where it is white.
     """
@@ -31,26 +31,30 @@ def initial_mask(text: str, *, invert: bool) -> Image.Image:
         if image.has_transparency_data:
             alpha = image.convert("RGBA").getchannel("A")
             if np.asarray(alpha).min() < 255:
-                return alpha.convert("RGB")
+                return alpha
         return load_image(image, "mask")
 
     mask = decoded(bytes_of_text(text, "mask"), "mask", painted)
+    mask = mask.convert("L")
     return ImageOps.invert(mask) if invert else mask
 
 
 def sized(picture: Image.Image, width: int, height: int, mode: int) -> Image.Image:
     """Return a picture at a size, by one of the web UI's modes; raises `RefusedError` for the fourth."""
     if mode == STRETCH or picture.size == (width, height):
-        return picture  # the pipeline stretches
+        return picture.resize((width, height), LANCZOS)
     if mode not in (CUT, FILL):
         raise RefusedError(f"resize_mode is {mode}: give 0 to stretch, 1 to cut or 2 to fill", "resize_mode")
     return (centred if mode == CUT else filled)(picture, width, height)
 
 
 def spread(picture: Image.Image, mask: Image.Image) -> Image.Image:
-    """Return a picture whose masked part has the colors of what is around it, as the web UI's masked content "fill"."""
+    """Return a picture whose masked part has the colors of what is around it, as the web UI's masked content "fill".
+
+    The mask is gray and of the picture's size.
+    """
     around = Image.new("RGBa", picture.size)
-    around.paste(picture.convert("RGBA").convert("RGBa"), mask=ImageOps.invert(mask.convert("L").resize(picture.size)))
+    around.paste(picture.convert("RGBA").convert("RGBa"), mask=ImageOps.invert(mask))
     whole = Image.new("RGBA", picture.size)
     for radius, times in BLURS:
         blurred = around.filter(ImageFilter.GaussianBlur(radius)).convert("RGBA")

@@ -7,8 +7,9 @@ import secrets
 from dataclasses import dataclass
 from typing import Any
 
-from PIL import Image
+from PIL import ImageFilter
 
+from ...engines.bundle import LatentInfo
 from ...engines.errors import LatentRTError, RequestError
 from ..prompt.chunks import takes_chunks
 from ..prompt.embeddings import conditioning_tensor
@@ -77,9 +78,8 @@ def drawing_of(
             arguments["eta"] = body.eta
         elif body.eta not in (0, 1):  # fresh noise is whole here, which clients call 1, and older ones 0
             notes.append("eta")
-    arguments |= _size(body, model)
-    if isinstance(body, ImageToImage):
-        arguments |= _pictures(body, arguments.get("width"), arguments.get("height"))
+    latent = model.manifest.latent
+    arguments |= _pictures(body, latent) if isinstance(body, ImageToImage) else _size(body, latent)
     work = Work(
         arguments,
         model=model.name,
@@ -117,46 +117,48 @@ def _takes_eta(sampler: str | None, model: Model) -> bool:
         return False
 
 
-def _size(body: TextToImage, model: Model) -> dict[str, int]:
+def _size(body: TextToImage, latent: LatentInfo) -> dict[str, int]:
     """Return width and height: one alone gets the model's own for the other, and none is left to the service."""
     if body.width is None and body.height is None:
         return {}
-    latent = model.manifest.latent
     return {"width": body.width or latent.default_width, "height": body.height or latent.default_height}
 
 
-def _pictures(body: ImageToImage, width: int | None, height: int | None) -> dict[str, Any]:
-    """Return what is drawn from, raises `RefusedError`."""
+def _pictures(body: ImageToImage, latent: LatentInfo) -> dict[str, Any]:
+    """Return what is drawn from, and at which size where the request or a mask says so; raises `RefusedError`."""
     if len(body.init_images) != 1:
         count = len(body.init_images)
         raise RefusedError(f"init_images is {count} pictures: give one, as base64 or a data: URL", "init_images")
     if not body.denoising_strength > 0:
         raise RefusedError("denoising_strength is 0, which draws nothing: give more, to 1", "denoising_strength")
-    picture = initial_picture(body.init_images[0])
-    mask = None if not body.mask else initial_mask(body.mask, invert=bool(body.inpainting_mask_invert))
-    arguments: dict[str, Any] = {"strength": body.denoising_strength}
-    alone = mask is not None and body.inpaint_full_res
-    if width is not None and height is not None and not alone:
-        picture = sized(picture, width, height, body.resize_mode)
-        mask = mask and sized(mask, width, height, body.resize_mode)
-    if mask is not None:
-        arguments["mask_image"] = mask
-        if body.inpainting_fill > 1:
-            raise RefusedError(
-                f"inpainting_fill is {body.inpainting_fill}: give 0 to begin with the colors around the mask, or 1 "
-                "with what is there; denoising_strength 1 begins with noise",
-                "inpainting_fill",
-            )
-        if alone:
-            mask = arguments["mask_image"] = mask if mask.size == picture.size else mask.resize(picture.size)
-            arguments["padding_mask_crop"] = body.inpaint_full_res_padding
-        if body.inpainting_fill == 0:
-            picture = spread(picture, _hard(mask))
-    return {"image": picture, **arguments}
-
-
-def _hard(mask: Image.Image) -> Image.Image:
-    return mask.convert("L").point(lambda value: 255 * (value > 127))
+    picture, size = initial_picture(body.init_images[0]), _size(body, latent)
+    arguments: dict[str, Any] = {"strength": body.denoising_strength, **size}
+    if not body.mask:
+        if size:
+            picture = sized(picture, size["width"], size["height"], body.resize_mode)
+        return {**arguments, "image": picture}
+    mask = initial_mask(body.mask, invert=bool(body.inpainting_mask_invert))
+    if mask.size != picture.size:
+        mask = mask.resize(picture.size)
+    if body.inpainting_fill > 1:
+        raise RefusedError(
+            f"inpainting_fill is {body.inpainting_fill}: give 0 to begin with the colors around the mask, or 1 with "
+            "what is there; denoising_strength 1 begins with noise",
+            "inpainting_fill",
+        )
+    padding = body.inpaint_full_res_padding
+    if not body.inpaint_full_res:  # the whole picture is drawn, and pasted where the mask is
+        multiple = latent.size_multiple
+        width, height = (max(multiple, side // multiple * multiple) for side in picture.size)
+        width, height = size.get("width", width), size.get("height", height)
+        picture, mask = (sized(each, width, height, body.resize_mode) for each in (picture, mask))
+        arguments |= {"width": width, "height": height}
+        padding = max(width, height)
+    if body.inpainting_fill == 0:
+        picture = spread(picture, mask.point(lambda value: 255 * (value > 127)))
+    blur = tuple(body.mask_blur if given is None else given for given in (body.mask_blur_x, body.mask_blur_y))
+    mask = mask.filter(ImageFilter.GaussianBlur(blur)).convert("RGB")
+    return {**arguments, "image": picture, "mask_image": mask, "padding_mask_crop": padding}
 
 
 def renamed(message: str) -> str:
