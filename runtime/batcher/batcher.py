@@ -22,9 +22,10 @@ from .deliver import Deliverer
 from .encode import Encoder
 from .events import Listener
 from .finish import settle
+from .flight import Shared
 from .future import BatchFuture, JobProgress
 from .job import Job
-from .pool import Pool, Shared
+from .pool import Pool
 from .prepared import table_names
 from .queue import Queue
 from .stats import Observer, Stats, Tally
@@ -231,10 +232,11 @@ class Batcher:
                 time.sleep(PAUSE)
             try:
                 with self.pipe.session.request():
-                    self._turn_began = time.monotonic()
+                    self._turn_began = began = time.monotonic()
                     while self._queue.leaving:
                         self._queue.leaving.pop().close()
                     pool.turn()
+                    self._queue.turns.spend(pool.fit, time.monotonic() - began)
             except Exception as error:  # the pipeline was closed, or its device is lost
                 pool.fail(error, waiting=True)
             self._turn_began = None

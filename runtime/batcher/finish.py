@@ -72,14 +72,12 @@ def settle(job: Job, tally: Tally) -> None:
     """Give a request's future its result or its error, unless it was cancelled; on a thread beside the loop."""
     if not job.future.set_running_or_notify_cancel():
         tally.count("cancelled")
-        job.let_go()
         return
     try:
         if job.error is None:
             _complete(job)
     except Exception as error:
         job.error = error
-    job.let_go()
     if job.error is None:
         tally.count("finished", job.finished.timings)
         job.future.set_result(job.finished)
@@ -94,3 +92,4 @@ def _complete(job: Job) -> None:
     finished.images = pictures if job.call.output_type == "pil" else np.stack(pictures)
     finished.timings.steps = sum(image.done for image in job.images)
     finished.timings.total = time.monotonic() - job.arrived
+    job.pictures = {}

@@ -24,6 +24,7 @@ from .events import Event, Listener
 from .future import BatchFuture, JobProgress
 from .policy import Candidate
 from .prepared import Fit, Prepared, fit_of, prepared, region, table_names
+from .slots import Parked
 
 MOST_PREVIEWS = 3
 
@@ -48,6 +49,15 @@ class Image:
     """Steps that have been enqueued."""
     admitted: bool = False
     """Whether it has, or had, a slot."""
+    parked: Parked | None = None
+    """What it had come to when it left its slot to another."""
+
+    def leave(self) -> None:
+        """Let go of what it needs to be drawn."""
+        self.prepared = None
+        if self.parked is not None:
+            self.parked.close()
+            self.parked = None
 
     @property
     def now(self) -> Candidate:
@@ -147,12 +157,6 @@ class Job:
             if not self._complained:
                 log.exception("on_event of a request failed")
             self._complained = True
-
-    def let_go(self) -> None:
-        """Drop what only a request that is not over needs."""
-        self.pictures = {}
-        for image in self.images:
-            image.prepared = None
 
     def end(self, error: BaseException | None = None) -> bool:
         """Note the end of the request, with the error that was its end, and tell whether it was not over before."""

@@ -7,8 +7,9 @@ waits that the last few per cent count.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 SLACK = 4.0
 """An image is due when it has been there for so many times what it takes alone: short ones overtake long ones."""
@@ -20,6 +21,8 @@ WORTH = 1.03
 """Throughput beyond the knee's at which it is worth to go there while enough waits."""
 UNSETTLED = 4
 """First runs of a bucket that are not timed: on each of two sets of buffers one allocates and the next one captures."""
+SPARED = 2
+"""An image with no more evaluations left keeps its slot, and none leaves it for one that is due fewer steps earlier."""
 FADING = 0.2
 """Share of the newest time in a bucket's mean."""
 
@@ -71,6 +74,10 @@ class StepTimes:
         if runs > UNSETTLED:
             before = self.seconds.get(bucket, seconds)
             self.seconds[bucket] = before + FADING * (seconds - before)
+
+    def restart(self) -> None:
+        """Expect first runs again: the steps of new buffers."""
+        self._runs.clear()
 
     def set(self, bucket: int, seconds: float) -> None:
         """Take what a step was measured to take."""
@@ -134,21 +141,69 @@ def due(candidate: Candidate, times: StepTimes) -> float:
 
 
 def decide(
-    waiting: Sequence[Candidate], running: Sequence[Candidate], times: StepTimes, now: float, *, slots: int
+    waiting: Sequence[Candidate],
+    running: Sequence[Candidate],
+    times: StepTimes,
+    now: float,
+    *,
+    slots: int,
+    parking: int | None = None,
 ) -> Decision:
     """Return what to do before the next step, of images of one size in so many slots; the earliest due goes first.
 
-    `now` is in the seconds of arrivals. An image that does not fit keeps those behind it waiting, so that two rows come
-    free for it in the end. One image always runs, however wide.
+    `now` is in the seconds of arrivals. Where there is no room, running images that are due later leave their slots, as
+    long as no more than `parking` images (default: as many as slots) wait to go on. An image that does not fit keeps
+    those behind it waiting, so that two rows come free for it in the end. One image always runs, however wide.
     """
-    used = sum(candidate.rows for candidate in running)
-    most = times.most(used + sum(candidate.rows for candidate in waiting))
-    free = slots - len(running)
-    chosen: list[int] = []
-    for index in sorted(range(len(waiting)), key=lambda i: (due(waiting[i], times), i)):
-        rows = waiting[index].rows
-        if len(chosen) >= free or used + rows > (most if used else times.buckets[-1]):
-            break
-        chosen.append(index)
-        used += rows
-    return Decision((), tuple(chosen), times.bucket(used) if used else 0)
+    used, free = sum(candidate.rows for candidate in running), slots - len(running)
+    if not waiting:
+        return Decision((), (), times.bucket(used) if used else 0)
+    most, widest = times.most(used + sum(candidate.rows for candidate in waiting)), times.buckets[-1]
+    places = (slots if parking is None else parking) - sum(candidate.done > 0 for candidate in waiting)
+    spared = SPARED * times.of(used) if used else 0.0
+    dues = [due(candidate, times) for candidate in waiting]
+    last = sorted((due(each, times), index) for index, each in enumerate(running) if each.left > SPARED)
+    admit: list[int] = []
+    leave: list[int] = []
+    for index in sorted(range(len(waiting)), key=dues.__getitem__):
+        rows, gone, left = waiting[index].rows, 0, 0
+        while free + gone < 1 or used - left + rows > (most if used > left else widest):
+            if gone >= min(places, len(last)) or last[-1 - gone][0] - dues[index] <= spared:
+                return Decision(tuple(leave), tuple(admit), times.bucket(used))
+            gone += 1
+            left += running[last[-gone][1]].rows
+        leave += [last.pop()[1] for _ in range(gone)]
+        admit.append(index)
+        free, used, places = free + gone - 1, used - left + rows, places - gone
+    return Decision(tuple(leave), tuple(admit), times.bucket(used))
+
+
+Key = TypeVar("Key", bound=Hashable)
+
+
+class Turns(Generic[Key]):
+    """Whose turn it is among sizes: that of which the device has done least while it had something to do."""
+
+    def __init__(self) -> None:
+        """Nobody has had anything."""
+        self._spent: dict[Key, float] = {}
+        self._busy: set[Key] = set()
+
+    def next(self, busy: Sequence[Key]) -> Key:
+        """Return whose turn it is of those that have something to do; who comes back has no claim for its absence."""
+        here = [self._spent[key] for key in busy if key in self._busy]
+        least = min(here, default=0.0)
+        for key in busy:
+            if key not in self._busy:
+                self._spent[key] = max(least, self._spent.get(key, least))
+        self._busy = set(busy)
+        return min(busy, key=self._spent.__getitem__)
+
+    def spend(self, key: Key, seconds: float) -> None:
+        """Take note of the time that a turn took."""
+        self._spent[key] += seconds
+
+    def forget(self, key: Key) -> None:
+        """Drop a size."""
+        self._spent.pop(key, None)
+        self._busy.discard(key)

@@ -7,10 +7,11 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 
 from ...engines.errors import DeadlineError, QueueFullError, RequestError
+from .flight import Shared
 from .future import JobProgress, State
 from .job import Job
-from .policy import due, until_done
-from .pool import Pool, Shared
+from .policy import Turns, due, until_done
+from .pool import Pool
 from .prepared import Fit
 from .stats import SizeStats, Stats
 
@@ -24,7 +25,7 @@ class Queue:
 
     shared: Shared
     max_waiting: int
-    """Images of a size that may wait."""
+    """Images of a size that may wait for their first slot."""
     max_wait: float | None
     """Seconds of steps that what waits may take."""
     build: bool
@@ -34,13 +35,13 @@ class Queue:
     leaving: list[Pool] = field(default_factory=list)
     """Pools whose buffers are to be freed."""
     jobs: dict[int, Job] = field(default_factory=dict)
+    turns: Turns[Fit] = field(default_factory=Turns)
 
     def add(self, job: Job) -> None:
         """Take a request; raises as `check` does."""
         self.check(job)
         pool = self.pool(job.fit)
         pool.waiting += job.images
-        pool.live += len(job.images)
         self.jobs[id(job)] = job
 
     def check(self, job: Job) -> None:
@@ -56,12 +57,12 @@ class Queue:
                 f"{job.future.request.width}x{job.future.request.height} has no engines here, and none are built: "
                 f"choose {sizes}, or warm the batcher up for it"
             )
-        if pool is not None and len(pool.waiting) + len(job.images) > self.max_waiting:
+        waiting = 0 if pool is None else sum(not image.admitted for image in pool.waiting)
+        if pool is not None and waiting + len(job.images) > self.max_waiting:
             seconds = pool.times.wait(self.work(pool))
             after = "" if seconds is None else f", and take about {seconds:.1f} s"
             raise QueueFullError(
-                f"{len(pool.waiting)} images of this size wait{after}: at most {self.max_waiting} may; try later",
-                seconds,
+                f"{waiting} images of this size wait{after}: at most {self.max_waiting} may; try later", seconds
             )
         if self.max_wait is not None and (seconds := self.waiting_seconds()) > self.max_wait:
             raise QueueFullError(
@@ -85,15 +86,18 @@ class Queue:
                         f"images of {MAX_POOLS} other sizes are being drawn: at most so many; try later"
                     )
                 self.leaving.append(self.pools.pop(idle.fit))
+                self.turns.forget(idle.fit)
             self.pools[fit] = Pool(self.shared, fit)
         return self.pools[fit]
 
     def next(self) -> Pool | None:
         """Return the pool whose turn it is, None when there is nothing to do."""
-        busy = next((pool for pool in self.pools.values() if pool.live), None)
-        if busy is not None:
-            self.pools.move_to_end(busy.fit)
-        return busy
+        busy = [fit for fit, pool in self.pools.items() if pool.live]
+        if not busy:
+            return None
+        fit = self.turns.next(busy)
+        self.pools.move_to_end(fit)
+        return self.pools[fit]
 
     def work(self, pool: Pool) -> float:
         """Return the work that is left of a size, rows times evaluations."""

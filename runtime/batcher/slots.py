@@ -10,11 +10,13 @@ company, as long as the bucket is the same.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from ...engines.bundle import Bundle
 from ...engines.device import Array, Device, Stream, Tensor
@@ -25,6 +27,26 @@ from .prepared import BRANCHES, Fit, Prepared, table_names
 
 OF_ROWS = ("model_input", "timestep", "image_of_row", "prediction")
 """The step graph's tensors that a bucket has a prefix of."""
+
+
+class Parked:
+    """What an image that left its slot has come to, beside the slots on the device: a place for one image."""
+
+    def __init__(self, device: Device, shapes: Mapping[str, tuple[Sequence[int], npt.DTypeLike]]) -> None:
+        """Allocate tensors of these shapes and types; those of network rows have two."""
+        self.rows = 0
+        """Network rows of the image."""
+        with ExitStack() as memory:
+            self.tensors = {name: allocate(device, shape, dtype, memory) for name, (shape, dtype) in shapes.items()}
+            self._memory = memory.pop_all()
+
+    def part(self, name: str, branch: int) -> Tensor:
+        """Return what belongs to one network row."""
+        return self.tensors[name].rows(branch, 1)
+
+    def close(self) -> None:
+        """Free the memory; calling it again does nothing."""
+        self._memory.close()
 
 
 class Slots:
@@ -45,8 +67,9 @@ class Slots:
         """Allocate the buffers; engines are opened and bound when a bucket is first run."""
         self.fit, self.slots, self.buckets = fit, slots, tuple(buckets)
         self._denoiser, self._step = bundle.graph("denoiser"), bundle.graph("step")
-        self._open, self._mode, self._stream = open_engine, mode, stream
+        self._device, self._open, self._mode, self._stream = device, open_engine, mode, stream
         self._tables = table_names(bundle)
+        self._of_rows = (*(name for name, _ in fit.conditioning), "model_input", "timestep")
         self._rows: list[tuple[int, int]] = []  # slot and branch of every row in use
         self._of_slot: dict[int, int] = {}  # rows of every slot in use
         self._rows_of_image = np.zeros((slots, BRANCHES), np.int64)
@@ -120,27 +143,63 @@ class Slots:
         """Slots without an image."""
         return self.slots - len(self._of_slot)
 
-    def admit(self, image: Prepared, conditioning: dict[str, Array]) -> int:
+    def admit(self, image: Prepared, conditioning: Mapping[str, Array]) -> int:
         """Write an image and its rows of conditioning [n, ...] to a free slot, and return that."""
-        slot = next(slot for slot in range(self.slots) if slot not in self._of_slot)
-        count, first, here, stream = len(next(iter(conditioning.values()))), self.used, self._parity, self._stream
-        for name, array in (*image.tables.items(), *image.own.items()):
-            if name == "next_rows":
-                array = array + slot * self.fit.table_rows
-            self._part(name, slot * len(array), len(array)).write(array, stream)
+        slot, rows = self._occupy(image, len(next(iter(conditioning.values()))), 0)
+        here, stream = self._parity, self._stream
         self._part("latents", slot, 1, here).write(image.state["latents"], stream)
         self._part("history", slot, 1, here).copy(self._still, stream)  # weights of 0 do not silence what is not finite
-        self._part("row", slot, 1, here).write(np.array([slot * self.fit.table_rows], np.int64), stream)
-        for branch in range(count):
-            row = first + branch
+        for branch, row in enumerate(rows):
             for name, array in conditioning.items():
                 self._part(name, row, 1).write(array[branch : branch + 1], stream)
             for name in ("model_input", "timestep"):
                 self._part(name, row, 1, here).write(image.state[name], stream)
-            self._rows.append((slot, branch))
+        return slot
+
+    def resume(self, image: Prepared, parked: Parked, done: int) -> int:
+        """Let a parked image go on, after `done` steps, in a free slot, and return that; `parked` stays as it is."""
+        slot, rows = self._occupy(image, parked.rows, done)
+        for name in ("latents", "history"):
+            self._part(name, slot, 1, self._parity).copy(parked.tensors[name], self._stream)
+        for branch, row in enumerate(rows):
+            for name in self._of_rows:
+                self._part(name, row, 1, self._parity).copy(parked.part(name, branch), self._stream)
+        return slot
+
+    def park(self, slot: int, parked: Parked) -> None:
+        """Copy what an image has come to, after the steps so far, out of its slot; the slot stays as it is."""
+        parked.rows = self._of_slot[slot]
+        for name in ("latents", "history"):
+            parked.tensors[name].copy(self._part(name, slot, 1, self._parity), self._stream)
+        for row, (owner, branch) in enumerate(self._rows):
+            for name in self._of_rows if owner == slot else ():
+                parked.part(name, branch).copy(self._part(name, row, 1, self._parity), self._stream)
+
+    def parking(self) -> Parked:
+        """Allocate a place beside the slots, for one image."""
+        shapes: dict[str, tuple[tuple[int, ...], np.dtype[Any]]] = {}
+        for name in ("latents", "history"):
+            tensor = self._sets[0][name]
+            shapes[name] = (1, *tensor.shape[1:]), tensor.dtype
+        for name in self._of_rows:
+            tensor = self._whole(name, 0)
+            shapes[name] = (BRANCHES, *tensor.shape[1:]), tensor.dtype
+        return Parked(self._device, shapes)
+
+    def _occupy(self, image: Prepared, count: int, done: int) -> tuple[int, list[int]]:
+        """Take a slot and rows for an image, write what stays the same in all of its steps, and return them."""
+        slot = next(slot for slot in range(self.slots) if slot not in self._of_slot)
+        first, stream = slot * self.fit.table_rows, self._stream
+        for name, array in (*image.tables.items(), *image.own.items()):
+            if name == "next_rows":
+                array = array + first
+            self._part(name, slot * len(array), len(array)).write(array, stream)
+        self._part("row", slot, 1, self._parity).write(np.array([first + done], np.int64), stream)
+        rows = list(range(self.used, self.used + count))
+        self._rows += [(slot, branch) for branch in range(count)]
         self._of_slot[slot] = count
         self._connect()
-        return slot
+        return slot, rows
 
     def release(self, slot: int) -> None:
         """Free a slot and its rows, and park it on a row of the table that holds."""
@@ -157,7 +216,7 @@ class Slots:
 
     def _move(self, source: int, target: int) -> None:
         """Copy what the network reads in one row to another."""
-        for name in (*self._conditioning, "model_input", "timestep"):
+        for name in self._of_rows:
             self._part(name, target, 1, self._parity).copy(self._part(name, source, 1, self._parity), self._stream)
 
     def _connect(self) -> None:
@@ -214,9 +273,11 @@ class Slots:
         """Return rows of a tensor, the same view each time: a view has memory of its own to copy through."""
         key = (name, first, count, parity if name in self._sets[0] else 0)
         if key not in self._views:
-            whole = {**self._constants, **self._conditioning, **self._outputs, **self._sets[parity]}[name]
-            self._views[key] = whole.rows(first, count)
+            self._views[key] = self._whole(name, parity).rows(first, count)
         return self._views[key]
+
+    def _whole(self, name: str, parity: int) -> Tensor:
+        return {**self._constants, **self._conditioning, **self._outputs, **self._sets[parity]}[name]
 
     def _unbind(self) -> None:
         self._captured.close()

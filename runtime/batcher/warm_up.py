@@ -23,6 +23,7 @@ def warm_up(batcher: Batcher, pool: Pool, request: dict[str, Any], pictures: boo
     job = batcher._job(request)
     total = 2 + len(pool.times.buckets)
     progress(f"{stage}: prompt and decoder", 0, total)
+    flight = pool.opened()
     job.prepare_early()
     job.prepare()
     image = job.images[0]
@@ -34,5 +35,5 @@ def warm_up(batcher: Batcher, pool: Pool, request: dict[str, Any], pictures: boo
         pipe.session.encode_picture(np.zeros((1, request["height"], request["width"], 3), np.uint8))
     for number, bucket in enumerate(pool.times.buckets, 2):
         progress(f"{stage}: {bucket} rows", number, total)
-        pool.time_bucket(bucket, UNSETTLED, TIMED)
+        flight.time_bucket(bucket, UNSETTLED, TIMED)
     progress(f"{stage}: {len(pool.times.buckets)} widths", total, total)

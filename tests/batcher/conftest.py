@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
 from latentrt.engines.device import Array
 from latentrt.export.embedded import ensure_bundle
 from latentrt.runtime import Pipeline
+from latentrt.runtime.batcher import Batcher
 from latentrt.runtime.batcher.encode import Encoder
 from latentrt.runtime.batcher.pool import Pool
 
@@ -48,7 +50,14 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
         turn(pool)
         gate._done.release()
 
+    close = Batcher._close
+
+    def opened(batcher: Batcher, *arguments: Any) -> None:
+        gate.open()  # whatever a test was about to do
+        close(batcher, *arguments)
+
     monkeypatch.setattr(Pool, "turn", gated)
+    monkeypatch.setattr(Batcher, "_close", opened)
     yield gate
     gate.open()
 

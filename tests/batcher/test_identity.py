@@ -15,34 +15,10 @@ from latentrt.runtime import Pipeline
 from latentrt.runtime.batcher import Batcher
 from latentrt.runtime.batcher.policy import StepTimes
 from latentrt.runtime.batcher.slots import Slots
-from latentrt.runtime.sampling import names
 from PIL import Image
 
 from .conftest import Gate
-
-PROMPTS = ("a red circle on a blue background", "two green stars", "a small yellow cross", "", "a big square")
-SMALL: dict[str, Any] = {"height": 64, "width": 64, "output_type": "np"}
-
-
-def mixed(count: int, most_steps: int, seed: int) -> list[dict[str, Any]]:
-    """Return unlike requests."""
-    choose = random.Random(seed)
-    return [
-        {
-            **SMALL,
-            "prompt": choose.choice(PROMPTS),
-            "negative_prompt": choose.choice((None, "blurry")),
-            "sampler": choose.choice(names()),
-            "num_inference_steps": choose.randint(min(4, most_steps), most_steps),
-            "guidance_scale": choose.choice((1.0, 2.0, 4.0, 7.5)),
-            "seed": choose.randrange(2**32),
-        }
-        for _ in range(count)
-    ]
-
-
-def alone(batcher: Batcher, requests: Sequence[dict[str, Any]]) -> list[Array]:
-    return [batcher.submit(**request).result(300).images for request in requests]
+from .requests import SMALL, alone, mixed
 
 
 def in_a_crowd(batcher: Batcher, requests: Sequence[dict[str, Any]], poison: str, seed: int) -> list[Array]:

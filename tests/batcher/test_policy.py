@@ -3,9 +3,22 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
-from latentrt.runtime.batcher.policy import PATIENCE, SLACK, UNSETTLED, Candidate, StepTimes, decide, due
+from latentrt.runtime.batcher.policy import (
+    PATIENCE,
+    SLACK,
+    SPARED,
+    UNSETTLED,
+    Candidate,
+    Decision,
+    StepTimes,
+    Turns,
+    decide,
+    due,
+    until_done,
+)
 
 FLAT = StepTimes((2, 4, 8), {2: 1.0, 4: 1.1, 8: 1.2})
 """A device on which a wide step costs little more."""
@@ -108,41 +121,138 @@ def test_waiting_is_work_over_pace() -> None:
     assert StepTimes((2, 4)).wait(80) is None
 
 
-def simulate(times: StepTimes, seed: int, load: float) -> list[tuple[float, Candidate]]:
-    """Run a day's images through the policy, on a clock of its own; return when each was done."""
-    choose, clock = random.Random(seed), 0.0
-    arrivals = []
+ONE_SLOT = StepTimes((2,), {2: 1.0})
+LATE, SOON = guided(0.0, 50), guided(3.0, 4)
+"""Due at 200 and at 19."""
+
+
+def under_way(candidate: Candidate, done: int) -> Candidate:
+    return replace(candidate, done=done)
+
+
+def test_an_image_that_is_due_earlier_takes_the_place_of_one_that_is_due_later() -> None:
+    assert decide([SOON], [under_way(LATE, 3)], ONE_SLOT, 3.0, slots=1) == Decision((0,), (0,), 2)
+    assert decide([LATE], [under_way(SOON, 1)], ONE_SLOT, 3.0, slots=1) == Decision((), (), 2)
+
+
+def test_what_left_its_slot_goes_on_when_it_is_its_turn_again() -> None:
+    back = under_way(LATE, 3)
+    assert decide([back], [], ONE_SLOT, 9.0, slots=1) == Decision((), (0,), 2)
+    assert decide([guided(190.0, 4), back], [], ONE_SLOT, 9.0, slots=1) == Decision((), (1,), 2)
+
+
+@pytest.mark.parametrize(("done", "leaves"), [(47, True), (50 - SPARED, False), (49, False)])
+def test_an_image_that_is_nearly_done_keeps_its_slot(done: int, leaves: bool) -> None:
+    assert bool(decide([SOON], [under_way(LATE, done)], ONE_SLOT, 3.0, slots=1).swap_out) is leaves
+
+
+@pytest.mark.parametrize(("later", "leaves"), [(SPARED, False), (SPARED + 0.5, True)])
+def test_nobody_leaves_a_slot_for_one_that_is_due_about_as_soon(later: float, leaves: bool) -> None:
+    here, other = guided(later, 20), guided(0.0, 20)
+    assert bool(decide([other], [under_way(here, 1)], ONE_SLOT, 5.0, slots=1).swap_out) is leaves
+
+
+def test_as_few_leave_as_need_to_and_the_latest_due_first() -> None:
+    running = [under_way(Candidate(arrived, 1, 50), 2) for arrived in (5.0, 7.0, 6.0)]
+    times = StepTimes((2, 3), {2: 1.0, 3: 1.0})
+    assert decide([SOON], running, times, 9.0, slots=3) == Decision((1, 2), (0,), 3)
+    assert decide([Candidate(3.0, 1, 4)], running, times, 9.0, slots=3) == Decision((1,), (0,), 3)
+    assert decide([Candidate(3.0, 1, 4)] * 2, running, times, 9.0, slots=3) == Decision((1, 2), (0, 1), 3)
+
+
+def test_only_so_many_images_are_beside_the_slots() -> None:
+    running = [under_way(LATE, 3)] * 2
+    places = [decide([SOON] * 2, running, FLAT, 3.0, slots=2, parking=most).swap_out for most in (0, 1, 2)]
+    assert places == [(), (1,), (1, 0)]
+    beside = [under_way(LATE, 9)] * 2
+    assert decide([SOON, *beside], running, FLAT, 3.0, slots=2).swap_out == ()
+
+
+def test_nothing_to_do_is_no_step() -> None:
+    assert decide([], [], FLAT, 0.0, slots=4) == Decision((), (), 0)
+    assert decide([], [guided(0.0)] * 2, FLAT, 0.0, slots=4) == Decision((), (), 4)
+
+
+def test_an_estimate_counts_what_comes_before_and_what_others_take_meanwhile() -> None:
+    own = [guided(0.0, 10)]
+    assert until_done(own, 0.0, (), FLAT) == 10.0  # alone
+    assert until_done([under_way(own[0], 4)], 0.0, (), FLAT) == 6.0
+    assert until_done(own, 80.0, (), FLAT) == pytest.approx((80 + 20) / 8 * 1.2)
+    assert until_done(own, 0.0, (3.0, 100.0), FLAT) == 10.0 + 3.0 + 10.0
+    assert until_done(own * 16, 0.0, (), FLAT) == pytest.approx(16 * 20 / 8 * 1.2)
+    assert until_done(own, 0.0, (), StepTimes((2,))) is None
+
+
+def test_sizes_get_equal_shares_of_the_time() -> None:
+    turns, spent = Turns[str](), {"large": 0.0, "small": 0.0, "other": 0.0}
+    cost = {"large": 10.0, "small": 1.0, "other": 3.0}
     for _ in range(300):
-        clock += choose.expovariate(load)
-        arrivals.append(Candidate(clock, choose.choice((1, 2, 2)), choose.choice((4, 20, 50))))
-    clock, waiting, running, done = 0.0, list[Candidate](), list[list[object]](), list[tuple[float, Candidate]]()
-    left = list(arrivals)
-    while left or waiting or running:
-        while left and left[0].arrived <= clock:
-            waiting.append(left.pop(0))
-        used = sum(each[0].rows for each in running)  # type: ignore[attr-defined]
-        chosen = admitted(waiting, used, 4 - len(running), times)
-        assert len(set(chosen)) == len(chosen)
-        running += [[waiting[index], waiting[index].evaluations] for index in chosen]
-        waiting = [each for index, each in enumerate(waiting) if index not in chosen]
-        if not running:
-            clock = left[0].arrived
-            continue
-        used = sum(each[0].rows for each in running)  # type: ignore[attr-defined]
-        assert used <= times.buckets[-1] and len(running) <= 4
-        clock += times.of(used)
-        for each in running:
-            each[1] -= 1  # type: ignore[operator]
-        done += [(clock, each[0]) for each in running if each[1] == 0]  # type: ignore[misc]
-        running = [each for each in running if each[1]]
-    assert len(done) == len(arrivals)
-    return done
+        key = turns.next(list(spent))
+        turns.spend(key, cost[key])
+        spent[key] += cost[key]
+        assert max(spent.values()) - min(spent.values()) <= max(cost.values())
+    assert min(spent.values()) > 0
+
+
+def test_a_size_that_was_away_does_not_make_up_for_it() -> None:
+    turns = Turns[str]()
+    for _ in range(100):
+        turns.spend(turns.next(["one"]), 1.0)
+    order = []
+    for _ in range(6):
+        order.append(turns.next(["one", "other"]))
+        turns.spend(order[-1], 1.0)
+    assert sorted(order) == ["one"] * 3 + ["other"] * 3
+    turns.forget("one")
+    turns.spend(turns.next(["one", "other"]), 1.0)
+
+
+class Day:
+    """A day of images that go through the policy, on a clock of its own."""
+
+    def __init__(self, times: StepTimes, seed: int, load: float) -> None:
+        choose, clock = random.Random(seed), 0.0
+        self.swaps, self.done = 0, list[tuple[float, Candidate]]()
+        left, waiting, running = list[Candidate](), list[Candidate](), list[Candidate]()
+        for _ in range(300):
+            clock += choose.expovariate(load)
+            left.append(Candidate(clock, choose.choice((1, 2, 2)), choose.choice((4, 20, 50))))
+        self.arrivals, clock = tuple(left), 0.0
+        while left or waiting or running:
+            while left and left[0].arrived <= clock:
+                waiting.append(left.pop(0))
+            decision = decide(waiting, running, times, clock, slots=4)
+            assert len(set(decision.admit)) == len(decision.admit)
+            self.swaps += len(decision.swap_out)
+            stay = [each for index, each in enumerate(running) if index not in decision.swap_out]
+            gone = [running[index] for index in decision.swap_out]
+            running = stay + [waiting[index] for index in decision.admit]
+            waiting = [each for index, each in enumerate(waiting) if index not in decision.admit] + gone
+            if not running:
+                assert not waiting
+                clock = left[0].arrived
+                continue
+            used = sum(each.rows for each in running)
+            assert used <= decision.bucket <= times.buckets[-1] and len(running) <= 4
+            assert sum(each.done > 0 for each in waiting) <= 4
+            clock += times.of(used)
+            running = [replace(each, done=each.done + 1) for each in running]
+            self.done += [(clock, each) for each in running if not each.left]
+            running = [each for each in running if each.left]
+        assert len(self.done) == len(self.arrivals)
 
 
 @pytest.mark.parametrize("curve", [FLAT, STEEP], ids=["flat", "steep"])
 def test_everyone_is_served_and_short_ones_wait_less(curve: StepTimes) -> None:
     pace = curve.knee() / curve.of(curve.knee())
-    done = simulate(curve, seed=1, load=0.8 * pace / (1.7 * 24.7))
-    waits = {n: [end - c.arrived for end, c in done if c.evaluations == n] for n in (4, 50)}
+    day = Day(curve, seed=1, load=0.8 * pace / (1.7 * 24.7))
+    waits = {n: [end - c.arrived for end, c in day.done if c.evaluations == n] for n in (4, 50)}
     assert sum(waits[4]) / len(waits[4]) < sum(waits[50]) / len(waits[50])
-    assert max(end - c.arrived for end, c in done) < 60 * 50 * curve.of(2)
+    assert max(end - c.arrived for end, c in day.done) < 60 * 50 * curve.of(2)
+    assert 0 < day.swaps < len(day.arrivals)  # each swap is for one that came
+
+
+@pytest.mark.parametrize("load", [1.5, 4.0])
+def test_an_overload_does_not_move_images_about(load: float) -> None:
+    day = Day(FLAT, seed=2, load=load * FLAT.knee() / FLAT.of(8) / (1.7 * 24.7))
+    assert day.swaps < len(day.arrivals)

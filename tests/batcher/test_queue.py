@@ -35,9 +35,10 @@ def no_thread_stays() -> Iterator[None]:
 
 def test_a_full_queue_says_how_long_what_waits_takes(pipe: Pipeline, gate: Gate) -> None:
     with Batcher(pipe, slots=1, max_waiting=2) as batcher:
-        first = batcher.submit(**{**STAR, "num_inference_steps": 40})
+        long = {**STAR, "num_inference_steps": 40}
+        first = batcher.submit(**long)
         gate.run(1)
-        others = [batcher.submit(**STAR), batcher.submit(**STAR)]
+        others = [batcher.submit(**long), batcher.submit(**long)]
         with pytest.raises(QueueFullError, match="2 images of this size wait: at most 2 may; try later") as full:
             batcher.submit(**STAR)
         assert full.value.seconds is None  # no step was timed

@@ -1,0 +1,244 @@
+"""The images in flight of one size, in their slots: in and out of them, a step of all, and their ends."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from ...engines.device import Event
+from ...engines.errors import EngineError
+from ..drawing import PICTURES
+from ..loop.denoise import Mode
+from ..loop.session import Session
+from ..loop.shared import Key
+from .deliver import Deliverer
+from .encode import Encoder
+from .events import Admitted, Stepped
+from .finish import draw, hear, output_of, preview
+from .job import Image, Job
+from .policy import StepTimes
+from .prepared import Fit
+from .slots import Parked, Slots
+from .stats import Tally
+
+RUN_AHEAD = 2
+"""Steps that are enqueued before the first of them must be done: what is admitted waits behind them."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What all sizes of a batcher share."""
+
+    session: Session
+    encoder: Encoder
+    mode: Mode
+    slots: int
+    buckets: tuple[int, ...]
+    lock: threading.Condition
+    deliverer: Deliverer
+    tally: Tally
+    settle: Callable[[Job], None]
+    """Is told of requests that are over."""
+
+    def end(self, job: Job, error: BaseException | None = None) -> None:
+        """End a request, with the error that was its end, unless it is over."""
+        if job.end(error):
+            self.settle(job)
+
+
+class StepFailed(Exception):
+    """A step could not be enqueued, also when it was tried again; what it reads is as it was."""
+
+
+class Flight:
+    """Buffers and who is in them."""
+
+    def __init__(self, shared: Shared, fit: Fit, times: StepTimes) -> None:
+        """Allocate the buffers."""
+        self._shared, self._times, session = shared, times, shared.session
+        self._uses: set[Key] = set()
+        self._ahead: deque[tuple[int, int, Event, Event]] = deque()
+        self._spare: list[Parked] = []  # places beside the slots that no image is in
+        self.images: dict[int, Image] = {}
+        """Who is in which slot."""
+        self.parking: int | None = None
+        """Images that may be beside the slots at a time: as many as slots, none once there was no memory for it."""
+        try:
+            self.slots = Slots(
+                session.backend.device,
+                session.bundle,
+                session.hold(self._uses),
+                fit,
+                shared.slots,
+                shared.buckets,
+                mode=shared.mode,
+                stream=session.stream,
+            )
+        except BaseException:
+            session.let_go(self._uses)
+            raise
+        times.restart()
+
+    def begin(self, image: Image) -> bool:
+        """Give an image its first slot, and tell whether it could be prepared; if not, its request is over."""
+        job, began, shared = image.job, time.perf_counter(), self._shared
+        try:
+            job.prepare()
+            assert image.prepared is not None
+            conditioning = shared.encoder.conditioning(image.prepared.inputs)
+        except Exception as error:  # of this request alone
+            shared.end(job, error)
+            return False
+        job.finished.timings.encode += time.perf_counter() - began
+        try:
+            self.images[self.slots.admit(image.prepared, conditioning)] = image
+        except Exception as error:
+            shared.end(job, error)
+            raise
+        now, image.admitted = time.monotonic(), True
+        if job.began is None:
+            job.began, job.finished.timings.queue = now, now - job.arrived
+        shared.tally.count("admitted", now - job.arrived)
+        if job.listener is not None:
+            event = Admitted(image.index)
+            shared.deliverer.post(job.box, (Admitted, image.index), partial(hear, job, event))
+        return True
+
+    def resume(self, image: Image) -> int:
+        """Let an image go on that had to leave its slot, and return its new one."""
+        assert image.prepared is not None and image.parked is not None
+        slot = self.slots.resume(image.prepared, image.parked, image.done)
+        self.images[slot] = image
+        self._spare.append(image.parked)
+        image.parked = None
+        return slot
+
+    def park(self, leaving: Sequence[int]) -> bool:
+        """Copy images out of their slots and free those, and tell whether there was memory for that.
+
+        They are in `images` until the caller takes them out: whatever fails meanwhile, somebody answers for them.
+        """
+        try:
+            while len(self._spare) < len(leaving):
+                self._spare.append(self.slots.parking())
+        except EngineError as error:
+            log.warning("images keep their slots from now on: %s", error)
+            self.parking = 0
+            return False
+        for slot in leaving:
+            image = self.images[slot]
+            image.parked = self._spare.pop()
+            self.slots.park(slot, image.parked)
+        for slot in leaving:
+            self.slots.release(slot)
+        return True
+
+    def release(self, slot: int) -> Image:
+        """Let an image leave its slot for good, and return it."""
+        self.slots.release(slot)
+        image = self.images.pop(slot)
+        image.leave()
+        return image
+
+    def step(self) -> None:
+        """Enqueue a step of all images, a second time when it failed; raises `StepFailed` when it fails again."""
+        for slot, image in self.images.items():
+            assert image.prepared is not None
+            drawn = image.prepared.draws[image.done]
+            if drawn is not None and image.prepared.noise is not None:
+                self.slots.write_noise(slot, image.prepared.noise[drawn])
+        stream, used = self._shared.session.stream, self.slots.used
+        bucket = self._times.bucket(used)
+        before = stream.record()
+        try:
+            self.slots.step(bucket)
+        except Exception as error:
+            log.warning("a step of %d images is tried again: %s", len(self.images), error)
+            self._shared.tally.count("retried")
+            before = stream.record()
+            try:
+                self.slots.step(bucket)
+            except Exception as second:
+                raise StepFailed from second
+        self._ahead.append((bucket, used, before, stream.record()))
+        for image in self.images.values():
+            image.done += 1
+            if image.job.listener is not None:
+                event = Stepped(image.index, image.done, image.candidate.evaluations)
+                self._shared.deliverer.post(image.job.box, (Stepped, image.index), partial(hear, image.job, event))
+        self.wait(RUN_AHEAD - 1)
+
+    def wait(self, most: int = 0) -> None:
+        """Wait until so many steps at most are not done, and take note of what the others took."""
+        while len(self._ahead) > most:
+            bucket, used, before, after = self._ahead.popleft()
+            after.synchronize()
+            seconds = after.milliseconds_since(before) / 1e3
+            self._times.add(bucket, seconds)
+            self._shared.tally.stepped(bucket, used, seconds)
+
+    def harvest(self) -> None:
+        """Finish the images that have had all of their steps, and show those that are to be seen on their way."""
+        for slot, image in list(self.images.items()):
+            if image.done == image.candidate.evaluations:
+                self._finish(slot)
+            elif image.done in image.job.previews:
+                self._preview(slot, image)
+
+    def _preview(self, slot: int, image: Image) -> None:
+        job, latents = image.job, self.slots.latents(slot)
+        if job.future.cancelled():
+            return
+        try:
+            output = self._shared.encoder.decode(latents)[PICTURES["pil"]][0]
+        except EngineError as error:
+            log.warning("a preview was left out: %s", error)
+            return
+        number = job.previews[image.done]
+        work = partial(preview, job, image.index, number, output)
+        self._shared.deliverer.post(job.box, ("preview", image.index, number), work)
+
+    def _finish(self, slot: int) -> None:
+        latents, shared = self.slots.latents(slot), self._shared
+        image = self.release(slot)
+        job = image.job
+        try:
+            output = output_of(job, latents, shared.encoder, shared.tally)
+        except Exception as error:  # of this image alone
+            shared.end(job, error)
+            return
+        job.finished_images.add(image.index)
+        shared.deliverer.post(job.box, ("drawn", image.index), partial(draw, job, image.index, output))
+        if len(job.finished_images) == len(job.images):
+            job.finished.timings.denoise = time.monotonic() - (job.began or 0.0) - job.finished.timings.decode
+            shared.end(job)
+
+    def time_bucket(self, bucket: int, settling: int, timed: int) -> None:
+        """Run steps of a bucket while nothing is in flight: some until it is captured, and some more to be timed."""
+        stream = self._shared.session.stream
+        for _ in range(settling):
+            self.slots.step(bucket)
+        stream.synchronize()
+        before = stream.record()
+        for _ in range(timed):
+            self.slots.step(bucket)
+        after = stream.record()
+        after.synchronize()
+        self._times.set(bucket, after.milliseconds_since(before) / 1e3 / timed)
+
+    def close(self) -> None:
+        """Free the buffers; calling it again does nothing."""
+        self._ahead.clear()
+        try:
+            while self._spare:
+                self._spare.pop().close()
+            self.slots.close()
+        finally:
+            self._shared.session.let_go(self._uses)
