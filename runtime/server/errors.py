@@ -11,7 +11,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
@@ -34,6 +34,28 @@ FIELDS = {"width": "size", "height": "size", "mask_image": "mask", "num_images_p
 """Arguments of a pipeline's call, and the fields that set them."""
 
 _SUBJECT = re.compile(r"^(\w+) (?:is|has|was|and|of)\b|^(\w+):? ")
+
+
+class ErrorObject(BaseModel):
+    """What OpenAI's clients read of an error."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class ErrorBody(BaseModel):
+    """Every answer that is an error."""
+
+    error: ErrorObject
+
+
+RESPONSES: dict[int | str, dict[str, Any]] = {
+    "4XX": {"model": ErrorBody, "description": "What was asked for is not served, or not now."},
+    "5XX": {"model": ErrorBody, "description": "The server failed, loads, or shuts down."},
+}
+"""What OpenAPI says of errors."""
 
 
 class ApiError(Exception):

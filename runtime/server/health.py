@@ -7,7 +7,7 @@ from importlib import metadata
 from typing import Any
 
 from fastapi import APIRouter
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from ..service import Service
 from .metrics import Metrics
@@ -21,13 +21,15 @@ def router(service: Service, metrics: Metrics) -> APIRouter:
         status = 200 if healthy else 503
         return JSONResponse({"status": service.state}, status, headers={} if healthy else {"retry-after": "5"})
 
-    @routes.get("/health")
-    @routes.get("/v2/health/ready")
+    not_now: dict[int | str, dict[str, Any]] = {503: {"description": "Not now."}}
+
+    @routes.get("/health", responses=not_now)
+    @routes.get("/v2/health/ready", responses=not_now)
     async def ready() -> Response:
         """Whether requests are taken: 503 while loading, draining or failed."""
         return said(service.state == "ready")
 
-    @routes.get("/v2/health/live")
+    @routes.get("/v2/health/live", responses=not_now)
     async def live() -> Response:
         """Whether the process is any good: 503 once its device is lost."""
         return said(service.state != "failed")
@@ -38,7 +40,7 @@ def router(service: Service, metrics: Metrics) -> APIRouter:
         bundles = {model.name: model.digest for model in service.models}
         return {"name": "latentrt", "version": metadata.version("latentrt"), "bundles": bundles}
 
-    @routes.get("/metrics", response_class=Response)
+    @routes.get("/metrics", response_class=PlainTextResponse)
     async def read() -> Response:
         """Return the metrics as Prometheus reads them."""
         text = await asyncio.get_running_loop().run_in_executor(None, metrics.text)

@@ -13,20 +13,22 @@ from starlette.responses import Response, StreamingResponse
 
 from ..service import Ended, Job, Pictured, Previewed, Service, Stepped
 from ..service.errors import NotFoundError, RefusedError
+from ..service.work import FORMATS
 from .body import context_of, described, read_body
-from .errors import api_error
+from .errors import RESPONSES, api_error
 from .openai import picture_said, said_with
 from .schema import JobBody
-from .sse import COMMENT, HEADERS, event
+from .sse import COMMENT, HEADERS, STREAM, event
 from .watch import Events, Workers
 
 MAX_KEY = 255
 MAX_LISTED = 100
+PICTURES: dict[str, Any] = {f"image/{name}": {"schema": {"type": "string", "format": "binary"}} for name in FORMATS}
 
 
 def router(service: Service, workers: Workers, heartbeat: float) -> APIRouter:
     """Return the routes."""
-    routes = APIRouter(tags=["Jobs"])
+    routes = APIRouter(tags=["Jobs"], responses=RESPONSES)
 
     def found(request: Request, id: str) -> Job:
         return service.store.find(context_of(request)["owner"], id)
@@ -69,7 +71,7 @@ def router(service: Service, workers: Workers, heartbeat: float) -> APIRouter:
         await workers.run(job.cancel)
         return _answer(job)
 
-    @routes.delete("/v1/jobs/{id}")
+    @routes.delete("/v1/jobs/{id}", status_code=204)
     async def forget(request: Request, id: str) -> Response:
         """Cancel a job, and drop its result."""
         job = found(request, id)
@@ -77,7 +79,7 @@ def router(service: Service, workers: Workers, heartbeat: float) -> APIRouter:
         service.store.drop(job)
         return Response(status_code=204)
 
-    @routes.get("/v1/jobs/{id}/images/{number}")
+    @routes.get("/v1/jobs/{id}/images/{number}", responses={200: {"content": PICTURES}}, response_class=Response)
     async def image(request: Request, id: str, number: str) -> Response:
         """Return the bytes of a picture, counted from 0, or with `preview` the latest on its way."""
         job = found(request, id)
@@ -89,7 +91,7 @@ def router(service: Service, workers: Workers, heartbeat: float) -> APIRouter:
         headers = {"cache-control": "no-store"} | ({} if picture.seed is None else {"x-seed": str(picture.seed)})
         return Response(picture.data, headers=headers, media_type=picture.output.media_type)
 
-    @routes.get("/v1/jobs/{id}/events")
+    @routes.get("/v1/jobs/{id}/events", responses={200: {"content": STREAM}}, response_class=Response)
     async def events(request: Request, id: str) -> StreamingResponse:
         """Stream what happens to a job; going away does not cancel it."""
         job = found(request, id)

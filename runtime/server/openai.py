@@ -12,15 +12,17 @@ from starlette.responses import Response
 
 from ..service import Job, Model, Service
 from .body import described, read_body
-from .errors import api_error
+from .errors import RESPONSES, api_error
 from .schema import Edit, Generation
-from .sse import stream_of
+from .sse import STREAM, stream_of
 from .watch import ClientGoneError, Events, Workers, unless_gone
+
+ANSWERS: dict[int | str, dict[str, Any]] = {200: {"content": STREAM}}
 
 
 def router(service: Service, workers: Workers, heartbeat: float) -> APIRouter:
     """Return the routes."""
-    routes = APIRouter(tags=["OpenAI"])
+    routes = APIRouter(tags=["OpenAI"], responses=RESPONSES)
 
     async def answer(request: Request, schema: type[Generation]) -> Response:
         service.check_ready()
@@ -31,12 +33,12 @@ def router(service: Service, workers: Workers, heartbeat: float) -> APIRouter:
             return await stream_of(job, ignored, heartbeat)
         return await whole(request, job, ignored)
 
-    @routes.post("/v1/images/generations", openapi_extra=described(Generation))
+    @routes.post("/v1/images/generations", responses=ANSWERS, openapi_extra=described(Generation))
     async def generations(request: Request) -> Response:
         """Draw pictures of a prompt."""
         return await answer(request, Generation)
 
-    @routes.post("/v1/images/edits", openapi_extra=described(Edit, form=True))
+    @routes.post("/v1/images/edits", responses=ANSWERS, openapi_extra=described(Edit, form=True))
     async def edits(request: Request) -> Response:
         """Draw pictures that start from one, or repaint a part of it."""
         return await answer(request, Edit)

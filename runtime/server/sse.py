@@ -15,6 +15,11 @@ from .errors import api_error
 from .watch import Events
 
 HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+TEXT = {"type": "string"}
+STREAM: dict[str, Any] = {
+    "text/event-stream": {"schema": {"type": "object", "properties": {"event": TEXT, "data": TEXT}}}
+}
+"""What OpenAPI says of a stream."""
 COMMENT = b": keep-alive\n\n"
 
 

@@ -76,9 +76,8 @@ class Limits:
         """Raise `RequestError` for limits that allow nothing."""
         for each in fields(self):
             value = getattr(self, each.name)
-            least = 0 if each.name == "previews" else 1
-            if value is not None and not value >= least:
-                raise RequestError(f"the limit {each.name} is {value!r}: give {least} or more")
+            if value is not None and not (value > 0 or (each.name == "previews" and value == 0)):
+                raise RequestError(f"the limit {each.name} is {value!r}: give more than 0")
 
     def check(self, work: Work, manifest: Manifest, size: Size) -> None:
         """Raise `RefusedError` for a request over a limit; `size` is that of its pictures."""
