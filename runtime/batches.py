@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 
 import numpy as np
 
@@ -66,19 +67,20 @@ class Batches:
         """Yield the batches of a complete request; before the first, every engine that it lacks is built.
 
         A backend whose engines are for fixed shapes computes the last, smaller batch at the size of those before it,
-        and a batch that no engine may be built for at the next size that has one. Raises `MissingPlanError` where
-        there is none.
+        and a batch that no engine may be built for at the next size that has one: with more padding behind its prompts,
+        then of more images. Raises `MissingPlanError` where there is none.
         """
         images = request.images
-        lengths = {} if conditioning else self._lengths(request)
+        lengths: Mapping[str, int] = {} if conditioning else self._lengths(request)
         counts = [len(images[first : first + max_batch]) for first in range(0, len(images), max_batch)]
         rows = {count: count for count in counts}
         if not session.backend.dynamic:
             encoded = (1, request.height or 0, request.width or 0, 3) if picture else None
-            blank = partial(self.blank, self._bundle, request, table, conditioning=conditioning, lengths=lengths)
-            rows[counts[0]] = self._size(blank, session, range(counts[0], max_batch + 1), encoded)
+            blank = partial(self.blank, self._bundle, request, table, conditioning=conditioning)
+            sizes = product(range(counts[0], max_batch + 1), self._longer(lengths))
+            rows[counts[0]], lengths = self._size(blank, session, sizes, encoded)
             last = counts[-1]
-            if last < counts[0] and not session.keeps(*blank(last)):
+            if last < counts[0] and not session.keeps(*blank(last, lengths=lengths)):
                 rows[last] = rows[counts[0]]
         for number, count in enumerate(counts):
             first = number * max_batch
@@ -93,14 +95,26 @@ class Batches:
 
         return row_lengths(self.tokenizers, texts)
 
+    def _longer(self, lengths: Mapping[str, int]) -> list[dict[str, int]]:
+        """Return the lengths of rows that prompts fit in, by graph input, those that they need first."""
+        each = {info.output: (*info.lengths, info.max_length) for info in self._bundle.manifest.tokenizers}
+        options = {name: [n for n in each[name] if n >= length] for name, length in lengths.items()}
+        most = max(map(len, options.values()), default=1)
+        return [{name: option[min(more, len(option) - 1)] for name, option in options.items()} for more in range(most)]
+
     @staticmethod
-    def _size(blank: Callable[[int], Arrays], session: Session, counts: range, picture: tuple[int, ...] | None) -> int:
-        """Return how many images to compute: the first of `counts`, or where there is no engine the next that has."""
+    def _size(
+        blank: Callable[..., Arrays],
+        session: Session,
+        sizes: Iterable[tuple[int, Mapping[str, int]]],
+        picture: tuple[int, ...] | None,
+    ) -> tuple[int, Mapping[str, int]]:
+        """Return how many images to compute, and how long rows are: the first of `sizes` that has engines."""
         missing = None
-        for rows in counts:
+        for rows, lengths in sizes:
             try:
-                session.prepare(*blank(rows), picture)
-                return rows
+                session.prepare(*blank(rows, lengths=lengths), picture)
+                return rows, lengths
             except MissingPlanError as error:
                 missing = missing or error
         assert missing is not None

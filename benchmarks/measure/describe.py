@@ -54,7 +54,13 @@ def _roofline(entry: Measured, work: Workload, bundle: Bundle, ceiling: dict[str
     for name, stage in NETWORKS.items():
         runs = entry.samples[0]["evaluations"] if name == "denoiser" else 1
         cost = roofline.graph_cost(
-            bundle, name, batch=work.batch, guidance=work.guidance, height=work.height, width=work.width
+            bundle,
+            name,
+            batch=work.batch,
+            guidance=work.guidance,
+            height=work.height,
+            width=work.width,
+            prompt=work.prompt,
         )
         limit = cost.limit_seconds(ceiling["flops"], ceiling["bytes"])
         took = np.median([s.get("networks", {}).get(name, s["stages"][stage]) for s in entry.samples]) / runs

@@ -18,6 +18,7 @@ from onnx.reference import ReferenceEvaluator
 
 from ...engines.bundle import Bundle
 from ...engines.errors import BundleError
+from ...runtime.prompt.tokenizer import Tokenizer
 from ...runtime.shapes import requested_shapes
 
 Shape = tuple[int, ...]
@@ -35,10 +36,18 @@ class Cost:
         return max(self.operations / flops, self.bytes / bandwidth)
 
 
-def graph_cost(bundle: Bundle, name: str, *, batch: int, guidance: float, height: int, width: int) -> Cost:
-    """Count one graph of a bundle for a request; sizes in pixels. Weights are not read."""
+def graph_cost(
+    bundle: Bundle, name: str, *, batch: int, guidance: float, height: int, width: int, prompt: str | None = None
+) -> Cost:
+    """Count one graph of a bundle for a request; sizes in pixels. Weights are not read.
+
+    Where prompts are filled up to one of several lengths, `prompt` says to which (default: the longest).
+    """
     embedded = bundle.manifest.guidance.scale != "guidance_scale"  # a number that the network reads: no rows of its own
-    shapes = requested_shapes(bundle, width, height, batch, guidance_scale=None if embedded else guidance)
+    tokenizers = [Tokenizer(bundle.file(info.file), info) for info in bundle.manifest.tokenizers if info.lengths]
+    tokens = None if prompt is None else max((each.encode(prompt).used for each in tokenizers), default=None)
+    scale = None if embedded else guidance
+    shapes = requested_shapes(bundle, width, height, batch, guidance_scale=scale, prompt_tokens=tokens)
     return count(bundle.path / bundle.graph(name).files[0], {k: tuple(shape) for k, shape in shapes[name].items()})
 
 

@@ -22,7 +22,7 @@ from ...engines.progress import Progress
 from ...engines.tensorrt.backend import TensorRt, plan_options
 from ...engines.tensorrt.plan import Profile, profile_for
 from ...engines.tensorrt.planner import Planner, target_of_compute_capability
-from ..shapes import requested_shapes
+from ..shapes import requested_shapes, row_lengths_for
 from ..sizes import check_size, parse_size
 from .bundle import readable_size
 from .options import BackendOptions, backend_options, check_backend, opened_bundle, options_of
@@ -61,6 +61,15 @@ def build(
             "--prompt-parts", min=1, max=100, help="Parts of 75 tokens that prompts have; may be repeated (default: 1)."
         ),
     ] = None,
+    prompt_tokens: Annotated[
+        list[int] | None,
+        typer.Option(
+            "--prompt-tokens",
+            min=1,
+            help="Tokens that prompts have, where a bundle has several lengths for them; may be repeated "
+            "(default: the most).",
+        ),
+    ] = None,
     warm: Annotated[
         bool,
         typer.Option("--warm", help="Then draw once with each, so that engines are loaded here and known to work."),
@@ -80,10 +89,11 @@ def build(
     sizes, batches = [_size(opened, text) for text in size or [""]], batch or [1]
     scales = _scales(opened, guidance)
     parts = prompt_parts or [1]
-    requests = [_Request(*each) for each in product(sizes, batches, scales, parts)]
-    if dynamic and len(sizes) * len(batches) * len(parts) == 1:
+    tokens = _tokens(opened, prompt_tokens)
+    requests = [_Request(*each) for each in product(sizes, batches, scales, parts, tokens)]
+    if dynamic and len(sizes) * len(batches) * len(parts) * len(tokens) == 1:
         raise RequestError("--dynamic needs a range: give --size or --batch at least twice, the most used one first")
-    shapes = [requested_shapes(opened, *r.size, r.images, r.guidance, r.parts) for r in requests]
+    shapes = [requested_shapes(opened, *r.size, r.images, r.guidance, r.parts, r.tokens) for r in requests]
     found: list[dict[str, Any]] = []
     built: Iterator[_Built]
     with progress_bar("building") as progress:
@@ -134,10 +144,20 @@ class _Request:
     images: int
     guidance: float
     parts: int
+    tokens: int | None
 
     def __str__(self) -> str:
         parts = f" prompt parts {self.parts}" if self.parts > 1 else ""
+        parts += f" prompt tokens {self.tokens}" if self.tokens else ""
         return f"{self.size[0]}x{self.size[1]} batch {self.images} guidance {self.guidance:g}{parts}"
+
+
+def _tokens(bundle: Bundle, given: Sequence[int] | None) -> list[int | None]:
+    """Return the lengths of prompts to build for, None for the longest; raises `RequestError` for others."""
+    if given and not any(info.lengths for info in bundle.manifest.tokenizers):
+        raise RequestError("--prompt-tokens is given: this bundle has one length for all prompts, leave it out")
+    found = [next(iter(row_lengths_for(bundle, number).values())) for number in given or ()]
+    return list(dict.fromkeys(found)) or [None]
 
 
 def _scales(bundle: Bundle, given: Sequence[float] | None) -> list[float]:

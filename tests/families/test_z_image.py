@@ -6,14 +6,17 @@ import copy
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 from latentrt.engines.bundle import Bundle
-from latentrt.engines.errors import CheckpointError, RequestError, UnsupportedModelError
+from latentrt.engines.errors import CheckpointError, MissingPlanError, RequestError, UnsupportedModelError
 from latentrt.export import export_checkpoint
 from latentrt.runtime import Pipeline
+from latentrt.runtime.request import GenerationRequest
+from latentrt.runtime.shapes import requested_shapes
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -91,6 +94,40 @@ def test_a_bucket_does_not_change_the_numbers(checkpoint: Path) -> None:
             context = encoder(ids[:, :length], read)
             found.append(denoiser(latents, torch.tensor([700.0]), context, read))
     assert all(torch.allclose(each, found[0], atol=1e-5) for each in found[1:])
+
+
+def test_where_building_is_forbidden_a_prompt_is_filled_up_to_the_next_length_that_is_built(pipe: Pipeline) -> None:
+    tried = list[tuple[int, int]]()
+
+    class Session:
+        backend = SimpleNamespace(dynamic=False)
+        built: ClassVar = {(1, 512), (2, 256)}
+
+        def prepare(self, inputs: dict[str, Any], *_: Any) -> None:
+            tried.append((len(inputs["token_ids"]), inputs["token_ids"].shape[1]))
+            if tried[-1] not in self.built:
+                raise MissingPlanError(f"no plan for {tried[-1]}")
+
+    request = GenerationRequest.of(prompt="a star", guidance_scale=0.0, height=32, width=32)
+    request = request.with_defaults(pipe.bundle.manifest)
+    table, session = pipe._table_for(request, chosen=False), Session()
+    (batch,) = pipe._batches.split(request, table, session, 2, picture=False)  # type: ignore[arg-type]
+    assert tried == [(1, 64), (1, 128), (1, 256), (1, 512)]
+    assert batch.rows == 1 and batch.lengths == {"token_ids": 512}
+    Session.built = {(2, 256)}
+    (batch,) = pipe._batches.split(request, table, session, 2, picture=False)  # type: ignore[arg-type]
+    assert batch.rows == 2 and batch.lengths == {"token_ids": 256}
+    Session.built = set()
+    with pytest.raises(MissingPlanError, match=r"no plan for \(1, 64\)"):
+        list(pipe._batches.split(request, table, session, 2, picture=False))  # type: ignore[arg-type]
+
+
+def test_shapes_are_those_of_as_many_tokens_as_are_asked_for(pipe: Pipeline) -> None:
+    for tokens, length in ((None, 512), (1, 64), (64, 64), (65, 128), (512, 512)):
+        shapes = requested_shapes(pipe.bundle, 32, 32, 1, prompt_tokens=tokens)
+        assert shapes["denoiser"]["context"][1] == shapes["text_encoder"]["token_mask"][1] == length
+    with pytest.raises(RequestError, match="this bundle has 512 at most"):
+        requested_shapes(pipe.bundle, 32, 32, 1, prompt_tokens=513)
 
 
 def test_the_manifest_says_what_the_pipelines_do(checkpoint: Path, pipe: Pipeline, tmp_path: Path) -> None:
