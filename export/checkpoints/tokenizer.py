@@ -42,6 +42,12 @@ class TokenizerKind:
 CLIP = TokenizerKind(("CLIPTokenizer", "CLIPTokenizerFast"), "CLIP")
 T5 = TokenizerKind(("T5Tokenizer", "T5TokenizerFast"), "T5", begins=False)
 QWEN = TokenizerKind(("Qwen2Tokenizer", "Qwen2TokenizerFast"), "Qwen", begins=False, ends=False)
+MISTRAL = TokenizerKind(
+    ("PixtralProcessor", "AutoProcessor", "TokenizersBackend", "PreTrainedTokenizerFast"),
+    "Mistral",
+    begins=False,
+    ends=False,
+)
 
 
 def write_tokenizer(

@@ -18,8 +18,6 @@ from .checks import check_axes, check_channels, check_equal
 
 TOKENS = 512
 """Of a conversation, padding among them: the transformer sees it all, so that other numbers make other pictures."""
-LAYERS = (9, 18, 27)
-"""The text encoder's, behind which hidden states are taken."""
 SHIFTS = (
     ShiftLine(steps=10, slope=8.73809524e-05, offset=1.89833333),
     ShiftLine(steps=200, slope=0.00016927, offset=0.45666666),
@@ -31,11 +29,11 @@ CELLS = 64
 
 
 class Flux2(Family):
-    """FLUX.2-klein for pictures from text. FLUX.2-dev, whose text encoder also reads pictures, is refused for it."""
+    """FLUX.2-klein for pictures from text."""
 
     name = "flux2"
-    title = "FLUX.2"
-    pipelines = ("Flux2KleinPipeline", "Flux2KleinInpaintPipeline", "Flux2Pipeline")
+    title = "FLUX.2-klein"
+    pipelines: ClassVar[tuple[str, ...]] = ("Flux2KleinPipeline", "Flux2KleinInpaintPipeline")
     reference = "Flux2KleinPipeline"
     parts: ClassVar[Mapping[str, Part]] = {
         "text_encoder": QWEN3_CAUSAL,
@@ -43,6 +41,8 @@ class Flux2(Family):
         "vae": FLUX2_VAE,
     }
     tokenizers: ClassVar[Mapping[str, TokenizerKind]] = {"tokenizer": replace(QWEN, masked=True)}
+    layers: ClassVar[tuple[int, ...]] = (9, 18, 27)
+    """The text encoder's, behind which hidden states are taken."""
 
     def check(self, checkpoint: Checkpoint) -> None:
         """Raise `UnsupportedModelError` for transformers with other inputs, `CheckpointError` for parts of others."""
@@ -56,11 +56,9 @@ class Flux2(Family):
         )
         check_axes(checkpoint, 4)
         encoder = checkpoint.config("text_encoder")
-        check_encoder(encoder, LAYERS, checkpoint.components["text_encoder"].where)
-        width = len(LAYERS) * encoder["hidden_size"]
-        check_equal(
-            checkpoint, "transformer", "joint_attention_dim", width, f"{len(LAYERS)} layers of the text encoder"
-        )
+        check_encoder(encoder, self.layers, checkpoint.components["text_encoder"].where)
+        count, width = len(self.layers), len(self.layers) * encoder["hidden_size"]
+        check_equal(checkpoint, "transformer", "joint_attention_dim", width, f"{count} layers of the text encoder")
 
     def token_lengths(self, checkpoint: Checkpoint) -> Mapping[str, tuple[int, int]]:
         """Return the pipelines' own length."""
@@ -77,10 +75,14 @@ class Flux2(Family):
         """Return text encoder, denoiser and decoder. Pictures are references to diffusers, and have no graph."""
         length = lengths["tokenizer"]
         return {
-            "text_encoder": lambda: text_encoder_graph(checkpoint.load("text_encoder"), LAYERS, precision, length),
+            "text_encoder": self.text_encoder(checkpoint, precision, length),
             "denoiser": lambda: denoiser_graph(checkpoint.load("transformer"), length, precision),
             "decoder": lambda: decoder_graph(SquaresDecoder(checkpoint.load("vae"))),
         }
+
+    def text_encoder(self, checkpoint: Checkpoint, precision: Precision, length: int) -> Callable[[], Graph]:
+        """Return what loads the text encoder as a graph."""
+        return lambda: text_encoder_graph(checkpoint.load("text_encoder"), self.layers, precision, length)
 
     def latent(self, checkpoint: Checkpoint) -> LatentInfo:
         """Return the geometry of squares of four cells of the VAE, which are one of the latents."""

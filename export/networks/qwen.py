@@ -11,16 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from ...engines.bundle import Precision, TensorInfo
-from ...engines.errors import CheckpointError, UnsupportedModelError
+from ...engines.errors import UnsupportedModelError
 from ..checkpoints.checkpoint import Part
-from ..checkpoints.configs import SCALE, WHOLE, said_by, shown
+from ..checkpoints.configs import SCALE, WHOLE, shown
 from ..graph import Graph, network_dtype, outward
+from .conversation import conversation
 
 USUAL_TOKENS = 64
 """What most prompts fit in, where rows are of several lengths."""
-
-PROMPTS = ("{}", " a {} b\n")
-"""Stand-ins for a prompt: what a template makes of them must be the template with them in place."""
 
 
 class TextEncoder(nn.Module):
@@ -49,13 +47,16 @@ class TextEncoder(nn.Module):
         before = positions[:, :, None] >= positions[:, None, :]
         mask = torch.logical_and(before, read[:, None, :])[:, None]  # [R, 1, L, L]
         hidden = self.encoder.embed_tokens(token_ids)
-        angles = positions[..., None].float() * self.frequencies
-        rotary = tuple((each * self.scaling).to(hidden.dtype) for each in (angles.cos(), angles.sin()))
-        found = {}
+        rotary, found = self.rotary(positions, hidden.dtype), {}
         for number, layer in enumerate(self.encoder.layers, start=1):
             hidden = layer(hidden, attention_mask=mask, position_ids=positions, position_embeddings=rotary)
             found[number] = hidden
         return outward(torch.cat([found[number] for number in self.taken], dim=-1))
+
+    def rotary(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return cosine and sine of the angles of positions [R, L]."""
+        angles = positions[..., None].float() * self.frequencies
+        return (angles.cos() * self.scaling).to(dtype), (angles.sin() * self.scaling).to(dtype)
 
 
 def text_encoder_graph(encoder: Any, layers: Sequence[int], precision: Precision, length: int | None = None) -> Graph:
@@ -63,17 +64,24 @@ def text_encoder_graph(encoder: Any, layers: Sequence[int], precision: Precision
 
     `length` is L, where it is always the same. A token of the mask is 1; behind the last there are zeros.
     """
-    width, size = len(layers) * encoder.config.hidden_size, "L" if length is None else length
+    return text_graph(TextEncoder(encoder, layers), encoder.config, layers, precision, length)
+
+
+def text_graph(
+    module: nn.Module, config: Any, layers: Sequence[int], precision: Precision, length: int | None
+) -> Graph:
+    """Return the graph of a text encoder with a transformers config; see `text_encoder_graph`."""
+    width, size = len(layers) * config.hidden_size, "L" if length is None else length
     return Graph(
         "text_encoder",
         "prompt",
-        TextEncoder(encoder, layers),
+        module,
         (
             TensorInfo(name="token_ids", dtype="int64", shape=("R", size)),
             TensorInfo(name="token_mask", dtype="int64", shape=("R", size)),
         ),
         (TensorInfo(name="context", dtype=network_dtype(precision), shape=("R", size, width)),),
-        limits={"token_ids": encoder.config.vocab_size, "token_mask": 2},
+        limits={"token_ids": config.vocab_size, "token_mask": 2},
         usual={"L": USUAL_TOKENS} if length is None else {},
     )
 
@@ -92,28 +100,17 @@ def check_encoder(config: Mapping[str, Any], layers: Sequence[int], where: str) 
 def chat_template(folder: Path, *, thinking: bool) -> str:
     """Return what a tokenizer's chat template makes of a prompt, `{}`, that waits for an answer.
 
-    Raises `CheckpointError` where there is none that can be used, `UnsupportedModelError` for one that changes prompts.
+    Raises as `conversation` does, and `UnsupportedModelError` where prompts are filled up on the left.
     """
-    import transformers
-
-    try:
-        tokenizer = transformers.Qwen2TokenizerFast.from_pretrained(str(folder), local_files_only=True)
-        made = [
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}],
-                tokenize=False,
-                add_generation_prompt=True,
-                enable_thinking=thinking,
-            )
-            for prompt in PROMPTS
-        ]
-    except Exception as error:  # transformers and jinja raise many kinds
-        raise CheckpointError(f"{folder} has no chat template that can be used ({said_by(error)})") from error
-    if tokenizer.padding_side != "right":
+    template, side, _ = conversation(
+        folder,
+        "Qwen2TokenizerFast",
+        lambda prompt: [{"role": "user", "content": prompt}],
+        add_generation_prompt=True,
+        enable_thinking=thinking,
+    )
+    if side != "right":
         raise UnsupportedModelError(f"{folder}: prompts are filled up on the left, where the right is supported")
-    template = str(made[0])
-    if template.count("{}") != 1 or made[1] != template.replace("{}", PROMPTS[1]):
-        raise UnsupportedModelError(f"{folder}: its chat template changes prompts: {shown(template)}")
     return template
 
 

@@ -120,11 +120,80 @@ def qwen3(vocab_size: int, layers: int, **options: Any) -> Any:
     return transformers.Qwen3ForCausalLM(config).eval()
 
 
-def klein(folder: Path, *, distilled: bool = False, **options: Any) -> Path:
-    """Write a tiny FLUX.2-klein: the base, or distilled."""
+SAID = (
+    "{{- bos_token }}{%- for message in messages %}{%- if message['role'] == 'system' %}"
+    "{{- '[SYSTEM_PROMPT]' }}{%- else %}{{- '[INST]' }}{%- endif %}"
+    "{%- for block in message['content'] %}{{- block['text'] }}{%- endfor %}"
+    "{%- if message['role'] == 'system' %}{{- '[/SYSTEM_PROMPT]' }}{%- else %}{{- '[/INST]' }}{%- endif %}{%- endfor %}"
+)
+"""The part of Mistral's chat template that a system message and a prompt go through."""
+
+
+def mistral_tokenizer(side: str) -> Any:
+    """Return a tokenizer of a small byte-level vocabulary with Mistral's tokens of a conversation."""
+    model = tokenizers.Tokenizer(tokenizers.models.BPE())
+    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
+    model.train_from_iterator(TEXTS * 4, trainer)
+    added = ["<pad>", "<s>", "</s>", "[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"]
+    model.add_special_tokens(added)
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=model,
+        pad_token=added[0],
+        bos_token=added[1],
+        eos_token=added[2],
+        padding_side=side,
+        chat_template=SAID,
+    )
+
+
+def mistral3(vocab_size: int, layers: int) -> Any:
+    """Return a Mistral3, which sees pictures too, whose queries share keys."""
+    text = {
+        "model_type": "mistral",
+        "vocab_size": vocab_size,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "sliding_window": None,
+    }
+    sight = {
+        "model_type": "pixtral",
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "head_dim": 8,
+        "image_size": 28,
+        "patch_size": 14,
+    }
+    config = transformers.Mistral3Config(text_config=text, vision_config=sight, image_token_index=3)
+    return transformers.Mistral3ForConditionalGeneration(config).eval()
+
+
+def flux2_dev(folder: Path, *, side: str = "left") -> Path:
+    """Write a tiny FLUX.2-dev, whose tokenizer fills rows up on a side."""
     torch.manual_seed(0)
-    tokenizer = qwen_tokenizer()
-    transformer = diffusers.Flux2Transformer2DModel(
+    tokenizer = mistral_tokenizer(side)
+    pipeline = diffusers.Flux2Pipeline(
+        text_encoder=mistral3(len(tokenizer), 31),
+        tokenizer=tokenizer,
+        transformer=flux2_transformer(guidance_embeds=True),
+        vae=flux2_vae(),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+    )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def flux2_transformer(**options: Any) -> Any:
+    """Return a transformer that reads three layers of 16 numbers each."""
+    return diffusers.Flux2Transformer2DModel(
         in_channels=32,
         num_layers=2,
         num_single_layers=2,
@@ -132,9 +201,12 @@ def klein(folder: Path, *, distilled: bool = False, **options: Any) -> Path:
         num_attention_heads=2,
         joint_attention_dim=48,
         axes_dims_rope=(4, 4, 4, 4),
-        guidance_embeds=False,
         **options,
     ).eval()
+
+
+def flux2_vae() -> Any:
+    """Return a VAE with a batch norm that changes its latents."""
     autoencoder = diffusers.AutoencoderKLFlux2(
         block_out_channels=(16, 32),
         down_block_types=("DownEncoderBlock2D",) * 2,
@@ -145,11 +217,18 @@ def klein(folder: Path, *, distilled: bool = False, **options: Any) -> Path:
     ).eval()
     autoencoder.bn.running_mean.normal_()
     autoencoder.bn.running_var.uniform_(0.5, 2)
+    return autoencoder
+
+
+def klein(folder: Path, *, distilled: bool = False, **options: Any) -> Path:
+    """Write a tiny FLUX.2-klein: the base, or distilled."""
+    torch.manual_seed(0)
+    tokenizer = qwen_tokenizer()
     pipeline = diffusers.Flux2KleinPipeline(
         text_encoder=qwen3(len(tokenizer), 28),
         tokenizer=tokenizer,
-        transformer=transformer,
-        vae=autoencoder,
+        transformer=flux2_transformer(guidance_embeds=False, **options),
+        vae=flux2_vae(),
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
         is_distilled=distilled,
     )
