@@ -11,7 +11,7 @@ from ...engines.device import Array
 from ...engines.errors import RequestError
 
 MOST_BYTES = 128 << 20
-"""Of a pipeline that is told no number: 500 guided prompts of Stable Diffusion 1.5, or 16 of FLUX.1."""
+"""Of a pipeline that is told no number: 500 pairs of 77 rows of 768 numbers in fp16, or 16 of 512 by 4096 in fp32."""
 
 Kept = Mapping[str, Array]
 """What later graphs read of those that run once for each prompt, [R, …], by tensor."""
