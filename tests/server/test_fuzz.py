@@ -68,14 +68,40 @@ likely: dict[str, st.SearchStrategy[Any]] = {
 names = st.one_of(st.sampled_from(sorted(likely)), st.sampled_from(sorted(Edit.model_fields)), st.text(max_size=10))
 
 
+RIGHT: dict[str, st.SearchStrategy[Any]] = {
+    "prompt": st.text(max_size=40),
+    "negative_prompt": st.text(max_size=40),
+    "size": st.sampled_from(["64x64", "16x16", "8x64", "auto", None]),
+    "n": st.integers(1, 2),
+    "seed": st.integers(0, 2**64 - 1) | st.none(),
+    "num_inference_steps": st.integers(1, 4),
+    "sampler": st.sampled_from(["euler", "euler_a", "dpmpp_2m_karras", "lcm", "pndm", "heun", "unipc", "ddim"]),
+    "guidance_scale": st.floats(0, 30),
+    "timesteps": st.lists(st.integers(0, 999).map(float), min_size=1, max_size=4),
+    "sigmas": st.lists(st.floats(0, 20), min_size=1, max_size=4),
+    "image": st.just(PIXEL),
+    "mask": st.just(PIXEL),
+    "strength": st.floats(0.01, 1),
+    "padding_mask_crop": st.integers(0, 20),
+    "output_format": st.sampled_from(["png", "jpeg", "webp"]),
+    "output_compression": st.integers(0, 100),
+    "partial_images": st.integers(0, 3),
+    "prompt_syntax": st.sampled_from(["a1111", "compel"]),
+    "forecast": st.sampled_from(["taylor", "spectrum"]),
+    "eta": st.floats(0, 1),
+    "quality": st.text(max_size=5),
+}
+"""Values that are right by themselves, if not always with others."""
+
+
 @st.composite
 def bodies(draw: st.DrawFn) -> dict[str, Any]:
-    """Fields of which most are near to right and a few are anything."""
+    """Fields of which most are right, some near to it, and a few are anything."""
     body: dict[str, Any] = {"prompt": "x", "size": "64x64", "num_inference_steps": 1}
-    for name in draw(st.lists(names, max_size=6)):
+    for name in draw(st.lists(st.sampled_from(sorted(RIGHT)), max_size=5, unique=True)):
+        body[name] = draw(RIGHT[name])
+    for name in draw(st.lists(names, max_size=draw(st.sampled_from([0, 0, 1, 3])))):
         body[name] = draw(likely.get(name, things) if draw(st.integers(0, 3)) else things)
-    if draw(st.integers(0, 9)) == 0:
-        body.pop("prompt")
     body.pop("stream", None)
     return body
 
