@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from . import bench, build, bundle, cache, env, generate, listings, serve, verify
+from . import bench, build, bundle, cache, env, generate, listings, serve, triton, verify
 from .errors import outcome
 from .interrupts import INTERRUPTED
 from .progress import set_verbosity
@@ -44,6 +44,12 @@ COMMANDS: list[tuple[str, Callable[..., None], str, str]] = [
         "latentrt build my-bundle --size 512x512 --batch 1 --batch 4",
     ),
     ("inspect", bundle.inspect, "Show and check a bundle.", "latentrt inspect my-bundle"),
+    (
+        "triton-repository",
+        triton.triton_repository,
+        "Write a model repository for Triton.",
+        "latentrt triton-repository my-bundle models --size 512x512",
+    ),
     (
         "verify",
         verify.verify,
