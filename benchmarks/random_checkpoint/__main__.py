@@ -5,6 +5,7 @@ from __future__ import annotations
 from argparse import ArgumentParser
 from pathlib import Path
 
+from ...engines.errors import RequestError
 from . import ARCHITECTURES, __doc__, write_random_checkpoint
 from .weights import DTYPES
 
@@ -15,6 +16,9 @@ parser.add_argument("--seed", type=int, default=0)
 parser.add_argument("--precision", choices=list(DTYPES), help="by default what the architecture is published in")
 parser.add_argument("--networks", nargs="*", help="folders whose weights are written, by default all")
 given = parser.parse_args()
-write_random_checkpoint(
-    given.architecture, given.out, seed=given.seed, precision=given.precision, networks=given.networks
-)
+try:
+    write_random_checkpoint(
+        given.architecture, given.out, seed=given.seed, precision=given.precision, networks=given.networks
+    )
+except RequestError as error:
+    parser.error(str(error))

@@ -39,8 +39,11 @@ def write_random_checkpoint(
     `sd21` predicts v and has OpenCLIP's text encoder; `shallow-sd15` has the full width and the fewest layers; `tiny-*`
     have the same parts with few weights, `tiny-sd21` as many levels as the full models. `precision` is by default what
     the architecture is published in. Of the folders in `networks` alone the weights are written, by default of all.
+    Raises `RequestError` for an architecture that there is not, and for a path at which there is something.
     """
     out, known = Path(out), architecture(family)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise RequestError(f"{out} is there already: name a folder that is not, or an empty one")
     sizes = {name: WRITERS[kind](out / name) for name, kind in known.tokenizers.items()}
     for name, network in known.networks.items():
         if network.config_kind == "CLIPTextConfig" and network.library == "transformers":
