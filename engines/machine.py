@@ -82,20 +82,37 @@ def _quota(cgroups: Path, own: Path) -> float | None:
     A limit of any group around the process holds for it too. In a container the paths that the process is told may be
     those outside, so the root of what is mounted counts as well.
     """
-    limits = []
+    limits = (_limit(folder) for folder in _groups("cpu", cgroups, own))
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def memory_limit(cgroups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int | None:
+    """Return the bytes of memory that a container (cgroup version 1 or 2) leaves this process, or None without a limit.
+
+    Version 1 says a number larger than any machine's memory where there is none.
+    """
+    texts = (
+        _text(folder / name)
+        for folder in _groups("memory", cgroups, own)
+        for name in ("memory.max", "memory.limit_in_bytes")
+    )
+    return min((int(text) for text in texts if text.isdecimal()), default=None)
+
+
+def _groups(controller: str, cgroups: Path, own: Path) -> list[Path]:
+    """Return the folders of the groups around the process that may limit what a controller counts."""
+    found = []
     for line in _text(own).splitlines():
         _, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")
         names = controllers.split(",") if controllers else []
-        if names and "cpu" not in names:
+        if names and controller not in names:
             continue
-        mounts = [cgroups / controllers, cgroups / "cpu"] if names else [cgroups, cgroups / "unified"]
+        mounts = [cgroups / controllers, cgroups / controller] if names else [cgroups, cgroups / "unified"]
         parts = PurePosixPath(path.lstrip("/")).parts
         parts = () if ".." in parts else parts  # a group outside what this process may see
-        for mount in mounts:
-            folders = [mount.joinpath(*parts[:depth]) for depth in range(len(parts) + 1)]
-            limits += [limit for folder in folders if (limit := _limit(folder)) is not None]
-    return min(limits, default=None)
+        found += [mount.joinpath(*parts[:depth]) for mount in mounts for depth in range(len(parts) + 1)]
+    return found
 
 
 def _limit(group: Path) -> float | None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 
-from ...engines.machine import processor_name, usable_cores
+from ...engines.machine import memory_limit, processor_name, usable_cores
 
 QUIET = 0.10
 """Share of the machine that others may use before a measurement counts as disturbed."""
@@ -40,9 +40,12 @@ def default_device() -> str:
 
 
 def memory_bytes(device: str) -> int:
-    """Return all the memory of the processor's side, or for `cuda` of the first GPU."""
+    """Return all the memory of the processor's side that this process may use, or for `cuda` of the first GPU."""
     meter = DeviceMeter.open() if device == "cuda" else None
-    return int(meter.describe()["memory_gib"] * 2**30) if meter else int(psutil.virtual_memory().total)
+    if meter:
+        return int(meter.describe()["memory_gib"] * 2**30)
+    total, limit = int(psutil.virtual_memory().total), memory_limit()
+    return total if limit is None else min(total, limit)
 
 
 def source_version() -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from latentrt.engines import options
-from latentrt.engines.machine import physical_cores, usable_cores
+from latentrt.engines.machine import memory_limit, physical_cores, usable_cores
 from latentrt.engines.onnxruntime import cpu
 
 
@@ -59,6 +59,33 @@ def test_without_groups_or_with_a_larger_quota_the_affinity_counts(tmp_path: Pat
     assert usable_cores(tmp_path / "cgroup", own(tmp_path, "0::/\n")) == 8
     write(tmp_path / "cgroup", cpu_max="nonsense")
     assert usable_cores(tmp_path / "cgroup", own(tmp_path, "0::/\n")) == 8
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "limit"),
+    [
+        ("0::/a/b\n", {"": {"memory.max": "max"}, "a": {"memory.max": "4096\n"}, "a/b": {"memory.max": "8192"}}, 4096),
+        ("0::/../outside\n", {"": {"memory.max": "4096"}}, 4096),
+        ("0::/a\n", {"a": {"memory.max": "max"}}, None),
+        ("0::/a\n", {}, None),
+        (
+            "4:memory:/a\n1:cpu:/a\n",
+            {"memory/a": {"memory.limit_in_bytes": "4096"}, "cpu/a": {"memory.max": "1"}},
+            4096,
+        ),
+        ("4:memory:/a\n", {"memory/a": {"memory.limit_in_bytes": str(2**63 - 4096)}}, 2**63 - 4096),
+        ("0::/a\n", {"a": {"memory.max": "nonsense"}}, None),
+    ],
+)
+def test_the_smallest_limit_of_memory_counts(
+    tmp_path: Path, groups: str, files: dict[str, dict[str, str]], limit: int | None
+) -> None:
+    for place, each in files.items():
+        folder = tmp_path / "cgroup" / place
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in each.items():
+            (folder / name).write_text(text)
+    assert memory_limit(tmp_path / "cgroup", own(tmp_path, groups)) == limit
 
 
 def test_hyperthreads_of_one_core_count_once_and_the_quota_holds_for_them(
