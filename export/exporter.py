@@ -44,7 +44,7 @@ from .families import Family, family_named
 from .graph import Graph
 from .onnx_writer import OPSET, onnx_model, save_model
 from .parity import check_parity, native_case, record, reference_cases
-from .pieces import give_memory_back
+from .pieces import memory_given_back
 from .step_graph import step_graph
 from .step_rows import limits, step_rows
 
@@ -136,11 +136,11 @@ def write_network(
         like, layers = (checkpoint.shallow(), LAYERS_OF_A_STACK) if few else (checkpoint, None)
         return replace(family.graphs(like, precision, lengths)[name](), layers=layers)
 
-    give_memory_back()
     latent = family.latent(checkpoint)
     cells = (latent.default_height // latent.downscale, latent.default_width // latent.downscale)
-    info = write_graph(family.graphs(checkpoint, precision, lengths)[name], folder, precision, cells, alike)
-    checkpoint.close()
+    with memory_given_back():
+        info = write_graph(family.graphs(checkpoint, precision, lengths)[name], folder, precision, cells, alike)
+        checkpoint.close()
     return info
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +18,32 @@ import onnx
 import onnxruntime as ort
 import torch
 
-M_MMAP_THRESHOLD, LARGE_BLOCK = -3, 1 << 20
-"""glibc's name of an option, and its value: blocks of more bytes have pages of their own, which a free gives back."""
+M_MMAP_THRESHOLD, LARGE_BLOCK, LEARNED = -3, 1 << 20, 32 << 20
+"""glibc's name of an option, and values: blocks of more bytes have pages of their own, which a free gives back. The
+second is what glibc itself learns, at most, from the blocks that a program frees."""
 
 MOST_BYTES = 1 << 30
 """Bytes of weights, as they are stored, after which a piece ends."""
 
 
-def give_memory_back() -> None:
-    """Let the allocator return large blocks to the system as soon as they are free.
+@contextmanager
+def memory_given_back() -> Iterator[None]:
+    """Let the allocator return large blocks to the system as soon as they are free, inside the block.
 
     glibc learns from the first large blocks that are freed to keep those of up to 32 MiB, and weights come and go one
-    at a time here. It stays so for the rest of the process. Other systems' allocators stay as they are.
+    at a time here. Behind it, it keeps them again: a program that draws pictures has use for them. Other systems'
+    allocators stay as they are.
     """
+    _set_threshold(LARGE_BLOCK)
+    try:
+        yield
+    finally:
+        _set_threshold(LEARNED)
+
+
+def _set_threshold(size: int) -> None:
     with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK)
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, size)
 
 
 def run_in_pieces(
