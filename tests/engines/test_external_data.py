@@ -131,7 +131,7 @@ def test_openvino_takes_no_file_for_another_format(tmp_path: Path) -> None:
     write_manifest(bundle.path, manifest_of(bundle.path, bundle.graph("first")))
     again = Bundle.open(bundle.path)
     assert again.problems() == {}
-    with pytest.raises(EngineError, match="engine first has no tensor 'x'"):
+    with pytest.raises(EngineError, match="graph first has no tensor 'x'"):
         backend_named("openvino", pytest.MonkeyPatch(), EngineCache(tmp_path / "cache")).open(
             again, again.graph("first")
         )

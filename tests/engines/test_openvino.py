@@ -11,14 +11,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from latentrt.engines.bundle import Bundle, Parity
+from latentrt.engines.bundle import Bundle, Parity, TensorInfo
 from latentrt.engines.cache import EngineCache
 from latentrt.engines.errors import EngineError, RequestError
 from latentrt.engines.machine import has_bf16
 from latentrt.engines.openvino.library import load_openvino
+from onnx import helper
 
-from .small_bundles import WEIGHT, random
-from .test_loading import only, truncate
+from .small_bundles import WEIGHT, graph_info, proto, random, write_bundle
+from .test_loading import truncate
 
 try:
     openvino: Any = load_openvino()
@@ -26,6 +27,7 @@ except ImportError:
     pytest.skip("openvino is not installed", allow_module_level=True)
 
 from latentrt.engines.openvino import backend as module
+from latentrt.engines.openvino import format as module_format
 from latentrt.engines.openvino.backend import OpenVino
 
 NETWORK = Parity(max_abs_error=0, relative_error=0)
@@ -37,27 +39,38 @@ def cache(tmp_path: Path) -> EngineCache:
     return EngineCache(tmp_path / "engines")
 
 
-def result(bundle: Bundle, backend: OpenVino, graph: Any = None) -> Any:
+def bound(backend: OpenVino, engine: Any, rows: int = 2) -> tuple[Any, Any]:
+    """Return a binding of an engine of the first graph to rows of numbers, and the tensor of its result."""
+    x, y = (backend.device.empty((rows, 8), np.float32) for _ in "xy")
+    x.write(random(rows, 8), backend.device.stream())
+    return engine.bind({"x": x, "y": y}), y
+
+
+def result(bundle: Bundle, backend: OpenVino, graph: Any = None, rows: int = 2) -> Any:
     """Return what an engine of the first graph computes."""
-    engine = backend.open(bundle, graph or bundle.graph("first"))
-    stream, x, y = backend.device.stream(), *(backend.device.empty((2, 8), np.float32) for _ in "xy")
-    x.write(random(2, 8), stream)
-    engine.bind({"x": x, "y": y}).enqueue(stream)
+    engine, stream = backend.open(bundle, graph or bundle.graph("first")), backend.device.stream()
+    binding, y = bound(backend, engine, rows)
+    binding.enqueue(stream)
     engine.close()
     return y.read(stream)
 
 
-def compiles(patch: pytest.MonkeyPatch) -> list[str]:
-    """Return the names of the graphs that are compiled from now on."""
-    compiled: list[str] = []
-    ordinary = OpenVino._build
+def compiles(patch: pytest.MonkeyPatch) -> list[Any]:
+    """Return the shapes that are compiled for from now on."""
+    compiled: list[Any] = []
+    ordinary = OpenVino._compile
 
-    def build(self: OpenVino, bundle: Bundle, graph: Any, out: Path) -> dict[str, Any]:
-        compiled.append(graph.name)
-        return ordinary(self, bundle, graph, out)
+    def compile(self: OpenVino, folder: Path, graph: Any, shapes: Any, out: Path) -> dict[str, Any]:
+        compiled.append(shapes and shapes["x"])
+        return ordinary(self, folder, graph, shapes, out)
 
-    patch.setattr(OpenVino, "_build", build)
+    patch.setattr(OpenVino, "_compile", compile)
     return compiled
+
+
+def folders(cache: EngineCache, file: str) -> list[Path]:
+    """Return the engines in a cache that have a file."""
+    return [entry["folder"] for entry in cache.entries() if file in entry["files"]]
 
 
 @pytest.mark.parametrize("change", ["processor", "version", "builder", "threads"])
@@ -66,7 +79,7 @@ def test_whatever_changes_an_engine_is_a_miss_and_nothing_else_is(
 ) -> None:
     for _ in range(2):
         np.testing.assert_allclose(result(bundle, OpenVino(cache=cache, threads=1)), random(2, 8) @ WEIGHT, atol=1e-5)
-    assert len(cache.entries()) == 1
+    assert len(cache.entries()) == 2
     compiled = compiles(monkeypatch)
     if change == "processor":
         monkeypatch.setattr(module, "processor_identity", lambda: "another processor")
@@ -75,7 +88,7 @@ def test_whatever_changes_an_engine_is_a_miss_and_nothing_else_is(
     elif change == "builder":
         monkeypatch.setattr(module, "BUILDER", module.BUILDER + 1)
     result(bundle, OpenVino(cache=cache, threads=min(2, os.cpu_count() or 1)))
-    assert compiled == ([] if change == "threads" else ["first"])
+    assert compiled == ([] if change == "threads" else [(2, 8)])
 
 
 @with_bf16
@@ -88,9 +101,54 @@ def test_networks_compute_in_the_precision_that_is_asked_for_and_the_step_does_n
         name: result(bundle, OpenVino(cache=cache, threads=1, precision=name), network) for name in ("f32", "bf16")
     }
     assert np.abs(found["f32"] - exact).max() < 1e-5 < 1e-4 < np.abs(found["bf16"] - exact).max() < 0.1
-    assert len(cache.entries()) == 2
+    assert len(folders(cache, "compiled.blob")) == 2 and len(folders(cache, "model.bin")) == 2
     updated = result(bundle, OpenVino(cache=cache, threads=1, precision="bf16"), step)
     np.testing.assert_allclose(updated, exact, atol=1e-5)
+
+
+@with_bf16
+@pytest.mark.parametrize("shapes", ["fixed", "any"])
+def test_angles_are_not_rounded_where_the_rest_is(tmp_path: Path, cache: EngineCache, shapes: Any) -> None:
+    """bf16 has no 499 and no 951.5: sines of their products with frequencies would be those of other angles."""
+    frequencies = np.exp(-np.arange(8) / 2).astype(np.float32)[None]
+    t, y = TensorInfo(name="t", dtype="float32", shape=("B",)), TensorInfo(name="y", dtype="float32", shape=("B", 8))
+    info = graph_info("angles", [t], [y]).model_copy(update={"parity": NETWORK})
+    nodes = [
+        helper.make_node("Unsqueeze", ["t", "axis"], ["column"]),
+        helper.make_node("Mul", ["column", "frequencies"], ["angle"]),
+        helper.make_node("Sin", ["angle"], ["sine"]),
+        helper.make_node("MatMul", ["sine", "weight"], ["product"]),
+        helper.make_node("MatMul", ["product", "weight"], ["y"]),
+    ]
+    constants = {"axis": np.array([1]), "frequencies": frequencies, "weight": np.eye(8, dtype=np.float32)}
+    bundle = write_bundle(tmp_path / "bundle", (info, proto(info, nodes, constants)))
+    backend = OpenVino(cache=cache, threads=1, precision="bf16", shapes=shapes)
+    given, stream = np.array([1, 37, 499, 951.5, 999], np.float32), backend.device.stream()
+    times, sines = backend.device.empty((5,), np.float32), backend.device.empty((5, 8), np.float32)
+    times.write(given, stream)
+    backend.open(bundle, bundle.graph("angles")).bind({"t": times, "y": sines}).enqueue(stream)
+    np.testing.assert_allclose(sines.read(stream), np.sin(given[:, None] * frequencies), atol=0.01)
+
+
+@with_bf16
+def test_weights_are_stored_in_what_they_are_multiplied_in_and_give_the_same_numbers(
+    tmp_path: Path, cache: EngineCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, y = (TensorInfo(name=name, dtype="float32", shape=("B", 80)) for name in "xy")
+    info = graph_info("square", [x], [y]).model_copy(update={"parity": NETWORK})
+    weight = random(80, 80)
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["p"]), helper.make_node("MatMul", ["p", "w"], ["y"])]
+    bundle, found = write_bundle(tmp_path / "bundle", (info, proto(info, nodes, {"w": weight}))), []
+    for few in (1 << 30, module_format.FEW):
+        monkeypatch.setattr(module_format, "FEW", few)
+        backend = OpenVino(cache=EngineCache(cache.root / str(few)), threads=1, precision="bf16")
+        given, result = (backend.device.empty((3, 80), np.float32) for _ in "xy")
+        given.write(random(3, 80, seed=1), backend.device.stream())
+        backend.open(bundle, bundle.graph("square")).bind({"x": given, "y": result}).enqueue(backend.device.stream())
+        (folder,) = folders(EngineCache(cache.root / str(few)), "model.bin")
+        found.append((result.read(backend.device.stream()), (folder / "model.bin").stat().st_size))
+    assert found[0][0].tobytes() == found[1][0].tobytes()
+    assert found[0][1] >= weight.nbytes > found[1][1] >= weight.nbytes // 2
 
 
 def test_a_damaged_engine_is_compiled_again(
@@ -98,11 +156,41 @@ def test_a_damaged_engine_is_compiled_again(
 ) -> None:
     backend = OpenVino(cache=cache, threads=1)
     result(bundle, backend)
-    truncate(only(cache), "compiled.blob")
+    truncate(*folders(cache, "compiled.blob"), "compiled.blob")
     compiled = compiles(monkeypatch)
     for _ in range(2):
         np.testing.assert_allclose(result(bundle, backend), random(2, 8) @ WEIGHT, atol=1e-5)
-    assert compiled == ["first"] and "cannot be loaded" in caplog.text
+    assert compiled == [(2, 8)] and "cannot be loaded" in caplog.text
+
+
+@pytest.mark.parametrize("shapes", ["fixed", "any"])
+def test_a_model_is_compiled_for_each_shape_or_one_for_all_of_them(
+    bundle: Bundle, cache: EngineCache, monkeypatch: pytest.MonkeyPatch, shapes: Any
+) -> None:
+    compiled = compiles(monkeypatch)
+    for rows in (2, 5, 2):
+        found = result(bundle, OpenVino(cache=cache, threads=1, shapes=shapes), rows=rows)
+        np.testing.assert_allclose(found, random(rows, 8) @ WEIGHT, atol=1e-5)
+    assert compiled == ([(2, 8), (5, 8)] if shapes == "fixed" else [None])
+    assert len(folders(cache, "model.bin")) == 1  # weights are kept once
+
+
+def test_shapes_beyond_those_that_memory_is_for_share_a_model_until_one_is_free(
+    bundle: Bundle, cache: EngineCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "MOST", 2)
+    compiled, backend = compiles(monkeypatch), OpenVino(cache=cache, threads=1)
+    engine, stream = backend.open(bundle, bundle.graph("first")), backend.device.stream()
+    used = {rows: bound(backend, engine, rows) for rows in (1, 2, 3, 4)}
+    assert compiled == [(1, 8), (2, 8), None]
+    for rows, (binding, y) in used.items():
+        binding.enqueue(stream)
+        np.testing.assert_allclose(y.read(stream), random(rows, 8) @ WEIGHT, atol=1e-5)
+    del used[1], binding
+    used[5] = bound(backend, engine, 5)
+    assert compiled == [(1, 8), (2, 8), None, (5, 8)]
+    used[2] = bound(backend, engine, 2)
+    assert len(compiled) == 4
 
 
 def test_a_bundle_of_links_is_read_and_nothing_is_written_beside_it(bundle: Bundle, cache: EngineCache) -> None:
@@ -115,8 +203,8 @@ def test_a_bundle_of_links_is_read_and_nothing_is_written_beside_it(bundle: Bund
     linked = Bundle.open(bundle.path)
     np.testing.assert_allclose(result(linked, OpenVino(cache=cache, threads=1)), random(2, 8) @ WEIGHT, atol=1e-5)
     assert sorted((f.name, f.stat().st_mtime_ns) for f in (*bundle.path.iterdir(), *blobs.iterdir())) == before
-    assert {file.name for file in only(cache).iterdir()} >= {"compiled.blob", "model.bin"}
-    assert not [file for file in only(cache).iterdir() if file.is_dir()]
+    assert len(folders(cache, "model.bin")) == 1
+    assert not [file for entry in cache.entries() for file in entry["folder"].iterdir() if file.is_dir()]
 
 
 @pytest.mark.parametrize(
@@ -124,6 +212,7 @@ def test_a_bundle_of_links_is_read_and_nothing_is_written_beside_it(bundle: Bund
     [
         ({"precision": "int4"}, "precision is 'int4': choose f32, bf16, f16"),
         ({"device": "TPU"}, "device is 'TPU': choose CPU or GPU"),
+        ({"shapes": "some"}, "shapes is 'some': choose fixed or any"),
         ({"threads": 0}, r"threads is 0: this machine has \d+ cores"),
     ],
 )
