@@ -95,7 +95,7 @@ def _open_file(
     for family in families():
         if family.open_network(path, weights, {}) is not None:
             raise CheckpointError(
-                f"{path} holds nothing but the {family.denoiser} of {family.title}: give the rest with --base, a "
+                f"{path} is read for nothing but the {family.denoiser} of {family.title}: give the rest with --base, a "
                 "diffusers folder or hub id of the model that it was made from"
             )
     raise UnsupportedModelError(

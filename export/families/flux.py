@@ -18,7 +18,7 @@ from ..networks.flux import FLUX_TRANSFORMER, denoiser_graph
 from ..networks.t5 import T5_ENCODER
 from ..networks.texts import ClipAndT5, texts_graph
 from ..shift import shift_line
-from ..single_files.flux import open_transformer
+from ..single_files.flux import FLUX, open_transformer
 from .base import Family
 from .checks import check_axes, check_channels, check_equal
 
@@ -49,7 +49,7 @@ class Flux(Family):
 
     def open_network(self, file: Path, weights: Weights, base: Mapping[str, Any]) -> Component | None:
         """Open a single file of the original layout, which holds the transformer."""
-        return open_transformer(file, weights, self.parts["transformer"], base)
+        return open_transformer(FLUX, file, weights, self.parts["transformer"], base)
 
     def check(self, checkpoint: Checkpoint) -> None:
         """Raise `UnsupportedModelError` for transformers with other inputs, `CheckpointError` for parts of others."""

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 from ...engines.bundle import GuidanceInfo, LatentInfo, Precision, ScheduleRule, ShiftLine
-from ..checkpoints.checkpoint import Checkpoint, Part
+from ..checkpoints.checkpoint import Checkpoint, Component, Part
 from ..checkpoints.tokenizer import QWEN, TokenizerKind
+from ..checkpoints.weights import Weights
 from ..graph import Graph
 from ..networks.autoencoder import decoder_graph, geometry, vae_factor
 from ..networks.flux2 import FLUX2_TRANSFORMER, FLUX2_VAE, SquaresDecoder, denoiser_graph
 from ..networks.qwen import QWEN3_CAUSAL, chat_template, check_encoder, text_encoder_graph
+from ..single_files.flux import FLUX2, open_transformer
 from .base import Family
 from .checks import check_axes, check_channels, check_equal
 
@@ -43,6 +46,13 @@ class Flux2(Family):
     tokenizers: ClassVar[Mapping[str, TokenizerKind]] = {"tokenizer": replace(QWEN, masked=True)}
     layers: ClassVar[tuple[int, ...]] = (9, 18, 27)
     """The text encoder's, behind which hidden states are taken."""
+    guided: ClassVar[bool] = False
+    """Whether its transformer reads a guidance scale."""
+
+    def open_network(self, file: Path, weights: Weights, base: Mapping[str, Any]) -> Component | None:
+        """Open a single file of the original layout, which holds the transformer."""
+        found = open_transformer(FLUX2, file, weights, self.parts["transformer"], base)
+        return None if found and not base and found.config["guidance_embeds"] != self.guided else found
 
     def check(self, checkpoint: Checkpoint) -> None:
         """Raise `UnsupportedModelError` for transformers with other inputs, `CheckpointError` for parts of others."""

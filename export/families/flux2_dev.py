@@ -33,6 +33,7 @@ class Flux2Dev(Flux2):
     parts: ClassVar[Mapping[str, Part]] = {**Flux2.parts, "text_encoder": MISTRAL3}
     tokenizers: ClassVar[Mapping[str, TokenizerKind]] = {"tokenizer": replace(MISTRAL, masked=True)}
     layers: ClassVar[tuple[int, ...]] = (10, 20, 30)
+    guided: ClassVar[bool] = True
 
     def check(self, checkpoint: Checkpoint) -> None:
         """Raise `UnsupportedModelError` for networks of other forms, `CheckpointError` for parts of others."""

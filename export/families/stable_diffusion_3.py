@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 from ...engines.bundle import LatentInfo, Precision, ScheduleRule
 from ...engines.errors import CheckpointError
-from ..checkpoints.checkpoint import Checkpoint, Part
+from ..checkpoints.checkpoint import Checkpoint, Component, Part
 from ..checkpoints.tokenizer import CLIP, T5, TokenizerKind
+from ..checkpoints.weights import Weights
 from ..graph import Graph
 from ..networks.autoencoder import AUTOENCODER_KL, geometry, vae_factor
 from ..networks.clip import CLIP_TEXT_PROJECTION
@@ -18,6 +20,7 @@ from ..networks.t5 import T5_ENCODER
 from ..networks.texts import T5_TOKENS, ClipsAndT5, texts_graph
 from ..reference import reference_pipeline
 from ..shift import shift_line
+from ..single_files.stable_diffusion_3 import SD3
 from .base import Family
 from .checks import check_channels, check_equal
 
@@ -44,6 +47,10 @@ class StableDiffusion3(Family):
     }
     vae_scale: ClassVar[Mapping[str, float]] = {"scaling_factor": 1.5305, "shift_factor": 0.0609}
     optional = ("text_encoder_3", "tokenizer_3")
+
+    def open_network(self, file: Path, weights: Weights, base: Mapping[str, Any]) -> Component | None:
+        """Open a single file of the original layout, of which the transformer is read."""
+        return SD3.open(file, weights, self.parts["transformer"], base)
 
     def check(self, checkpoint: Checkpoint) -> None:
         """Raise `UnsupportedModelError` for transformers with other inputs, `CheckpointError` for parts of others."""

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 from ...engines.bundle import Branch, GuidanceInfo, LatentInfo, Precision, ScheduleRule
 from ...engines.errors import UnsupportedModelError
-from ..checkpoints.checkpoint import Checkpoint, Part
+from ..checkpoints.checkpoint import Checkpoint, Component, Part
 from ..checkpoints.configs import shown
 from ..checkpoints.tokenizer import QWEN, TokenizerKind
+from ..checkpoints.weights import Weights
 from ..graph import Graph
 from ..networks.autoencoder import AUTOENCODER_KL, geometry, vae_factor
 from ..networks.qwen import QWEN3, chat_template, check_encoder, text_encoder_graph
 from ..networks.z_image_transformer import Z_IMAGE_TRANSFORMER, denoiser_graph
 from ..shift import shift_line
+from ..single_files.z_image import Z_IMAGE
 from .base import Family
 from .checks import check_equal
 
@@ -41,6 +44,10 @@ class ZImage(Family):
     }
     tokenizers: ClassVar[Mapping[str, TokenizerKind]] = {"tokenizer": replace(QWEN, lengths=LENGTHS, masked=True)}
     vae_scale: ClassVar[Mapping[str, float]] = {"scaling_factor": 0.3611, "shift_factor": 0.1159}
+
+    def open_network(self, file: Path, weights: Weights, base: Mapping[str, Any]) -> Component | None:
+        """Open a single file of the original layout, of which the transformer is read."""
+        return Z_IMAGE.open(file, weights, self.parts["transformer"], base)
 
     def check(self, checkpoint: Checkpoint) -> None:
         """Raise `UnsupportedModelError` for other forms of transformer, `CheckpointError` for parts that do not fit."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ...engines.errors import CheckpointError
@@ -61,38 +61,44 @@ def unet_config(weights: Weights) -> dict[str, Any]:
     }
 
 
+CLIP_NAMES = {
+    "words": "embeddings.token_embedding.weight",
+    "places": "embeddings.position_embedding.weight",
+    "layers": "encoder.layers.",
+    "wide": "mlp.fc1.weight",
+}
+OPEN_CLIP_NAMES = {
+    "words": "token_embedding.weight",
+    "places": "positional_embedding",
+    "layers": "transformer.resblocks.",
+    "wide": "mlp.c_fc.weight",
+}
+"""What tells the sizes of a CLIP text model, by transformers' names and by OpenCLIP's."""
+
+
 def clip_config(weights: Weights, prefix: str) -> dict[str, Any]:
     """Return the config of a CLIP text model under transformers' names, CLIP's own activation in it."""
-    layers = f"{prefix}encoder.layers."
-    vocabulary, width = weights.shape(f"{prefix}embeddings.token_embedding.weight")
-    return {
-        "vocab_size": vocabulary,
-        "hidden_size": width,
-        "intermediate_size": weights.shape(f"{layers}0.mlp.fc1.weight")[0],
-        "num_hidden_layers": count(weights, layers),
-        "num_attention_heads": max(1, width // HEAD),
-        "max_position_embeddings": weights.shape(f"{prefix}embeddings.position_embedding.weight")[0],
-        "hidden_act": "quick_gelu",
-    } | _ends(vocabulary)
+    return _text_config(weights, prefix, CLIP_NAMES) | {"hidden_act": "quick_gelu"}
 
 
 def open_clip_config(weights: Weights, prefix: str) -> dict[str, Any]:
     """Return the config of a CLIP text model under OpenCLIP's names, with its projection where there is one."""
-    layers = f"{prefix}transformer.resblocks."
-    vocabulary, width = weights.shape(f"{prefix}token_embedding.weight")
-    config = {
+    config, projection = _text_config(weights, prefix, OPEN_CLIP_NAMES), f"{prefix}text_projection"
+    projected = {"projection_dim": weights.shape(projection)[1]} if projection in weights else {}
+    return config | {"hidden_act": "gelu"} | projected
+
+
+def _text_config(weights: Weights, prefix: str, names: Mapping[str, str]) -> dict[str, Any]:
+    """Return what sizes tell; begin and end are the last two ids of CLIP's vocabulary."""
+    layers = f"{prefix}{names['layers']}"
+    vocabulary, width = weights.shape(prefix + names["words"])
+    return {
         "vocab_size": vocabulary,
         "hidden_size": width,
-        "intermediate_size": weights.shape(f"{layers}0.mlp.c_fc.weight")[0],
+        "intermediate_size": weights.shape(f"{layers}0.{names['wide']}")[0],
         "num_hidden_layers": count(weights, layers),
         "num_attention_heads": max(1, width // HEAD),
-        "max_position_embeddings": weights.shape(f"{prefix}positional_embedding")[0],
-        "hidden_act": "gelu",
-    } | _ends(vocabulary)
-    projection = f"{prefix}text_projection"
-    return config | ({"projection_dim": weights.shape(projection)[1]} if projection in weights else {})
-
-
-def _ends(vocabulary: int) -> dict[str, int]:
-    """Return the ids of begin and end, which are the last two of CLIP's vocabulary."""
-    return {"bos_token_id": vocabulary - 2, "eos_token_id": vocabulary - 1}
+        "max_position_embeddings": weights.shape(prefix + names["places"])[0],
+        "bos_token_id": vocabulary - 2,
+        "eos_token_id": vocabulary - 1,
+    }

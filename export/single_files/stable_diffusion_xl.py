@@ -5,12 +5,13 @@ Sizes come from the tensors' shapes. What no shape tells is the same in all of t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ...engines.errors import CheckpointError
 from ..checkpoints.checkpoint import Checkpoint, Component, Part, SingleFile, TokenizerSource
+from ..checkpoints.streamed import Find
 from ..checkpoints.weights import Weights
 from ..networks.unet import inpaints
 from .markers import chosen
@@ -60,24 +61,19 @@ def open_single_file(source: SingleFile, family: str, parts: Mapping[str, Part])
             raise CheckpointError(f"{file} has not all of {UNET}* and {SECOND[0]}*, as Stable Diffusion XL has them")
         return None
     first = f"{FIRST}embeddings.position_embedding.weight" in weights
-    texts = {}
+    texts: dict[str, tuple[str, Callable[[Weights], dict[str, Any]], Find]] = {
+        "text_encoder_2": (
+            "second",
+            lambda weights: open_clip_config(weights, prefix),
+            lambda name: open_clip_tensor(weights, name.removeprefix("text_model."), prefix),
+        )
+    }
     if first:
-        config = read(weights, lambda weights: clip_config(weights, FIRST))
-        texts["text_encoder"] = Component.of(
-            parts["text_encoder"],
-            f"first text encoder of {file}",
-            config,
-            weights,
+        texts["text_encoder"] = (
+            "first",
+            lambda weights: clip_config(weights, FIRST),
             lambda name: weights.get(FIRST + name.removeprefix("text_model.")),
         )
-    config = read(weights, lambda weights: open_clip_config(weights, prefix))
-    texts["text_encoder_2"] = Component.of(
-        parts["text_encoder_2"],
-        f"second text encoder of {file}",
-        config,
-        weights,
-        lambda name: open_clip_tensor(weights, name.removeprefix("text_model."), prefix),
-    )
     unet = read(weights, unet_config)
     unet |= read(weights, lambda weights: _added(weights, f"{prefix}text_projection", SIZE_IDS[first]))
     layers = unet["layers_per_block"]
@@ -86,7 +82,10 @@ def open_single_file(source: SingleFile, family: str, parts: Mapping[str, Part])
         file.name,
         family,
         f"StableDiffusionXL{'Inpaint' if inpaints(unet) else '' if first else 'Img2Img'}Pipeline",
-        texts
+        {
+            name: Component.of(parts[name], f"{place} text encoder of {file}", read(weights, config), weights, find)
+            for name, (place, config, find) in sorted(texts.items())
+        }
         | {
             "unet": Component.of(
                 parts["unet"], f"U-Net of {file}", unet, weights, lambda name: unet_tensor(weights, name, layers)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from latentrt.export.single_files.layout import PLACES, STACKED, Layout
 from latentrt.export.single_files.names import original_unet_name, original_vae_name
 from safetensors.torch import load_file, save_file
 
@@ -90,3 +91,27 @@ def flux_tensors(prefix: str, *, guided: bool = True, channels: int = 64) -> dic
     linear("final_layer.linear", WIDTH, 64)
     linear("final_layer.adaLN_modulation.1", WIDTH, 2 * WIDTH)
     return {prefix + name: tensor for name, tensor in tensors.items()}
+
+
+def original_tensors(layout: Layout, state: dict[str, torch.Tensor], config: Any) -> dict[str, torch.Tensor]:
+    """Return the parameters of a transformer of diffusers under the names, and in the order, of an original layout."""
+    tensors: dict[str, torch.Tensor] = {}
+    for name, tensor in sorted(state.items(), key=lambda each: _place(each[0])):
+        stack, block, own, names = "", "", name, layout.names
+        for new, (old, inside) in layout.blocks.items():
+            if name.startswith(f"{new}."):
+                block, own = name.removeprefix(f"{new}.").split(".", 1)
+                stack, names = f"{old}.{block}.", inside
+        begin = next((each for each in names if own.startswith(each)), "")
+        original = stack + names.get(begin, "") + own.removeprefix(begin)
+        if layout.swapped(own, int(block) if block else None, config):
+            tensor = torch.cat(tensor.chunk(2)[::-1])
+        known = [tensors[original]] if original in tensors else []
+        tensors[original] = torch.cat([*known, tensor])
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+
+def _place(name: str) -> int:
+    """Return where a parameter stands in a tensor of several: query, key and value, in this order."""
+    found = STACKED.search(name)
+    return PLACES[found[1]] if found else -1

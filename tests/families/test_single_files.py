@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,15 @@ from diffusers.loaders import single_file_utils  # noqa: E402
 from latentrt.export.checkpoints.sources import open_checkpoint  # noqa: E402
 from latentrt.export.families import family_named  # noqa: E402
 from latentrt.export.reference import reference_pipeline  # noqa: E402
+from latentrt.export.single_files.flux import FLUX2  # noqa: E402
+from latentrt.export.single_files.stable_diffusion_3 import SD3  # noqa: E402
+from latentrt.export.single_files.z_image import Z_IMAGE  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 from ..export.loaded import loaded  # noqa: E402
-from . import tiny, tiny_flux  # noqa: E402
+from . import tiny, tiny_flux, tiny_transformers  # noqa: E402
 from .compare import check, opened, picture  # noqa: E402
-from .original_layouts import flux_tensors, sdxl_file  # noqa: E402
+from .original_layouts import flux_tensors, original_tensors, sdxl_file  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -287,6 +291,61 @@ def test_files_that_do_not_fit_are_refused_in_a_line(
     with pytest.raises(error, match=message) as caught:
         open_checkpoint(tmp_path / "model.safetensors", **given)
     assert "\n" not in str(caught.value)
+
+
+OTHERS: dict[str, tuple[Any, Any, str]] = {
+    "sd3": (tiny_transformers.sd3, SD3, "sd3"),
+    "sd3.5": (tiny_transformers.sd35, SD3, "sd3"),
+    "klein": (tiny_flux.klein, FLUX2, "flux2"),
+    "flux2-dev": (tiny_flux.flux2_dev, FLUX2, "flux2"),
+    "z-image": (tiny_transformers.z_image, Z_IMAGE, "z_image"),
+}
+"""What writes a tiny checkpoint, its layout, and the name of diffusers' own conversion."""
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_transformers_of_other_families_are_read_as_diffusers_reads_them(tmp_path: Path, kind: str) -> None:
+    write, layout, conversion = OTHERS[kind]
+    base = write(tmp_path / "base")
+    (stored,) = (base / "transformer").glob("*.safetensors")
+    state = {
+        name: torch.randn_like(each) if name != "pos_embed.pos_embed" else each
+        for name, each in load_file(stored).items()
+    }
+    tensors = original_tensors(layout, state, open_checkpoint(base).config("transformer"))
+    convert = getattr(single_file_utils, f"convert_{conversion}_transformer_checkpoint_to_diffusers")
+    wanted = convert(dict(tensors))
+    assert wanted.keys() == state.keys() and all(torch.equal(wanted[key], state[key]) for key in state)
+    known = open_checkpoint(base).config("transformer")
+    stored.unlink()
+    for prefix in ("", "model.diffusion_model."):
+        file = tmp_path / f"{prefix}model.safetensors"
+        save_file({prefix + name: tensor for name, tensor in tensors.items()}, file)
+        checkpoint = open_checkpoint(file, base=base)
+        family_named(checkpoint.family).check(checkpoint)
+        found = loaded(checkpoint, "transformer").state_dict()
+        assert all(torch.equal(wanted[key], found[key]) for key in wanted.keys() & found.keys())
+        assert wanted.keys() - found.keys() <= {"pos_embed.pos_embed"}  # a table of sines, which is made anew
+        config = checkpoint.config("transformer")
+        differ = {key for key in known if listed(config, key) != listed(known, key) and key[0] != "_"}
+        assert differ <= {"out_channels"}
+        with pytest.raises(
+            CheckpointError, match=rf"nothing but the transformer of {re.escape(family_named(checkpoint.family).title)}"
+        ):
+            open_checkpoint(file)
+
+
+def test_a_file_of_another_family_than_its_base_is_refused(dev: Path, tmp_path: Path) -> None:
+    klein = tiny_flux.klein(tmp_path / "klein")
+    state = load_file(klein / "transformer" / "diffusion_pytorch_model.safetensors")
+    save_file(original_tensors(FLUX2, state, {}), tmp_path / "klein.safetensors")
+    guided = tiny_flux.flux2_dev(tmp_path / "dev")
+    for base, error, message in (
+        (dev, UnsupportedModelError, r"has no transformer of FLUX\.1, the family of"),
+        (guided, CheckpointError, "has not an embedded guidance scale and the transformer of --base has"),
+    ):
+        with pytest.raises(error, match=message):
+            open_checkpoint(tmp_path / "klein.safetensors", base=base)
 
 
 def test_a_transformer_for_filling_is_refused(dev: Path, tmp_path: Path) -> None:
