@@ -81,6 +81,9 @@ READ_BY_SOME = {
     "true_cfg_scale": Argument("guidance by a negative prompt, for bundles whose `guidance_scale` is another"),
     "denoising_start": Argument("a share of the schedule, 0 to 1: `image` is latents that were denoised up to it"),
     "denoising_end": Argument("a share of the schedule, above 0, below 1: latents are returned as they are by then"),
+    "max_sequence_length": Argument(
+        "tokens of a row, for bundles whose text encoder takes several numbers; others take their own number alone"
+    ),
 }
 """Arguments of some families' pipelines."""
 
@@ -110,16 +113,16 @@ REFUSED = {
     ),
 }
 
-LAYERS = "every layer of the denoiser runs at every step: leave it out, and guide with guidance_scale"
+LAYERS = (
+    "it asks the denoiser once more, without some layers, and every layer of a bundle's runs: leave it out, and guide "
+    "with guidance_scale"
+)
 NEGATIVE_ADAPTER = "bundles hold no IP-Adapter: give a negative_prompt"
 NORMALIZED = "it measures each prediction, which no step table holds: leave it out"
 
 REFUSED_BY_SOME = {
     "joint_attention_kwargs": Argument(WEIGHTS, EVERY, (None, {})),
     "attention_kwargs": Argument(WEIGHTS, EVERY, (None, {})),
-    "max_sequence_length": Argument(
-        "prompts are as long as the bundle's tokenizer has it, and no other number is taken", EVERY, (None,)
-    ),
     "text_encoder_out_layers": Argument(
         "the layers that are read are chosen at export, as the checkpoint's pipeline has them: leave it out",
         EVERY,
@@ -159,6 +162,9 @@ def read_by(manifest: Manifest, others: Mapping[str, Any]) -> dict[str, Any]:
     no argument at all.
     """
     taken = {name: value for name, value in others.items() if name in READ_BY_SOME and value is not None}
+    asked = None if _reads(manifest, "max_sequence_length") else taken.pop("max_sequence_length", None)
+    if asked is not None and asked != (most := _sequence_length(manifest)):
+        raise RequestError(f"max_sequence_length is {asked!r}: prompts of this bundle have {most} tokens, and no other")
     for name in taken:
         if not _reads(manifest, name):
             raise RequestError(f"{name} is given: this bundle has nothing that reads it, leave it out")
@@ -168,11 +174,13 @@ def read_by(manifest: Manifest, others: Mapping[str, Any]) -> dict[str, Any]:
         argument = (REFUSED | REFUSED_BY_SOME).get(name)
         if argument is None:
             raise TypeError(f"a call of the pipeline has no argument {name!r}: see its documentation for those it has")
-        if name == "max_sequence_length" and value is not None and value == _sequence_length(manifest):
-            continue
-        if not any(value is idle or (isinstance(value, type(idle)) and value == idle) for idle in argument.idle or ()):
+        if not _idle(argument, value):
             raise RequestError(f"{name} is not supported: {argument.meaning}")
     return taken
+
+
+def _idle(argument: Argument, value: Any) -> bool:
+    return any(value is idle or (isinstance(value, type(idle)) and value == idle) for idle in argument.idle or ())
 
 
 def _sequence_length(manifest: Manifest) -> int | None:
@@ -196,6 +204,8 @@ def _reads(manifest: Manifest, name: str) -> bool:
         return True
     if name == manifest.guidance.scale:
         return True
+    if name == "max_sequence_length":
+        return any(info.any_length for info in manifest.tokenizers)
     if "prompt" in name:
         return any(info.source == name.removeprefix("negative_") for info in manifest.tokenizers)
     start = {"original_size": "original_", "crops_coords_top_left": "crop_", "target_size": "target_"}

@@ -93,12 +93,16 @@ class Batches:
             guided = len(request.weights(self._bundle.manifest.guidance)) == 2
             return {*request.texts(source), *(request.texts(source, negative=True) if guided else ())}
 
-        return row_lengths(self.tokenizers, texts)
+        return row_lengths(self.tokenizers, texts, request.max_sequence_length)
 
     def _longer(self, lengths: Mapping[str, int]) -> list[dict[str, int]]:
         """Return the lengths of rows that prompts fit in, by graph input, those that they need first."""
         each = {info.output: (*info.lengths, info.max_length) for info in self._bundle.manifest.tokenizers}
-        options = {name: [n for n in each[name] if n >= length] for name, length in lengths.items()}
+        longer = {info.output for info in self._bundle.manifest.tokenizers if info.lengths}
+        options = {
+            name: [n for n in each[name] if n >= length] if name in longer else [length]
+            for name, length in lengths.items()
+        }
         most = max(map(len, options.values()), default=1)
         return [{name: option[min(more, len(option) - 1)] for name, option in options.items()} for more in range(most)]
 
@@ -217,9 +221,10 @@ class Batches:
         prompts, negatives = request.texts(source), request.texts(source, negative=True) if guided else ()
         return [negatives[i] for i in index] if guided else [], [prompts[i] for i in index]
 
-    def tokens(self, text: str) -> dict[str, Array]:
-        """Return the token ids [1, L] of a text, and masks of them, by graph input."""
-        lengths = {each.info.output: each.info.max_length for each in self.tokenizers}
+    def tokens(self, text: str, length: int | None = None) -> dict[str, Array]:
+        """Return the token ids [1, L] of a text, and masks of them, by graph input; `length` is of rows of any."""
+        most = {each.info.output: each.info.max_length for each in self.tokenizers}
+        lengths = most | {each.info.output: length for each in self.tokenizers if each.info.any_length and length}
         texts: Texts = {each.info.source: ((), (text,)) for each in self.tokenizers}
         return encode_prompts(self.tokenizers, texts, lengths, input_types(self._bundle), lambda _: None)
 

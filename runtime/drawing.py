@@ -168,7 +168,8 @@ class Drawing(DiffusersHabits):
 
         def encode(text: str, negative: bool) -> Mapping[str, Array]:
             numbers = number_inputs(self.bundle, request, int(not negative), int(negative))
-            encoded = self.session.encode_prompt({**self._batches.tokens(text), **numbers})
+            tokens = self._batches.tokens(text, request.max_sequence_length)
+            encoded = self.session.encode_prompt({**tokens, **numbers})
             return {spec.name: encoded[spec.name] for spec in specs}
 
         negatives = request.texts("prompt", negative=True)

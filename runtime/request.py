@@ -66,6 +66,7 @@ class RequestArguments(TypedDict, total=False):
     true_cfg_scale: float
     denoising_start: float | None
     denoising_end: float | None
+    max_sequence_length: int | None
     prompt_syntax: PromptSyntax | None
     sampler: str | None
     eta: float
@@ -118,6 +119,7 @@ class GenerationRequest(BaseModel):
     negative_aesthetic_score: float = Field(default=2.5, ge=0, le=1000, allow_inf_nan=False)
     denoising_start: float | None = Field(default=None, gt=0, lt=1)
     denoising_end: float | None = Field(default=None, gt=0, lt=1)
+    max_sequence_length: int | None = Field(default=None, ge=1, le=8192)
     seed: int | tuple[int, ...] = Field(default_factory=lambda: secrets.randbits(32))
     sampler: str | None = None
     eta: float = Field(default=0.0, ge=0, le=1)

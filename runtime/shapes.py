@@ -24,7 +24,8 @@ def requested_shapes(
     """Return the input shapes of every graph for a request, as the runtime itself asks for them.
 
     Its sampler and number of steps are the bundle's own, as is the guidance scale where none is given. `prompt_tokens`
-    matters to tokenizers with several lengths of rows, which are filled up to the next (default: the longest). Raises
+    matters to tokenizers with several lengths of rows, which are filled up to the next (default: the longest), and to
+    those with rows of any. Raises
     `RequestError` where the bundle takes no prompts of several parts, or none of so many tokens.
     """
     manifest = bundle.manifest
@@ -46,15 +47,16 @@ def requested_shapes(
 
 
 def row_lengths_for(bundle: Bundle, tokens: int | None) -> dict[str, int]:
-    """Return how long rows are that so many tokens of a prompt fit in, for tokenizers with several lengths.
+    """Return how long rows are that so many tokens of a prompt fit in, for tokenizers with several lengths, or any.
 
     Rows are those of a graph input; None stands for all the tokens that a prompt may have. Raises `RequestError` for
     more than a prompt may have.
     """
     found = {}
     for info in bundle.manifest.tokenizers if tokens is not None else ():
-        if info.lengths:
-            fitting = [length for length in (*info.lengths, info.max_length) if length >= (tokens or 0)]
+        if info.lengths or info.any_length:
+            known = (tokens or 0, info.max_length) if info.any_length else (*info.lengths, info.max_length)
+            fitting = [length for length in known if (tokens or 0) <= length <= info.max_length]
             if not fitting:
                 raise RequestError(
                     f"prompts of {tokens} tokens are asked for: this bundle has {info.max_length} at most"

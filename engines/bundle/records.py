@@ -25,6 +25,8 @@ class TokenizerInfo(Strict):
     """Tokens of a prompt, begin and end among them."""
     lengths: tuple[Annotated[int, Field(gt=2, le=8192)], ...] = Field(default=(), max_length=64)
     """Shorter lengths that a request's prompts are filled up to where all of them fit, ascending; none: always all."""
+    any_length: bool = False
+    """Whether a request may ask for rows of another number of tokens, up to the most."""
     bos_id: TokenId | None
     """Begins every prompt; null: nothing does."""
     eos_id: TokenId | None
@@ -44,13 +46,19 @@ class TokenizerInfo(Strict):
         """Check that the template has one place for a prompt, and that lengths rise."""
         if self.template.count("{}") != 1:
             raise ValueError(f"the template of tokenizer {self.file!r} has no one place {{}} for a prompt")
+        if self.lengths and self.any_length:
+            raise ValueError(f"tokenizer {self.file!r} has lengths, and takes any")
         if list(self.lengths) != sorted({n for n in self.lengths if n < self.max_length}):
             raise ValueError(f"the lengths of tokenizer {self.file!r} do not rise below its max_length")
 
     @property
     def room(self) -> int:
         """Tokens of a text that fit between begin and end."""
-        return self.max_length - (self.bos_id is not None) - (self.eos_id is not None)
+        return self.room_of(self.max_length)
+
+    def room_of(self, length: int) -> int:
+        """Return the tokens of a text that fit between begin and end in a row of so many."""
+        return max(0, length - (self.bos_id is not None) - (self.eos_id is not None))
 
 
 RequestField = Literal[

@@ -27,6 +27,7 @@ class TokenizerKind:
     source    the text of a request that it reads
     lengths   shorter lengths that prompts are filled up to where they fit
     masked    whether a graph reads which ids are tokens
+    any_length  whether rows may have any number of tokens up to the most
     """
 
     classes: tuple[str, ...]
@@ -37,6 +38,7 @@ class TokenizerKind:
     source: Literal["prompt", "prompt_2", "prompt_3"] = "prompt"
     lengths: tuple[int, ...] = ()
     masked: bool = False
+    any_length: bool = False
 
 
 CLIP = TokenizerKind(("CLIPTokenizer", "CLIPTokenizerFast"), "CLIP")
@@ -102,6 +104,7 @@ def write_tokenizer(
         mask_output=output.replace("ids", "mask") if kind.masked else None,
         max_length=most,
         lengths=tuple(length for length in kind.lengths if length < most),
+        any_length=kind.any_length,
         bos_id=ids.get("bos_token"),
         eos_id=ids.get("eos_token"),
         pad_id=ids["pad_token"],

@@ -43,7 +43,7 @@ class Flux(Family):
     }
     tokenizers: ClassVar[Mapping[str, TokenizerKind]] = {
         "tokenizer": CLIP,
-        "tokenizer_2": replace(T5, source="prompt_2"),
+        "tokenizer_2": replace(T5, source="prompt_2", any_length=True),
     }
     vae_scale: ClassVar[Mapping[str, float]] = {"scaling_factor": 0.3611, "shift_factor": 0.1159}
 
@@ -84,10 +84,14 @@ class Flux(Family):
         return {
             "text_encoder": lambda: texts_graph(
                 ClipAndT5(checkpoint.load("text_encoder"), checkpoint.load("text_encoder_2")),
-                self.tokens(checkpoint, lengths),
-                (length, checkpoint.config("text_encoder_2")["d_model"]),
+                {
+                    **self.tokens(checkpoint, lengths),
+                    "token_ids_2": ("L", checkpoint.config("text_encoder_2")["vocab_size"]),
+                },
+                ("L", checkpoint.config("text_encoder_2")["d_model"]),
                 checkpoint.config("text_encoder")["hidden_size"],
                 precision,
+                usual={"L": length},
             ),
             "denoiser": lambda: denoiser_graph(checkpoint.load("transformer"), length, precision),
             **self.vae_graphs(checkpoint),

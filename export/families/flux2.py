@@ -43,7 +43,7 @@ class Flux2(Family):
         "transformer": FLUX2_TRANSFORMER,
         "vae": FLUX2_VAE,
     }
-    tokenizers: ClassVar[Mapping[str, TokenizerKind]] = {"tokenizer": replace(QWEN, masked=True)}
+    tokenizers: ClassVar[Mapping[str, TokenizerKind]] = {"tokenizer": replace(QWEN, masked=True, any_length=True)}
     layers: ClassVar[tuple[int, ...]] = (9, 18, 27)
     """The text encoder's, behind which hidden states are taken."""
     guided: ClassVar[bool] = False

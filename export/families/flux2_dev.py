@@ -31,7 +31,7 @@ class Flux2Dev(Flux2):
     pipelines = ("Flux2Pipeline",)
     reference = "Flux2Pipeline"
     parts: ClassVar[Mapping[str, Part]] = {**Flux2.parts, "text_encoder": MISTRAL3}
-    tokenizers: ClassVar[Mapping[str, TokenizerKind]] = {"tokenizer": replace(MISTRAL, masked=True)}
+    tokenizers: ClassVar[Mapping[str, TokenizerKind]] = {"tokenizer": replace(MISTRAL, masked=True, any_length=True)}
     layers: ClassVar[tuple[int, ...]] = (10, 20, 30)
     guided: ClassVar[bool] = True
 

@@ -59,30 +59,31 @@ class TextEncoder(nn.Module):
         return (angles.cos() * self.scaling).to(dtype), (angles.sin() * self.scaling).to(dtype)
 
 
-def text_encoder_graph(encoder: Any, layers: Sequence[int], precision: Precision, length: int | None = None) -> Graph:
+def text_encoder_graph(encoder: Any, layers: Sequence[int], precision: Precision, usual: int = USUAL_TOKENS) -> Graph:
     """Token ids and their mask [R, L] to the hidden states behind `layers` layers [R, L, E], side by side.
 
-    `length` is L, where it is always the same. A token of the mask is 1; behind the last there are zeros.
+    `usual` is what most requests give to L. A token of the mask is 1; behind the last there are zeros.
     """
-    return text_graph(TextEncoder(encoder, layers), encoder.config, layers, precision, length)
+    return text_graph(TextEncoder(encoder, layers), encoder.config, layers, precision, usual)
 
 
-def text_graph(
-    module: nn.Module, config: Any, layers: Sequence[int], precision: Precision, length: int | None
-) -> Graph:
+def text_graph(module: nn.Module, config: Any, layers: Sequence[int], precision: Precision, usual: int) -> Graph:
     """Return the graph of a text encoder with a transformers config; see `text_encoder_graph`."""
-    width, size = len(layers) * config.hidden_size, "L" if length is None else length
     return Graph(
         "text_encoder",
         "prompt",
         module,
         (
-            TensorInfo(name="token_ids", dtype="int64", shape=("R", size)),
-            TensorInfo(name="token_mask", dtype="int64", shape=("R", size)),
+            TensorInfo(name="token_ids", dtype="int64", shape=("R", "L")),
+            TensorInfo(name="token_mask", dtype="int64", shape=("R", "L")),
         ),
-        (TensorInfo(name="context", dtype=network_dtype(precision), shape=("R", size, width)),),
+        (
+            TensorInfo(
+                name="context", dtype=network_dtype(precision), shape=("R", "L", len(layers) * config.hidden_size)
+            ),
+        ),
         limits={"token_ids": config.vocab_size, "token_mask": 2},
-        usual={"L": USUAL_TOKENS} if length is None else {},
+        usual={"L": usual},
     )
 
 

@@ -70,15 +70,17 @@ class Clips(nn.Module):
 
 def texts_graph(
     module: nn.Module,
-    tokens: Mapping[str, tuple[int, int]],
-    context: tuple[int, int],
+    tokens: Mapping[str, tuple[int | str, int]],
+    context: tuple[int | str, int],
     pooled: int,
     precision: Precision,
     beside: Sequence[TensorInfo] = (),
+    usual: Mapping[str, int] | None = None,
 ) -> Graph:
     """Token ids [R, L] of each tokenizer to the conditioning [R, L, E] and the pooled one [R, P].
 
-    `tokens` are the length and the size of the vocabulary, by graph input; `context` is L and E.
+    `tokens` are the length and the size of the vocabulary, by graph input; `context` is L and E. Lengths may be
+    letters, which `usual` has values of.
     """
     dtype = network_dtype(precision)
     ids = [TensorInfo(name=name, dtype="int64", shape=("R", length)) for name, (length, _) in tokens.items()]
@@ -92,4 +94,5 @@ def texts_graph(
             TensorInfo(name="pooled", dtype=dtype, shape=("R", pooled)),
         ),
         limits={name: vocabulary for name, (_, vocabulary) in tokens.items()},
+        usual=usual or {},
     )

@@ -66,8 +66,8 @@ def build(
         typer.Option(
             "--prompt-tokens",
             min=1,
-            help="Tokens that prompts have, where a bundle has several lengths for them; may be repeated "
-            "(default: the most).",
+            help="Tokens that prompts have, or max_sequence_length, where a bundle takes several lengths; may be "
+            "repeated (default: the most).",
         ),
     ] = None,
     warm: Annotated[
@@ -154,7 +154,7 @@ class _Request:
 
 def _tokens(bundle: Bundle, given: Sequence[int] | None) -> list[int | None]:
     """Return the lengths of prompts to build for, None for the longest; raises `RequestError` for others."""
-    if given and not any(info.lengths for info in bundle.manifest.tokenizers):
+    if given and not any(info.lengths or info.any_length for info in bundle.manifest.tokenizers):
         raise RequestError("--prompt-tokens is given: this bundle has one length for all prompts, leave it out")
     found = [next(iter(row_lengths_for(bundle, number).values())) for number in given or ()]
     return list(dict.fromkeys(found)) or [None]

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from ...engines.bundle import TokenizerInfo
 from ...engines.device import Array
-from ...engines.errors import BundleError
+from ...engines.errors import BundleError, RequestError
 
 Texts = Mapping[str, tuple[Sequence[str], Sequence[str]]]
 """Negative prompts of images, none without guidance, and their prompts, by the source that a tokenizer reads."""
@@ -68,16 +68,20 @@ class Tokenizer:
         token: str = self._tokenizer.id_to_token(number)
         return token
 
-    def encode(self, text: str) -> Encoded:
-        """Return begin + text + end, padded to the fixed length; what does not fit is cut and reported."""
-        info = self.info
+    def encode(self, text: str, length: int | None = None) -> Encoded:
+        """Return begin + text + end, padded to a length; what does not fit is cut and reported.
+
+        The length is by default the most tokens that a prompt may have.
+        """
+        info, length = self.info, length or self.info.max_length
+        room = info.room_of(length)
         before, _, after = info.template.partition("{}")
         all_ids, starts = self._encoded(f"{before}{text}{after}")
-        kept, cut = all_ids[: info.room], all_ids[info.room :]
+        kept, cut = all_ids[:room], all_ids[room:]
         used = [number for number in (info.bos_id, *kept, info.eos_id) if number is not None]
-        ids = np.full(info.max_length, info.pad_id, np.int64)
+        ids = np.full(length, info.pad_id, np.int64)
         ids[: len(used)] = used
-        left = text[max(0, starts[info.room] - len(before)) :] if cut else ""
+        left = text[max(0, starts[room] - len(before)) :] if cut else ""
         return Encoded(ids, left, len(used))
 
 
@@ -94,12 +98,22 @@ def _vectors_of_words(tokenizer: Any) -> dict[int, tuple[int, ...]]:
     return longer
 
 
-def row_lengths(tokenizers: Sequence[Tokenizer], texts: Callable[[str], Iterable[str]]) -> dict[str, int]:
-    """Return how long the rows of token ids are in which all texts of a source fit, by graph input."""
+def row_lengths(
+    tokenizers: Sequence[Tokenizer], texts: Callable[[str], Iterable[str]], asked: int | None = None
+) -> dict[str, int]:
+    """Return how long the rows of token ids are in which all texts of a source fit, by graph input.
+
+    `asked` is the length of rows that may have any. Raises `RequestError` where it is more than they can have.
+    """
     lengths = {}
     for tokenizer in tokenizers:
         info = tokenizer.info
         longest = info.max_length
+        if info.any_length and asked is not None:
+            if asked > longest:
+                raise RequestError(f"max_sequence_length is {asked}: this bundle takes {longest} at most")
+            lengths[info.output] = asked
+            continue
         if info.lengths:
             longest = max(tokenizer.encode(text).used for text in set(texts(info.source)))
         lengths[info.output] = next(length for length in (*info.lengths, info.max_length) if length >= longest)
@@ -122,18 +136,18 @@ def encode_prompts(
     arrays: dict[str, Array] = {}
     for tokenizer in tokenizers:
         info, (negatives, prompts) = tokenizer.info, texts[tokenizer.info.source]
-        encoded = {text: tokenizer.encode_negative(text) for text in dict.fromkeys(negatives)}
-        encoded |= {text: tokenizer.encode(text) for text in dict.fromkeys(prompts) if text not in encoded}
-        rows = [encoded[text] for text in (*negatives, *prompts)]
         length = lengths[info.output]
-        arrays[info.output] = np.stack([row.ids[:length] for row in rows])
+        encoded = {text: tokenizer.encode_negative(text, length) for text in dict.fromkeys(negatives)}
+        encoded |= {text: tokenizer.encode(text, length) for text in dict.fromkeys(prompts) if text not in encoded}
+        rows = [encoded[text] for text in (*negatives, *prompts)]
+        arrays[info.output] = np.stack([row.ids for row in rows])
         if info.mask_output is not None:
             mask = np.arange(length) < np.array([row.used for row in rows])[:, None]
             arrays[info.mask_output] = mask.astype(types[info.mask_output])
         for text, row in encoded.items():
             if row.truncated:
                 cut = f"{_short(row.truncated)} is not used{advice}"
-                warn(f"prompt {_short(text)} is longer than {info.room} tokens: {cut}")
+                warn(f"prompt {_short(text)} is longer than {info.room_of(length)} tokens: {cut}")
     return arrays
 
 

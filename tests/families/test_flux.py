@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from latentrt.engines.errors import CheckpointError, UnsupportedModelError
+from latentrt.engines.errors import CheckpointError, RequestError, UnsupportedModelError
 from latentrt.export import export_checkpoint
 from latentrt.runtime import Pipeline
+from latentrt.runtime.shapes import requested_shapes
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -66,6 +67,8 @@ def reference(kind: Any, folder: Path) -> Callable[..., Any]:
         {"true_cfg_scale": 4.0},  # does nothing without a negative prompt
         {"negative_prompt": "blue"},  # does nothing without a scale of its own
         {"sigmas": [1.0, 0.6, 0.2]},
+        {"max_sequence_length": 64, "prompt": ["a star", "a blue square of glass, " * 8]},  # cut off, with an end
+        {"max_sequence_length": 128, "negative_prompt": "blue " * 200, "true_cfg_scale": 4.0},
     ],
 )
 def test_text_to_image(dev: Path, pipe: Pipeline, request_: dict[str, Any]) -> None:
@@ -125,6 +128,23 @@ def test_the_defaults_are_those_of_diffusers(dev: Path, pipe: Pipeline) -> None:
     assert (manifest.default_guidance_scale, manifest.default_num_inference_steps) == (3.5, 28)
     assert (latent.default_height, latent.size_multiple, latent.channels) == (256, 4, 16)
     assert [info.max_length for info in manifest.tokenizers] == [77, 512]
+
+
+def test_rows_of_other_lengths_than_there_are_are_refused(pipe: Pipeline) -> None:
+    for length, message in ((513, "this bundle takes 512 at most"), (0, "greater than or equal to 1")):
+        with pytest.raises(RequestError, match=message):
+            pipe(**QUICK, max_sequence_length=length)
+    shapes = requested_shapes(pipe.bundle, 32, 32, 1, prompt_tokens=256)
+    assert shapes["text_encoder"]["token_ids_2"] == (1, 256) and shapes["denoiser"]["context"] == (1, 256, 32)
+
+
+def test_a_negative_prompt_is_encoded_as_long_as_embeddings_are(pipe: Pipeline) -> None:
+    rows = np.zeros((1, 64, 32), np.float32)
+    given = {"prompt_embeds": rows, "pooled_prompt_embeds": rows[:, 0], "negative_prompt": "x", "true_cfg_scale": 2.0}
+    request = {"height": 32, "width": 32, "num_inference_steps": 1, **given}
+    with pytest.raises(RequestError, match="of the same length"):
+        pipe(**request)
+    assert pipe(**request, max_sequence_length=64).images[0].size == (32, 32)
 
 
 def test_embeddings_stand_in_place_of_prompts(dev: Path, pipe: Pipeline) -> None:

@@ -62,6 +62,7 @@ def reference(folder: Path) -> Callable[..., Any]:
         {"guidance_scale": 1.0, "height": 64, "width": 24},
         {"guidance_scale": 7.5, "height": 20, "width": 36, "num_images_per_prompt": 2},
         {"prompt": ["a star", "a blue square of glass, " * 60], "num_inference_steps": 12},
+        {"max_sequence_length": 256, "prompt": ["a star", "a blue square of glass, " * 20]},
     ],
 )
 def test_text_to_image(checkpoint: Path, pipe: Pipeline, request_: dict[str, Any]) -> None:

@@ -79,6 +79,7 @@ def reference(folder: Path) -> Callable[..., Any]:
         {"guidance_scale": 7.5, "height": 20, "width": 36, "num_images_per_prompt": 2},
         {"prompt": ["a star", "a blue square of glass, " * 60], "num_inference_steps": 12},
         {"sigmas": [1.0, 0.6, 0.2]},
+        {"max_sequence_length": 64, "prompt": ["a star", "a blue square of glass, " * 20]},
     ],
 )
 def test_text_to_image(base: Path, pipe: Pipeline, request_: dict[str, Any]) -> None:

@@ -150,7 +150,7 @@ def test_what_asks_for_nothing_of_other_families_is_taken(ours: Pipeline) -> Non
     idle = {name: argument.idle[-1] for name, argument in REFUSED_BY_SOME.items() if argument.idle}
     longest = ours.bundle.manifest.tokenizers[0].max_length
     ours(PROMPTS[0], **SIZE, num_inference_steps=1, **idle | {"max_sequence_length": longest})
-    with pytest.raises(RequestError, match="prompts are as long as the bundle's tokenizer has it"):
+    with pytest.raises(RequestError, match=f"prompts of this bundle have {longest} tokens, and no other"):
         ours(PROMPTS[0], max_sequence_length=longest + 1)
 
 
@@ -184,7 +184,7 @@ def test_the_length_of_prompts_is_the_one_that_diffusers_means(
     meant = inspect.signature(getattr(diffusers, name).__call__).parameters["max_sequence_length"].default
     assert read_by(manifest, {"max_sequence_length": meant}) == {}
     for other in {77, 128, 512, 256} - {meant}:
-        with pytest.raises(RequestError, match="no other number is taken"):
+        with pytest.raises(RequestError, match=f"prompts of this bundle have {meant} tokens, and no other"):
             read_by(manifest, {"max_sequence_length": other})
 
 
