@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 
@@ -25,6 +25,7 @@ BackendOptions = Annotated[
     ),
 ]
 
+Number = TypeVar("Number", int, float)
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMG])(i?)B?", re.IGNORECASE)
 PYTHON_ONLY = ("name", "cache", "progress")
 """Parameters that are no text."""
@@ -95,6 +96,17 @@ def options_of(function: Callable[..., Any], owner: str, given: Sequence[str] | 
 def bytes_of(option: str, text: str | None) -> int | None:
     """Return the number of bytes that an option gives, such as 500MB or 2GiB; raises `RequestError`."""
     return None if text is None else int(_value(option, text, int))
+
+
+def numbers(option: str, text: str | None, kind: Callable[[str], Number]) -> list[Number] | None:
+    """Return the numbers of an option, between commas; raises `RequestError` for anything else."""
+    if text is None:
+        return None
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError as error:
+        sort = "whole numbers" if kind is int else "numbers"
+        raise RequestError(f"{option} is {text!r}: give {sort} with commas between them") from error
 
 
 def _value(name: str, text: str, kind: Any) -> Any:
