@@ -22,7 +22,10 @@ class _Echo(logging.Handler):
     """Writes to whatever standard error is at that moment: a progress bar stands below it."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        typer.echo(self.format(record), err=True)
+        try:
+            typer.echo(self.format(record), err=True)
+        except Exception:  # nobody reads it any more: what is logged must not end what is done
+            self.handleError(record)
 
 
 def set_verbosity(verbose: int = 0, quiet: bool = False) -> None:

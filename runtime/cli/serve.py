@@ -116,7 +116,7 @@ def serve(
     """Serve bundles over HTTP: OpenAI's Images API, jobs, health, metrics."""
     try:
         from ..server import HttpSettings, Metrics, create_app
-        from ..server.context import set_up_logs
+        from ..server.context import logs
         from ..server.lifecycle import LifeSettings
         from ..server.lifecycle import serve as run
         from ..service import Limits, Models, ModelSettings, Service
@@ -125,7 +125,6 @@ def serve(
         if (error.name or "").startswith("latentrt"):
             raise
         raise MissingExtraError("serve", "serving over HTTP") from error
-    set_up_logs(as_json=log_json, access=access_log, keep_prompts=keep_prompts)
     settings = ModelSettings(
         backend=backend,
         options=backend_options(backend, options, threads=threads),
@@ -170,7 +169,10 @@ def serve(
         results_seconds=results_ttl,
         results_bytes=bytes_of("--results-memory", results_memory) or 0,
     )
-    if run(create_app(service, http, metrics), service, life, http, metrics):
+    app = create_app(service, http, metrics)
+    with logs(as_json=log_json, access=access_log, keep_prompts=keep_prompts):
+        interrupted = run(app, service, life, http, metrics)
+    if interrupted:
         raise typer.Exit(INTERRUPTED)
 
 

@@ -7,7 +7,8 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from starlette.responses import Response
@@ -121,14 +122,24 @@ class JsonLines(logging.Formatter):
         return json.dumps(said, ensure_ascii=False, default=str)
 
 
-def set_up_logs(*, as_json: bool = False, access: bool = True, keep_prompts: bool = False) -> None:
-    """Say what a server's log holds: also what is done, unless the process was told to be quiet; never a prompt."""
-    root, ours = logging.getLogger(), logging.getLogger("latentrt")
+@contextmanager
+def logs(*, as_json: bool = False, access: bool = True, keep_prompts: bool = False) -> Iterator[None]:
+    """Log what a server does inside the block, unless the process was told to be quiet; never a prompt."""
+    handlers, ours = logging.getLogger().handlers, logging.getLogger("latentrt")
+    quoting = logging.getLogger(GenerationResult.__module__)  # whose warnings quote the prompts that they are of
+    before = ours.level, quoting.level, ACCESS.disabled, [handler.formatter for handler in handlers]
     if ours.level == logging.WARNING:
         ours.setLevel(logging.INFO)
+    if not keep_prompts:
+        quoting.setLevel(logging.ERROR)
     ACCESS.disabled = not access
-    if as_json:
-        for handler in root.handlers:
-            handler.setFormatter(JsonLines())
-    if not keep_prompts:  # warnings of results quote the prompts that they are of
-        logging.getLogger(GenerationResult.__module__).setLevel(logging.ERROR)
+    for handler in handlers if as_json else ():
+        handler.setFormatter(JsonLines())
+    try:
+        yield
+    finally:
+        for handler, formatter in zip(handlers, before[3], strict=False):
+            handler.setFormatter(formatter)
+        ours.setLevel(before[0])
+        quoting.setLevel(before[1])
+        ACCESS.disabled = before[2]

@@ -78,15 +78,20 @@ class Server(uvicorn.Server):
         self.error: BaseException | None = None
         """Why the process ends with an error, or None."""
         self.interrupted = False
-        self._draining = False
+        self._draining, self._signals = False, 0
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Drain, or on a second signal end at once."""
+        """Note a signal: what it interrupts may hold any lock, so `on_tick` does the rest."""
+        self._signals += 1
         self.interrupted = self.interrupted or sig == signal.SIGINT
-        if self._draining:
+        if self._signals > 1:
             self.should_exit = self.force_exit = True
-        else:
+
+    async def on_tick(self, counter: int) -> bool:
+        """Drain after the first signal; called ten times a second."""
+        if self._signals and not self._draining:
             self.drain()
+        return await super().on_tick(counter)
 
     def drain(self) -> None:
         """Take nothing more, and end once all work is done or its time is up; returns at once."""
@@ -95,10 +100,12 @@ class Server(uvicorn.Server):
         threading.Thread(target=self._drain, name="latentrt drain", daemon=True).start()
 
     def _drain(self) -> None:
-        log.info("draining: %d requests are not done", len(self.service.unfinished))
-        if not self.service.drain(self.settings.drain_timeout):
-            log.warning("some requests were not done in %g s, and were dropped", self.settings.drain_timeout)
-        self.should_exit = True
+        try:
+            log.info("draining: %d requests are not done", len(self.service.unfinished))
+            if not self.service.drain(self.settings.drain_timeout):
+                log.warning("some requests were not done in %g s, and were dropped", self.settings.drain_timeout)
+        finally:
+            self.should_exit = True
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:

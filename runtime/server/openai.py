@@ -27,7 +27,7 @@ def router(service: Service, workers: Workers, heartbeat: float) -> APIRouter:
     async def answer(request: Request, schema: type[Generation]) -> Response:
         service.check_ready()
         body, work, ignored = await read_body(request, schema, workers)
-        job = await workers.run(service.submit, work)
+        job = await workers.run(lambda: service.submit(work, steps=bool(body.stream)))
         request.scope["state"] |= {"job": job.id, "model": job.model}
         if body.stream:
             return await stream_of(job, ignored, heartbeat)

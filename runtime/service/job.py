@@ -67,10 +67,10 @@ class Job:
     Listeners are called one event at a time, on the thread on which it happens: they must return at once.
     """
 
-    def __init__(self, work: Work, name: str, size: Size) -> None:
-        """A request for pictures of a size from the bundle `name`."""
+    def __init__(self, work: Work, name: str, size: Size, *, steps: bool = True) -> None:
+        """A request for pictures of a size from the bundle `name`; `steps`: somebody may want to hear of them."""
         self.id = f"job-{secrets.token_hex(12)}"
-        self.work, self.model, self.size = work, name, size
+        self.work, self.model, self.size, self.steps = work, name, size, steps
         self.created, self.arrived = time.time(), time.monotonic()
         self.finished: float | None = None
         """When it was over (`time.time`), or None."""

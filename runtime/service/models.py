@@ -44,6 +44,13 @@ class ModelSettings:
     sizes_only: bool = False
     """Whether other sizes are refused also where the backend could open them."""
 
+    def __post_init__(self) -> None:
+        """Raise `RequestError` for what no batcher takes."""
+        if self.max_wait is not None and not self.max_wait > 0:
+            raise RequestError(f"max_wait is {self.max_wait:g}: give seconds, more than 0, or leave it out")
+        if self.rows is not None and self.rows < max(2, self.slots):
+            raise RequestError(f"rows is {self.rows}: {self.slots} slots need {max(2, self.slots)} or more")
+
 
 class Model:
     """A bundle by its name, open or not."""

@@ -67,25 +67,28 @@ class Service:
         with self._lock:
             return list(self._live.values())
 
-    def submit(self, work: Work, *, keep: bool = False, name: str | None = None, asked_for: str = "") -> Job:
+    def submit(
+        self, work: Work, *, keep: bool = False, name: str | None = None, asked_for: str = "", steps: bool = True
+    ) -> Job:
         """Take a request, and return its job; with `keep` it can be found by its id, and by the idempotency key `name`.
 
+        Without `steps` its listeners hear of pictures and of the end alone, which costs less.
         Never waits for a bundle to be opened: until it is, the job is "loading", and what is wrong with the request may
         only then end it. Raises what `Batcher.submit` raises, `RefusedError`, `NotFoundError`, `BusyError` and
         `UnavailableError`.
         """
         self.check_ready()
         if name is None:
-            return self._submit(work, keep, None, asked_for)
+            return self._submit(work, keep, None, asked_for, steps)
         with self._naming:  # the same key may come twice at once
             before = self.store.named(work.owner, name, asked_for)
-            return before or self._submit(work, keep, name, asked_for)
+            return before or self._submit(work, keep, name, asked_for, steps)
 
-    def _submit(self, work: Work, keep: bool, name: str | None, asked_for: str) -> Job:
+    def _submit(self, work: Work, keep: bool, name: str | None, asked_for: str, steps: bool) -> Job:
         model = self.models.find(work.model)
         size = size_of(work, model.manifest, model.allowed)
         self.limits.check(work, model.manifest, size)
-        job = Job(work, model.name, size)
+        job = Job(work, model.name, size, steps=steps)
         with self._lock:
             most = self.limits.unfinished
             if most is not None and sum(each.work.owner == work.owner for each in self._live.values()) >= most:
@@ -135,7 +138,7 @@ class Service:
             **{**work.arguments, "width": width, "height": height},
             timeout=max(left, 1e-3),
             previews=work.previews,
-            on_event=lambda event: self._heard(job, event),
+            on_event=(lambda event: self._heard(job, event)) if job.steps or work.images > 1 else None,
         )
         job.started(future)
         future.add_done_callback(lambda done: self._settled(job, model, done))

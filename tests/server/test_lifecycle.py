@@ -83,6 +83,17 @@ def test_a_signal_lets_what_was_taken_finish(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
+def test_a_log_that_nobody_reads_holds_nothing_up() -> None:
+    with process() as (child, url, _), httpx2.Client(base_url=url, timeout=60, verify=False) as http:
+        stderr = child.stderr
+        assert stderr is not None
+        os.dup2(os.open(os.devnull, os.O_RDONLY), stderr.fileno())  # closes this end of the pipe
+        assert generate(http).status_code == 200
+        child.terminate()
+        assert child.wait(30) == 0
+
+
+@pytest.mark.long
 def test_an_interrupt_ends_it_and_a_second_one_at_once() -> None:
     with process() as (child, url, _), httpx2.Client(base_url=url, timeout=60, verify=False) as http:
         job = http.post("/v1/jobs", json={"prompt": "x", "size": "512x512", "num_inference_steps": 150}).json()
@@ -106,7 +117,8 @@ def test_an_interrupt_ends_it_and_a_second_one_at_once() -> None:
         (["--alias", "a=b"], "of no bundle"),
         (["--api-key-file", "/nowhere"], "one key a line"),
         (["--max-body", "many"], "max-body"),
-        (["--max-wait", "0"], "max_wait"),
+        (["--max-wait", "0"], "max_wait is 0"),
+        (["--rows", "2", "--slots", "3"], "3 slots need 3"),
         (["--body-timeout", "0"], "body_timeout is 0"),
         (["--timeout", "0"], "timeout"),
         (["--models-budget", "1KB"], "more than all may have"),
