@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import aclosing
 from typing import Any, TypeVar
 
 from fastapi import Request
-from starlette.datastructures import UploadFile
+from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartException, MultiPartParser
 
 from ..service import Work
 from ..service.errors import RefusedError
@@ -16,7 +18,7 @@ from .watch import Workers
 
 FILES = {"image": "image", "image[]": "image", "mask": "mask"}
 """Fields of a form that are files, and what they are called."""
-MAX_FIELDS = 100
+MAX_FIELDS, MAX_FILES = 100, 8
 
 Body = TypeVar("Body", bound=Generation)
 
@@ -36,13 +38,7 @@ async def read_body(request: Request, schema: type[Body], workers: Workers) -> t
     kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     body: Body
     if kind in ("multipart/form-data", "application/x-www-form-urlencoded") and issubclass(schema, Edit):
-        try:
-            body, files = await _form(request, schema)
-        except HTTPException as error:
-            why = str(error.detail).rstrip(".")
-            raise ApiError(
-                400, f"the body is no form that can be read: {why[0].lower()}{why[1:]}", "invalid_request"
-            ) from error
+        body, files = await _form(request, schema, kind)
     elif kind == "application/json" or kind.endswith("+json"):
         body = schema.model_validate_json(await request.body())
     else:
@@ -53,10 +49,30 @@ async def read_body(request: Request, schema: type[Body], workers: Workers) -> t
     return body, work, ignored(body)
 
 
-async def _form(request: Request, schema: type[Body]) -> tuple[Body, dict[str, bytes]]:
+class _InMemory(MultiPartParser):
+    """Keeps files in memory, which the limit of a body bounds: pictures of clients are not written to a disk."""
+
+    spool_max_size = 1 << 40
+
+
+async def _read_form(request: Request, kind: str) -> FormData:
+    try:
+        if kind == "multipart/form-data":
+            async with aclosing(request.stream()) as stream:
+                parser = _InMemory(request.headers, stream, max_files=MAX_FILES, max_fields=MAX_FIELDS)
+                return await parser.parse()
+        return await request.form(max_files=MAX_FILES, max_fields=MAX_FIELDS)
+    except (HTTPException, MultiPartException) as error:
+        why = str(error.detail if isinstance(error, HTTPException) else error.message).rstrip(".")
+        said = f"the body is no form that can be read: {why[0].lower()}{why[1:]}"
+        raise ApiError(400, said, "invalid_request") from error
+
+
+async def _form(request: Request, schema: type[Body], kind: str) -> tuple[Body, dict[str, bytes]]:
     fields: dict[str, str] = {}
     files: dict[str, bytes] = {}
-    async with request.form(max_files=8, max_fields=MAX_FIELDS) as form:
+    form = await _read_form(request, kind)
+    try:
         for name, value in form.multi_items():
             field = FILES.get(name, name)
             if isinstance(value, UploadFile):
@@ -72,6 +88,8 @@ async def _form(request: Request, schema: type[Body]) -> tuple[Body, dict[str, b
                 raise RefusedError(f"{field[:60]} was given twice: give it once", field[:60])
             else:
                 fields[field] = value
+    finally:
+        await form.close()
     return schema.model_validate_strings(fields), files
 
 

@@ -23,12 +23,15 @@ def router(service: Service, metrics: Metrics) -> APIRouter:
 
     not_now: dict[int | str, dict[str, Any]] = {503: {"description": "Not now."}}
 
+    @routes.head("/health", include_in_schema=False)
     @routes.get("/health", responses=not_now)
+    @routes.head("/v2/health/ready", include_in_schema=False)
     @routes.get("/v2/health/ready", responses=not_now)
     async def ready() -> Response:
         """Whether requests are taken: 503 while loading, draining or failed."""
         return said(service.state == "ready")
 
+    @routes.head("/v2/health/live", include_in_schema=False)
     @routes.get("/v2/health/live", responses=not_now)
     async def live() -> Response:
         """Whether the process is any good: 503 once its device is lost."""

@@ -134,12 +134,18 @@ class Service:
         assert batcher is not None
         width, height = job.size
         left = (work.timeout or self.limits.timeout) - (time.monotonic() - job.arrived)
-        future = batcher.submit(
-            **{**work.arguments, "width": width, "height": height},
-            timeout=max(left, 1e-3),
-            previews=work.previews,
-            on_event=(lambda event: self._heard(job, event)) if job.steps or work.images > 1 else None,
-        )
+        try:
+            future = batcher.submit(
+                **{**work.arguments, "width": width, "height": height},
+                timeout=max(left, 1e-3),
+                previews=work.previews,
+                on_event=(lambda event: self._heard(job, event)) if job.steps or work.images > 1 else None,
+            )
+        except RequestError as error:
+            place = f"bundle {model.bundle.path}"  # which is not for clients
+            if place not in str(error):
+                raise
+            raise RequestError(str(error).replace(place, f"model {model.name}")) from error
         job.started(future)
         future.add_done_callback(lambda done: self._settled(job, model, done))
 

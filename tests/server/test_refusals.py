@@ -10,6 +10,7 @@ from typing import Any
 
 import httpx2
 import pytest
+from latentrt.engines.bundle import Bundle
 from latentrt.runtime.server import HttpSettings
 from latentrt.runtime.service import Limits
 from PIL import Image
@@ -252,6 +253,20 @@ def test_sizes_that_are_not_served(guarded: Served) -> None:
         edited = http.post("/v1/images/edits", json={"prompt": "x", "image": tall, "strength": 0.5, **FEW})
         assert edited.json()["size"] == "64x128"  # the nearest shape
         assert http.get("/v1/models/embedded").json()["other_sizes"] is False
+
+
+def test_probes_may_ask_for_a_head(http: httpx2.Client) -> None:
+    for path in ("/health", "/v2/health/ready", "/v2/health/live"):
+        answer = http.head(path)
+        assert (answer.status_code, answer.content) == (200, b"")
+
+
+def test_no_message_names_a_folder_of_the_server(served: Served, http: httpx2.Client, monkeypatch: Any) -> None:
+    monkeypatch.setattr(Bundle, "has_graph", lambda bundle, name: name != "image_encoder")
+    answer = http.post("/v1/images/edits", json={"prompt": "x", "image": SQUARE, "strength": 0.5})
+    path = str(served.service.models.find(None).bundle.path)
+    assert answer.status_code == 400 and path not in answer.text
+    assert "model embedded has no image_encoder" in error_of(answer)["message"]
 
 
 def test_cors_is_off_unless_asked_for(served: Served) -> None:
