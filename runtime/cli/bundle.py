@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from ...engines.bundle import Bundle
+from ...engines.bundle import Bundle, TokenizerInfo
 from ...engines.errors import RequestError
 from .options import checkpoint_named, opened_bundle
 from .progress import progress_bar
@@ -108,9 +109,9 @@ def _lines(bundle: Bundle) -> list[str]:
         f"{bundle.path}: {manifest.family}, {manifest.precision}, from {source}",
         f"  size {latent.default_width}x{latent.default_height}, multiples of {latent.size_multiple};"
         f" latents {latent.channels} channels, 1/{latent.downscale} of the pixels",
-        f"  sampler {manifest.scheduler.get('_class_name')}, prediction "
-        f"{manifest.scheduler.get('prediction_type', 'epsilon')}, default {manifest.default_num_inference_steps} steps,"
-        f" guidance {manifest.default_guidance_scale:g}",
+        f"  sampler {manifest.scheduler.get('_class_name')}, prediction {_prediction(manifest.scheduler)}, default "
+        f"{manifest.default_num_inference_steps} steps, guidance {manifest.default_guidance_scale:g}",
+        *(f"  {info.source} of {_tokens(info)} tokens" for info in manifest.tokenizers),
     ]
     for graph in manifest.graphs:
         size = readable_size(sum(manifest.files[name].size for name in graph.files))
@@ -121,6 +122,18 @@ def _lines(bundle: Bundle) -> list[str]:
             lines += [f"    {arrow} {t.name} {t.dtype}[{', '.join(map(str, t.shape))}]" for t in tensors]
         lines += [f"    {name} sha256 {manifest.files[name].sha256}" for name in graph.files]
     return lines
+
+
+def _prediction(scheduler: Mapping[str, Any]) -> str:
+    """Return what the denoiser predicts: schedulers of flows do not say it."""
+    flow = str(scheduler.get("_class_name")).startswith("FlowMatch")
+    return "flow" if flow else str(scheduler.get("prediction_type", "epsilon"))
+
+
+def _tokens(info: TokenizerInfo) -> str:
+    """Return how many tokens the rows of a tokenizer have."""
+    shorter = "".join(f"{length}, " for length in info.lengths)
+    return f"up to {info.max_length}" if info.any_length else f"{shorter}{info.max_length}"
 
 
 _STAGES: dict[str, Any] = {

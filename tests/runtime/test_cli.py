@@ -166,6 +166,7 @@ def test_inspect_shows_graphs_tensors_and_hashes(tiny_sd15_bundle: Path, capsys:
     out = capsys.readouterr().out
     for word in ("denoiser", "context", "float32", "sha256", "PNDMScheduler", "every file matches its hash"):
         assert word in out
+    assert "prediction epsilon," in out and "prompt of 77 tokens" in out
     assert run(["inspect", "--json", str(tiny_sd15_bundle)]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["problems"] == {} and report["manifest"]["format_version"] == FORMAT_VERSION
