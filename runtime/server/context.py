@@ -17,10 +17,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ..result import GenerationResult
 from .auth import Keys
 from .errors import ApiError, api_error
+from .metrics import GONE
 from .watch import ClientGoneError
 
-GONE = 499
-"""What is noted for a client that went away before its answer, after nginx."""
 REQUEST_ID = re.compile(r"[\w.:/+=-]{1,128}")
 TRACE = re.compile(r"00-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})")
 

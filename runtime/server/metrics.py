@@ -21,6 +21,8 @@ TIMES = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 60
 SHORT_TIMES = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 """Seconds of steps and stages."""
 STAGES = ("tokenize", "encode", "prepare", "denoise", "decode", "encode_image")
+GONE = 499
+"""What is noted for a client that went away before its answer, after nginx."""
 METHODS = ("GET", "POST", "HEAD", "OPTIONS", "DELETE")
 STATES = ("loading", "ready", "draining", "failed")
 
@@ -87,7 +89,7 @@ class Metrics(ServiceObserver):
         method = method if method in METHODS else "other"
         self._counts["http_requests"].labels(method, route, str(status)).inc()
         self._times["http_request_seconds"].labels(route).observe(seconds)
-        if code is not None and (status < 500 or status == 503):
+        if code is not None and (status < GONE or status == 503):
             self._counts["rejections"].labels(code).inc()
 
     def ended(self, job: Job) -> None:

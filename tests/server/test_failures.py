@@ -144,6 +144,8 @@ def test_a_client_that_goes_away_frees_its_slot(served: Served, stream: bool, ca
         free.set()
         if not stream:  # the head of a stream has been sent
             until(lambda: " 499 " in caplog.text)
+            text = served.metrics.text().decode()
+            assert 'status="499"' in text and 'reason="client_gone"' not in text
     assert_well(served)
 
 
