@@ -6,6 +6,7 @@ from contextlib import aclosing
 from typing import Any, TypeVar
 
 from fastapi import Request
+from python_multipart.exceptions import FormParserError
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
@@ -62,8 +63,10 @@ async def _read_form(request: Request, kind: str) -> FormData:
                 parser = _InMemory(request.headers, stream, max_files=MAX_FILES, max_fields=MAX_FIELDS)
                 return await parser.parse()
         return await request.form(max_files=MAX_FILES, max_fields=MAX_FIELDS)
-    except (HTTPException, MultiPartException) as error:
-        why = str(error.detail if isinstance(error, HTTPException) else error.message).rstrip(".")
+    except (HTTPException, MultiPartException, FormParserError) as error:
+        why = str(getattr(error, "detail", None) or getattr(error, "message", None) or error or "it is damaged").rstrip(
+            "."
+        )
         said = f"the body is no form that can be read: {why[0].lower()}{why[1:]}"
         raise ApiError(400, said, "invalid_request") from error
 
