@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ...engines.errors import RequestError
-from ..batches import Batch
+from ..batches import Arrays, Batch
 from ..call import Call
 from ..loop.inputs import InitialImage
 from ..pipeline import Pipeline
@@ -93,8 +93,10 @@ class Job:
     """Whether the rest of its images is to be dropped."""
     _prompts: WeightedPrompts | None = None
     _lengths: Mapping[str, int] = field(default_factory=dict)
+    _blank: Arrays = field(default_factory=lambda: ({}, {}))
     _early: bool = False
     """Whether its images can be prepared before an engine runs."""
+    _ready: bool = False
     _complained: bool = False
 
     @classmethod
@@ -139,8 +141,13 @@ class Job:
         if listener is not None:
             steps = [round(len(table) * number / (previews + 1)) for number in range(1, previews + 1)]
             job.previews = {step: number for number, step in enumerate(steps, 1) if 0 < step < len(table)}
+        job._blank = {name: array[:1] for name, array in inputs.items()}, arrays
         job._early = call.pictures is None and conditioning is None
         return job
+
+    def blank_row(self) -> Arrays:
+        """Return arrays of the shapes of one network row's inputs, and of those of one image in the loop."""
+        return self._blank
 
     def prepare_early(self) -> None:
         """Prepare the images where that needs no engine, on the caller's thread."""
@@ -172,7 +179,7 @@ class Job:
 
     def prepare(self) -> None:
         """Encode pictures and prompts that need it, and prepare the images; on the thread that holds the session."""
-        if all(image.prepared is not None for image in self.images):
+        if self._ready:
             return
         conditioning, request = None, self.call.request
         if self._prompts is not None:
@@ -184,6 +191,7 @@ class Job:
 
     def _prepare(self, initial: InitialImage | None, conditioning: Conditioning | None) -> None:
         """Draw for every image, and lay out its arrays."""
+        self._ready = True  # once: generators of a caller go on from where they were left
         batches = copy.copy(self.pipe._batches)  # it remembers noise that is drawn for a whole request
         call, tables = self.call, None
         for image in self.images:

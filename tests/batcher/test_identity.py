@@ -152,10 +152,12 @@ def test_pictures_are_pil_by_default_and_pasted_where_they_were_cut(pipe: Pipeli
     assert times.steps == 2 and times.total >= times.denoise > 0 and times.decode > 0 and times.encode > 0
 
 
-def test_a_generator_of_a_caller_is_left_where_the_drawing_ended(pipe: Pipeline, batcher: Batcher) -> None:
+@pytest.mark.parametrize("slots", [1, 2])
+def test_a_generator_of_a_caller_is_left_where_the_drawing_ended(pipe: Pipeline, slots: int) -> None:
     torch = pytest.importorskip("torch")
     request = {**SMALL, "prompt": "a star", "num_inference_steps": 3, "sampler": "euler_a", "num_images_per_prompt": 2}
     one, other = torch.Generator().manual_seed(3), torch.Generator().manual_seed(3)
-    pictures = batcher.submit(**request, generator=one).result(300).images
+    with Batcher(pipe, slots=slots, fixed_rows=True) as batcher:
+        pictures = batcher.submit(**request, generator=one).result(300).images
     assert np.abs(pictures - pipe(**request, generator=other).images).max() <= 1 / 255
     assert torch.equal(one.get_state(), other.get_state())
