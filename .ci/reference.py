@@ -126,6 +126,17 @@ def compared() -> str:
     return table(["family", "against", "requests", "pixels, of 255", "latents, relative", "lines of its file"], rows)
 
 
+def plans() -> str:
+    """Return for which checkpoints every graph was built by TensorRT-RTX, for which GPUs."""
+    found = json.loads((DOCS / "families.json").read_text(encoding="utf-8")).get("plans", {})
+    kinds = sorted({kind for entry in found.values() for kind in entry} - {"precision"})
+    rows = [
+        [name, entry["precision"], *(f"{entry[kind]} graphs" if kind in entry else "" for kind in kinds)]
+        for name, entry in found.items()
+    ]
+    return table(["tiny checkpoint", "in", *kinds], rows)
+
+
 def exports() -> str:
     """Return what exports of full-size architectures took, the newest record of each."""
     found: dict[tuple[str, ...], dict[str, Any]] = {}
@@ -161,7 +172,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "options.md": {"samplers": samplers, "backend-options": backend_options},
     "arguments.md": {"arguments": arguments},
     "bundle.md": {"manifest": manifest_fields},
-    "families.md": {"families": compared, "exports": exports},
+    "families.md": {"families": compared, "plans": plans, "exports": exports},
     "troubleshooting.md": {"errors": error_tree},
     "extend/family.md": {"family": family},
 }

@@ -73,11 +73,20 @@ def check(
 
 def _record(family: str, difference: float, relative: float) -> None:
     """Note a comparison under its family and diffusers' pipeline, where a file for it is named."""
-    if not (name := os.environ.get(RECORD)):
-        return
-    file = Path(name)
-    known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    entry = known.setdefault(family, {}).setdefault(_opened[-1], {"requests": 0, "pixel": 0.0, "latents": 0.0})
-    entry["requests"] += 1
-    entry["pixel"], entry["latents"] = max(entry["pixel"], difference), max(entry["latents"], relative)
-    file.write_text(json.dumps(known, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    known = _known().get(family, {}).get(_opened[-1], {"requests": 0, "pixel": 0.0, "latents": 0.0})
+    largest = {"pixel": max(known["pixel"], difference), "latents": max(known["latents"], relative)}
+    note(family, _opened[-1], {"requests": known["requests"] + 1, **largest})
+
+
+def note(section: str, name: str, facts: dict[str, Any]) -> None:
+    """Add facts to what is known of something, where a file for them is named."""
+    if file := os.environ.get(RECORD):
+        known = _known()
+        known.setdefault(section, {}).setdefault(name, {}).update(facts)
+        Path(file).write_text(json.dumps(known, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _known() -> dict[str, Any]:
+    file = Path(os.environ.get(RECORD, ""))
+    known: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return known
