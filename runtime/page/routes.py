@@ -61,6 +61,6 @@ def _add(routes: APIRouter, path: str, content: bytes, kind: str) -> None:
     async def answer(request: Request) -> Response:
         if headers["etag"] in request.headers.get("if-none-match", ""):
             return Response(status_code=304, headers=headers)
-        return Response(content, headers=headers, media_type=f"{kind}; charset=utf-8")
+        return Response(content, headers=headers, media_type=kind)
 
     routes.add_api_route(path, answer, methods=["GET", "HEAD"])

@@ -46,7 +46,8 @@ export class Board {
     this.show();
   }
 
-  /** Return the picture and the mask as base64, the mask only where something is painted. */
+  /** Return the fields of a request: the picture as base64, and where something is painted the mask.
+   *  With room around the mask for the whole picture, what is drawn is pasted into it: the rest stays as it is. */
   data() {
     if (!this.picture) return {};
     const [width, height] = [this.paint.width, this.paint.height];
@@ -54,7 +55,7 @@ export class Board {
     let painted = false;
     for (let i = 3; i < pixels.length && !painted; i += 4) painted = pixels[i] > 127;
     if (!painted) return { image: base64(this.source) };
-    const white = copyOf(this.paint);
+    const white = softened(this.paint);
     const context = white.getContext("2d");
     context.globalCompositeOperation = "source-in";
     context.fillStyle = "#fff";
@@ -62,7 +63,7 @@ export class Board {
     context.globalCompositeOperation = "destination-over";
     context.fillStyle = "#000";
     context.fillRect(0, 0, width, height);
-    return { image: base64(this.source), mask: base64(white) };
+    return { image: base64(this.source), mask: base64(white), padding_mask_crop: Math.max(width, height) };
   }
 
   get radius() {
@@ -200,6 +201,18 @@ function copyOf(canvas) {
   Object.assign(copy, { width: canvas.width, height: canvas.height });
   if (canvas.width && canvas.height) copy.getContext("2d").drawImage(canvas, 0, 0);
   return copy;
+}
+
+/** Return a copy with edges softened by some pixels of a large picture, so that no seam is seen. */
+function softened(canvas) {
+  const scale = Math.max(1, Math.round(Math.max(canvas.width, canvas.height) / 200));
+  const small = document.createElement("canvas");
+  Object.assign(small, { width: Math.ceil(canvas.width / scale), height: Math.ceil(canvas.height / scale) });
+  small.getContext("2d").drawImage(canvas, 0, 0, small.width, small.height);
+  const soft = document.createElement("canvas");
+  Object.assign(soft, { width: canvas.width, height: canvas.height });
+  soft.getContext("2d").drawImage(small, 0, 0, canvas.width, canvas.height);
+  return soft;
 }
 
 const base64 = (canvas) => canvas.toDataURL("image/png").split(",")[1];

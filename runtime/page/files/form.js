@@ -76,10 +76,13 @@ export class Form {
     return sides.every((side) => Number.isInteger(side) && side > 0 && side <= 8192) ? sides : this.can.defaults.size.split("x").map(Number);
   }
 
-  /** Take the shape of a picture, where the model draws any size: as many pixels as its own size has. */
+  /** Take the size most like a picture's shape, where the model draws any one with as many pixels as its own has. */
   shape(width, height) {
-    if (!this.can.other_sizes) return;
-    const [w, h] = this.can.defaults.size.split("x").map(Number);
+    const { sizes, defaults } = this.can;
+    const unlike = (size) => { const [w, h] = size.split("x"); return Math.abs(Math.log((w * height) / (h * width))); };
+    const nearest = [$("size").value, ...sizes].filter((size) => size !== CUSTOM).sort((a, b) => unlike(a) - unlike(b))[0];
+    if (unlike(nearest) < 0.03 || !this.can.other_sizes) { this.#resize(nearest); return; }
+    const [w, h] = (sizes.includes(defaults.size) ? defaults.size : sizes[0]).split("x").map(Number);
     const multiple = this.can.size_multiple;
     const scale = Math.sqrt((w * h) / (width * height));
     const [x, y] = [width, height].map((side) => Math.max(multiple, Math.round((side * scale) / multiple) * multiple));

@@ -64,7 +64,7 @@ export class Jobs {
 
 class Card {
   constructor(id, values) {
-    Object.assign(this, { id, values, blobs: new Map(), said: 0, state: "queued" });
+    Object.assign(this, { id, values, blobs: new Map(), said: 0, state: "queued", cancelling: false });
     this.text = make("p", { class: "note" }, "Waiting");
     this.bar = make("progress", { max: 1, value: 0, "aria-label": "Steps done" });
     this.button = make("button", { type: "button", onclick: () => this.cancel() }, "Cancel");
@@ -83,9 +83,16 @@ class Card {
   }
 
   async cancel() {
-    this.button.disabled = true;
+    if (this.cancelling) return;
+    this.cancelling = true; // a disabled button would lose the focus, and the keyboard its place
+    this.button.setAttribute("aria-disabled", "true");
     this.text.textContent = "Cancelling";
-    try { await ask(`v1/jobs/${this.id}/cancel`, { method: "POST" }); } catch { this.button.disabled = false; }
+    try {
+      await ask(`v1/jobs/${this.id}/cancel`, { method: "POST" });
+    } catch {
+      this.cancelling = false;
+      this.button.removeAttribute("aria-disabled");
+    }
   }
 
   /** Follow the job to its end, over broken connections too; returns it. Throws where the server forgot it. */
@@ -150,7 +157,7 @@ class Card {
     this.bar.value = share;
     if (steps) this.element.classList.remove("waiting");
     const when = left > 0 ? `, ${spoken(left)} left` : "";
-    if (this.button.disabled) return;
+    if (this.cancelling) return;
     if (!steps && this.state === "loading") this.text.textContent = "Opening the model";
     else if (!steps && before > 0) this.text.textContent = `${before} ${before > 1 ? "pictures" : "picture"} before this one${when}`;
     else if (!steps) this.text.textContent = `Waiting${when}`;
