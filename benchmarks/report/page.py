@@ -10,6 +10,7 @@ from ...engines.files import write_atomically
 from . import plots, summary, web
 from .engine_tables import compile_table, replay_table
 from .records import Record, by_machine, slug
+from .serving_tables import serving_sections
 from .tables import Section, conditions, sections
 
 BEGIN, END = "<!-- measurements:begin -->", "<!-- measurements:end -->"
@@ -90,7 +91,7 @@ def _all_sections(records: Iterable[Record]) -> list[Section]:
     ):
         machines = by_machine(record for record in records if record["kind"] == kind)
         out += [Section(title, conditions(found[-1]), [make(found)], [], found) for found in machines]
-    return out
+    return out + serving_sections(records)
 
 
 def _markdown(section: Section) -> str:

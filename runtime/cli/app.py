@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from . import bench, build, bundle, cache, env, generate, listings, serve, triton, verify
+from . import bench, build, bundle, cache, env, generate, listings, serve, serving, triton, verify
 from .errors import outcome
 from .interrupts import INTERRUPTED
 from .progress import set_verbosity
@@ -68,10 +68,17 @@ COMMANDS: list[tuple[str, Callable[..., None], str, str]] = [
         "List the backends and their options.",
         'latentrt generate "a red circle" --backend onnxruntime-cpu --option threads=2',
     ),
+    (
+        "plan",
+        serving.plan,
+        "Say how many devices a load needs.",
+        "latentrt plan --rate 10 --p99 6 --curve a100-sd15",
+    ),
     ("env", env.env, "Print what is installed and what works.", "latentrt env --json"),
 ]
 for _name, _function, _summary, _example in COMMANDS:
     app.command(_name, short_help=_summary, epilog=f"Example: {_example}")(_function)
+bench.app.command("serve")(serving.bench_serve)
 app.add_typer(cache.app, name="cache", short_help="List or remove the engines that were built.")
 app.add_typer(bench.app, name="bench", short_help="Measure, report and compare.")
 

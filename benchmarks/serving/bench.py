@@ -1,0 +1,198 @@
+"""`latentrt bench serve`: policies under load over HTTP, on a paced device or on real engines, each point a record."""
+
+from __future__ import annotations
+
+import math
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ...engines.errors import RequestError
+from ..measure import machine
+from ..report.records import Record
+from . import load
+from .arrivals import BOUND, Arrivals, Outcome, finite
+from .mixes import MIXES, Mix
+from .process import Place, ServerProcess
+from .servers import open_server
+from .simulate import BASELINES, POLICIES, SHARE, Policy, alone_rate, bounded_rate, capacity, simulate
+
+Say = Callable[[str], object]
+Keep = Callable[[Record], None]
+
+LOADS = (0.7, 0.9)
+"""Arrivals in these shares of what the better of one at a time and static batches of equals can do."""
+POINTS = ("saturation", "load", "bounded")
+LEAST, MOST = 60, 20_000
+"""Requests of a point."""
+CLOSE = 1.1
+"""The bounded rate is known when a rate that was met and one that was not are no further apart than this."""
+TRIES = 6
+SIMULATED = 5000
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is measured, and how long."""
+
+    mixes: Sequence[Mix]
+    policies: Sequence[Policy] = POLICIES
+    points: Sequence[str] = POINTS
+    seconds: float = 60.0
+    """Of a point, about."""
+    http: bool = True
+    base: float | None = None
+    """Images a second that loads are shares of; None: measured first."""
+    rates: Sequence[float] = ()
+    """Further images a second, in the curve's own time."""
+    seed: int = 0
+    command: str = ""
+
+    def __post_init__(self) -> None:
+        """Raise `RequestError` for a point that cannot be measured."""
+        if unknown := [point for point in self.points if point not in POINTS]:
+            raise RequestError(f"point is {unknown[0]!r}: choose {', '.join(POINTS)}")
+        known = self.base is not None or ("saturation" in self.points and {*BASELINES[:2]} <= {*self.policies})
+        if "load" in self.points and not known:
+            raise RequestError(
+                "loads are shares of what the baselines can do: measure their saturation, or give --base"
+            )
+
+
+def policies(given: Sequence[str] | None) -> tuple[Policy, ...]:
+    """Return policies by their names, all of them for None; raises `RequestError` for an unknown one."""
+    if unknown := [name for name in given or () if name not in POLICIES]:
+        raise RequestError(f"policy is {unknown[0]!r}: choose {', '.join(POLICIES)}")
+    return tuple(policy for policy in POLICIES if not given or policy in given)
+
+
+def run(place: Place, options: Options, say: Say, keep: Keep) -> list[Record]:
+    """Measure every mix with every policy and return a record for each point; `keep` gets each at once.
+
+    `place` says on what, and how wide; its policy does not matter. Its curve says what requests take alone, and is what
+    is simulated beside. Rates and latencies of records are in the curve's own time, whatever its scale.
+    """
+    records: list[Record] = []
+
+    def note(record: Record) -> None:
+        records.append(record)
+        keep(record)
+
+    for mix in options.mixes:
+        _Bench(place, mix, options, say, note).measure()
+    return records
+
+
+class _Bench:
+    """One mix on one device."""
+
+    def __init__(self, place: Place, mix: Mix, options: Options, say: Say, note: Keep) -> None:
+        self.place, self.mix, self.options, self._say, self._note = place, mix, options, say, note
+        self.setup, self.scale = place.setup, place.scale
+        self.run_id = uuid.uuid4().hex[:12]
+
+    def measure(self) -> None:
+        """Measure all points: saturation of every policy first, as loads are shares of it."""
+        options, best = self.options, dict[Policy, float]()
+        order = [policy for policy in POLICIES if policy in options.policies]
+        for policy in order if "saturation" in options.points else ():
+            with self._server(policy) as ask:
+                count = self._count(alone_rate(self.setup, self.mix) * self.scale)
+                record = self._point(policy, ask, math.inf, count)
+                best[policy] = record["seen"]["images_per_second"]
+                self._note(record)
+        base = options.base or max((best.get(policy, 0.0) for policy in BASELINES[:2]), default=0.0)
+        rates: list[tuple[float, float | None]] = [(s * base, s) for s in LOADS if "load" in options.points]
+        rates += [(rate, rate / base if base else None) for rate in options.rates]
+        for policy in order if rates or "bounded" in options.points else ():
+            with self._server(policy) as ask:
+                for rate, share in rates:
+                    self._note(self._point(policy, ask, rate, self._count(rate)) | {"load": share})
+                if "bounded" in options.points:
+                    self._note(self._bounded(policy, ask))
+
+    def _count(self, rate: float) -> int:
+        """Return how many requests come in the time of a point, at a rate in the curve's own time."""
+        return min(MOST, max(LEAST, round(self.options.seconds / self.scale * rate)))
+
+    @contextmanager
+    def _server(self, policy: Policy) -> Iterator[load.Ask]:
+        """Open a policy, over HTTP or in this process."""
+        place = replace(self.place, policy=policy)
+        if self.options.http:
+            with ServerProcess(place) as server, load.OverHttp(server.port) as ask:
+                yield ask
+        else:
+            with place.pipeline() as (pipe, _):
+                opened = open_server(policy, pipe, self.setup)
+                try:
+                    yield load.in_process(opened)
+                finally:
+                    opened.close(cancel=True)
+
+    def _point(self, policy: Policy, ask: load.Ask, rate: float, count: int) -> Record:
+        """Run `count` requests at a rate, simulate the same ones, and return the record."""
+        watch, place, setup, seed, scale = machine.LoadWatch(), self.place, self.setup, self.options.seed, self.scale
+        arrivals = Arrivals(self.mix.draw(count, seed), setup.curve, rate / scale, queue=setup.queue, seed=seed)
+        seen = load.run(ask, arrivals, capacity=capacity(setup, self.mix))
+        expected = simulate(policy, setup, self.mix, rate / scale, requests=count, seed=seed)
+        figures = [_unscaled(outcome, scale, math.isinf(rate)) for outcome in (seen, expected)]
+        at = "saturation" if math.isinf(rate) else f"{rate:.3g} images/s"
+        self._say(f"{self.mix.name}, {policy}, {at}: {_said(figures[0])}; simulated: {_said(figures[1])}")
+        return {
+            "kind": "serving",
+            "run": self.run_id,
+            **machine.stamp(watch, self.options.command, "paced" if place.paced else "cpu", place.threads),
+            "curve": setup.curve.as_record(),
+            "mix": {"name": self.mix.name} if self.mix == MIXES.get(self.mix.name) else self.mix.model_dump(),
+            "policy": policy,
+            "point": "saturation" if math.isinf(rate) else "load",
+            "over": "http" if self.options.http else "in process",
+            "server": {"slots": setup.slots, "rows": setup.rows, "queue": setup.queue},
+            "engines": {
+                "paced": place.paced,
+                "bundle": place.bundle or "embedded",
+                "backend": None if place.paced else place.backend,
+            },
+            "rate": finite(rate),
+            "bound": BOUND,
+            "seed": seed,
+            "seen": figures[0],
+            "simulated": figures[1],
+        }
+
+    def _bounded(self, policy: Policy, ask: load.Ask) -> Record:
+        """Find the highest rate that is answered within bounds, by bisection around the one that is simulated."""
+        most = capacity(self.setup, self.mix) * self.scale
+        guess = bounded_rate(policy, self.setup, self.mix, requests=SIMULATED) * self.scale
+        low, high, rate = 0.0, most, guess or most / 10
+        tried, found = [], None
+        for _ in range(TRIES):
+            record = self._point(policy, ask, rate, self._count(rate))
+            within = record["seen"]["within_bound_share"]
+            tried.append({"rate": rate, "within_bound_share": within})
+            low, high = (rate, high) if within >= SHARE else (low, rate)
+            found = record if within >= SHARE or found is None else found
+            if low and high <= CLOSE * low:
+                break
+            rate = (low + high) / 2 if low and high < most else min(1.2 * low, (low + most) / 2) if low else rate / 1.25
+        more = {"point": "bounded", "bounded_rate": low, "simulated_bounded_rate": guess, "tried": tried}
+        return {**(found or record), **more}
+
+
+def _unscaled(outcome: Outcome, scale: float, saturated: bool) -> dict[str, Any]:
+    figures = outcome.figures()
+    figures["latency"] = {name: value and value / scale for name, value in figures["latency"].items()}
+    if saturated:
+        figures["images_per_second"] = outcome.throughput() * scale
+    return figures
+
+
+def _said(figures: dict[str, Any]) -> str:
+    if "images_per_second" in figures:
+        return f"{figures['images_per_second']:.3f} images/s"
+    p50, p99 = (figures["latency"][name] for name in ("p50", "p99"))
+    within = f"{figures['within_bound_share']:.1%} in bounds"
+    return f"p50 {p50:.3g} s, p99 {p99:.3g} s, {within}" if p50 and p99 else f"{figures['refused_share']:.1%} refused"

@@ -1,0 +1,110 @@
+"""Real engines: their step-time curve, which says what a request takes alone, and the place to put load on."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import date
+from pathlib import Path
+from statistics import median
+
+from ...engines.backends import open_backend, resolve
+from ...engines.bundle import Bundle
+from ...engines.errors import EngineError, RequestError
+from ...engines.files import write_atomically
+from ...export.embedded import ensure_bundle
+from ...runtime import Batcher, Pipeline
+from ..measure import machine
+from .curve import Curve, parse
+from .mixes import Work
+from .process import Place
+from .servers import arguments
+
+FEW, MANY = 10, 40
+"""Steps of the two requests between which a step's time is taken."""
+ROUNDS = 7
+
+
+def measure(bundle: str | Path | None, backend: str, threads: int | None, rows: int, *, name: str) -> Curve:
+    """Return the curve of a bundle (None: the embedded model) on a backend, for up to so many rows.
+
+    One and two rows are the pipeline's own calls, alone and without what a request needs once; wider steps are timed in
+    a batcher. What is left of a call without its steps is encoding and decoding.
+    """
+    opened = Bundle.open(bundle or ensure_bundle())
+    options = {} if threads is None else {"threads": threads}
+    with Pipeline(opened, open_backend(backend, **options), max_batch=rows) as pipe:
+        seconds = {guided: _call(pipe, guided) for guided in (False, True)}
+        known = {1 + guided: step for guided, (step, _, _) in seconds.items()}
+        with Batcher(pipe, slots=max(1, rows // 2), rows=rows) as batcher:
+            batcher.warm_up(pictures=False)
+            known |= {bucket: step for bucket, step in batcher.stats().curve.items() if bucket > max(known)}
+        latent = opened.manifest.latent
+        size = f"{latent.default_width}×{latent.default_height}"
+        ran = f"{pipe.backend.name}, {getattr(pipe.backend, 'threads', None) or 'all'} threads"
+    for smaller, larger in itertools.pairwise(sorted(known)):
+        known[larger] = max(known[larger], known[smaller])  # noise: a wider step takes no less
+    about = machine.describe_machine()
+    _, rest, decode = seconds[True]
+    found = {
+        "title": f"{opened.path.name if bundle else 'the embedded model'}, {size}, {opened.manifest.precision}, {ran}",
+        "kind": "measured",
+        "source": f"latentrt {machine.source_version()} on {about['processor']}, {about['cores']} cores, "
+        f"{about['gpu']['name'] if about['gpu'] else 'no GPU'}, {date.today()}; `latentrt bench serve --save-curve`.",
+        "step_seconds": dict(sorted(known.items())),
+        "encode_seconds": max(0.0, rest - decode),
+        "decode_seconds": decode,
+    }
+    return parse(name, json.dumps(found))
+
+
+def _call(pipe: Pipeline, guided: bool) -> tuple[float, float, float]:
+    """Return the seconds of a step, of the rest of a request, and of its decoder; medians of calls by turns."""
+    few, many, decode = list[float](), list[float](), list[float]()
+    for number in range(-1, ROUNDS):
+        for steps, into in ((FEW, few), (MANY, many)):
+            timings = pipe(**arguments(Work(steps, "dpmpp_2m_karras", guided), number + 1)).timings
+            if number >= 0:  # the first calls bind and capture
+                into.append(timings.total)
+                decode.append(timings.decode)
+    step = (median(many) - median(few)) / (MANY - FEW)
+    if step <= 0:
+        raise EngineError(f"{MANY} steps took no longer than {FEW}: measure on a quiet machine")
+    return step, max(0.0, median(few) - FEW * step), median(decode)
+
+
+def save(curve: Curve, path: Path) -> Path:
+    """Write a curve as the file that `curves.curve` reads, and return its path."""
+    found = {
+        "title": curve.title,
+        "kind": curve.kind,
+        "source": curve.source,
+        "step_seconds": {str(rows): float(f"{seconds:.4g}") for rows, seconds in curve.known.items()},
+        "encode_seconds": float(f"{curve.encode:.4g}"),
+        "decode_seconds": float(f"{curve.decode:.4g}"),
+    }
+    write_atomically(path, (json.dumps(found, indent=2, ensure_ascii=False) + "\n").encode())
+    return path
+
+
+@contextmanager
+def measured(place: Place, say: Callable[[str], object]) -> Iterator[Place]:
+    """Return a place with the curve of its engines, which is measured first; a paced one as it is.
+
+    Raises `RequestError` for a scale of real engines: their time is what it is.
+    """
+    if place.paced:
+        yield place
+        return
+    if place.scale != 1:
+        raise RequestError(f"scale is {place.scale:g}: real engines take their own time; give --curve to pace a device")
+    with tempfile.TemporaryDirectory() as folder:
+        say("measuring the step-time curve")
+        found = measure(place.bundle, place.backend, place.threads, place.rows, name="here")
+        path = save(found, Path(folder) / "here.json")
+        say(", ".join(f"{each} rows {1e3 * seconds:.3g} ms" for each, seconds in found.known.items()))
+        yield replace(place, curve=str(path), backend=resolve(place.backend))
