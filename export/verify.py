@@ -6,6 +6,7 @@ the latents after every step, where errors add up, and the picture at the end.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -185,7 +186,7 @@ def _compare_request(pipe: Pipeline, reference: Any, prompt: str, steps: int, se
     def keep(_: Pipeline, step: int, timestep: float, values: dict[str, Any]) -> None:
         ours.append(values["latents"])
 
-    request: dict[str, Any] = {"prompt": prompt, "num_inference_steps": steps, **_masked_picture(pipe.bundle.manifest)}
+    request = {"prompt": prompt, "num_inference_steps": steps, **_pictures(pipe.bundle.manifest, reference)}
     result = pipe(**request, seed=seed, callback_on_step_end=keep)
     theirs, picture = _reference(pipe, reference, request, seed)
     pixels = np.stack([np.asarray(image) for image in result.images])
@@ -199,14 +200,15 @@ def _compare_request(pipe: Pipeline, reference: Any, prompt: str, steps: int, se
     )
 
 
-def _masked_picture(manifest: Manifest) -> dict[str, Image.Image]:
-    """Return a picture and a mask of its left half, where a bundle draws nothing without."""
-    if manifest.masked_input is None:
+def _pictures(manifest: Manifest, reference: Any) -> dict[str, Any]:
+    """Return a picture, and a mask of its left half, where a bundle or diffusers' pipeline draws nothing without."""
+    starts = "Img2Img" in type(reference).__name__
+    if manifest.masked_input is None and not starts:
         return {}
     size = (manifest.latent.default_width, manifest.latent.default_height)
     shades, mask = Image.linear_gradient("L").resize(size).convert("RGB"), Image.new("L", size)
     mask.paste(255, (0, 0, size[0] // 2, size[1]))
-    return {"image": shades, "mask_image": mask}
+    return {"image": shades, "strength": 1.0} if starts else {"image": shades, "mask_image": mask}
 
 
 @torch.no_grad()
@@ -220,10 +222,11 @@ def _reference(pipe: Pipeline, reference: Any, request: dict[str, Any], seed: in
         latents.append(_as_picture(values["latents"], manifest.latent).numpy().copy())
         return values
 
+    size = {"height": manifest.latent.default_height, "width": manifest.latent.default_width}
+    taken = inspect.signature(reference.__call__).parameters  # pipelines that start from a picture have its size
     images = reference(
         **request,
-        height=manifest.latent.default_height,
-        width=manifest.latent.default_width,
+        **{name: pixels for name, pixels in size.items() if name in taken},
         guidance_scale=manifest.default_guidance_scale,
         generator=torch.Generator().manual_seed(seed),
         callback_on_step_end=keep,

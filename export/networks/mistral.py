@@ -51,10 +51,13 @@ class FilledOnTheLeft(TextEncoder):
 def text_encoder_graph(encoder: Any, layers: Sequence[int], precision: Precision, length: int, side: str) -> Graph:
     """Token ids and their mask [R, L] to the hidden states behind `layers` layers [R, L, E], side by side.
 
-    Ids and mask are filled up on the right; what they become has its filling on `side`.
+    Ids and mask are filled up on the right; what they become has its filling on `side`. `encoder` is the language model
+    or, as diffusers opens it, the one of texts and pictures around it.
     """
-    module = (FilledOnTheLeft if side == "left" else TextEncoder)(encoder, layers)
-    return text_graph(module, encoder.config, layers, precision, length)
+    whole = getattr(encoder, "model", encoder)
+    language = getattr(whole, "language_model", whole)
+    module = (FilledOnTheLeft if side == "left" else TextEncoder)(language, layers)
+    return text_graph(module, language.config, layers, precision, length)
 
 
 def _config_class() -> Any:

@@ -20,6 +20,7 @@ diffusers = pytest.importorskip("diffusers")
 from latentrt.export.checkpoints.diffusers_folder import open_folder  # noqa: E402
 from latentrt.export.checkpoints.streamed import filled  # noqa: E402
 from latentrt.export.families.flux2_dev import FAMILY  # noqa: E402
+from latentrt.export.verify import verify  # noqa: E402
 
 from . import tiny_flux  # noqa: E402
 from .compare import check, opened  # noqa: E402
@@ -84,6 +85,11 @@ def test_the_text_encoder_on_rows_that_are_filled_up(tmp_path: Path, side: str) 
             with filled(graph.module):
                 found = graph.module(rows, (torch.arange(512) < len(ids)).long()[None])
         assert torch.allclose(found, wanted, atol=1e-4), (found - wanted).abs().max()
+
+
+def test_verify_compares_with_the_text_encoder_that_diffusers_opens(checkpoint: Path, pipe: Pipeline) -> None:
+    report = verify(pipe.bundle.path, checkpoint, backend="onnxruntime-cpu", steps=2)
+    assert report.within and {each.tensor for each in report.tensors} >= {"text_encoder.context"}
 
 
 def test_prompt_and_guidance_are_seen_and_no_negative_prompt(pipe: Pipeline) -> None:

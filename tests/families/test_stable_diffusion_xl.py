@@ -18,6 +18,7 @@ diffusers = pytest.importorskip("diffusers")
 
 from latentrt.export.checkpoints.sources import open_checkpoint  # noqa: E402
 from latentrt.export.families.stable_diffusion_xl import FAMILY  # noqa: E402
+from latentrt.export.verify import verify  # noqa: E402
 
 from . import tiny  # noqa: E402
 from .compare import check, mask, opened, picture  # noqa: E402
@@ -90,6 +91,10 @@ def test_inpainting(checkpoint: Path, pipe: Pipeline, request_: dict[str, Any]) 
 
 
 @pytest.mark.slow
+def test_verify_gives_the_refiner_a_picture(refiner: tuple[Path, Pipeline]) -> None:
+    assert verify(refiner[1].bundle.path, refiner[0], backend="onnxruntime-cpu", steps=2).within
+
+
 def test_the_refiner_starts_from_a_picture(refiner: tuple[Path, Pipeline]) -> None:
     reference = opened(diffusers.StableDiffusionXLImg2ImgPipeline, refiner[0])
     check(refiner[1], reference, image=picture(), strength=0.6, **QUICK)
