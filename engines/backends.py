@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -45,10 +45,11 @@ class Backend(Protocol):
     def can_capture(self) -> bool:
         """Whether its engines' work can be captured into graphs."""
 
-    def prepare(self, bundle: Bundle, shapes: Mapping[str, Shapes]) -> None:
+    def prepare(self, bundle: Bundle, shapes: Mapping[str, Shapes | Sequence[Shapes]], *, build: bool = True) -> None:
         """Build the engines that a request lacks, given the input shapes of its graphs, without opening any.
 
-        Raises `MissingPlanError` where that is not allowed. A dynamic backend does nothing.
+        Engines for several shapes of one graph share their weights where they can. Raises `MissingPlanError` where
+        `build` is false or the backend builds none. A dynamic backend does nothing.
         """
 
     def open(self, bundle: Bundle, graph: GraphInfo, shapes: Shapes | None = None) -> Engine:

@@ -61,7 +61,7 @@ class OnnxRuntimeCpu:
         self.lock = threading.RLock()
         self._cache = cache or EngineCache()
 
-    def prepare(self, bundle: Bundle, shapes: Mapping[str, Shapes]) -> None:
+    def prepare(self, bundle: Bundle, shapes: Mapping[str, Shapes | Sequence[Shapes]], *, build: bool = True) -> None:
         """Build nothing, as one engine serves every shape; raises `EngineError` for graphs that cannot run here."""
         for name in shapes:
             _check_precision(bundle.graph(name))

@@ -88,7 +88,7 @@ class OnnxRuntimeCuda:
         self._graph_ids = itertools.count(1)
         self._cache = cache or EngineCache()
 
-    def prepare(self, bundle: Bundle, shapes: Mapping[str, Shapes]) -> None:
+    def prepare(self, bundle: Bundle, shapes: Mapping[str, Shapes | Sequence[Shapes]], *, build: bool = True) -> None:
         """Do nothing: one engine serves every shape."""
 
     def open(self, bundle: Bundle, graph: GraphInfo, shapes: Shapes | None = None) -> OnnxRuntimeEngine:

@@ -107,7 +107,9 @@ class OpenVino:
         self._precision, self._on, self._fixed = precision, device, shapes == "fixed"
         self._cache = cache or EngineCache()
 
-    def prepare(self, bundle: Bundle, shapes: Mapping[str, Shapes]) -> None:
+    def prepare(
+        self, bundle: Bundle, shapes: Mapping[str, Shapes | Sequence[Shapes]], *, build: bool = True
+    ) -> None:
         """Build nothing: one engine serves every shape."""
 
     def open(self, bundle: Bundle, graph: GraphInfo, shapes: Shapes | None = None) -> OpenVinoEngine:

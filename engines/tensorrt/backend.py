@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
@@ -102,10 +102,12 @@ class TensorRt:
         self._weights_on_gpu = weights_on_gpu
         self._build = build
         self._loaded: dict[Path, LoadedPlan] = {}
+        self._prepared: dict[Path, Plan] = {}  # those of several profiles: their weights are shared where they are used
 
     def open(self, bundle: Bundle, graph: GraphInfo, shapes: Shapes | None = None) -> TensorRtEngine:
         """Open one graph for the given input shapes, building its plan first when the cache has none that fits."""
-        plan = self.planner.plan(bundle, graph, shapes or {}, build=self._build)
+        first = (*self._prepared.values(), *(loaded.plan for loaded in self._loaded.values()))
+        plan = self.planner.plan(bundle, graph, shapes or {}, build=self._build, first=first)
         loaded = self._loaded.get(plan.folder)
         if fresh := loaded is None:
             plan, parts = self._deserialized(bundle, graph, plan)
@@ -117,16 +119,19 @@ class TensorRt:
             self._accept(engine, bundle, graph, loaded)
         return engine
 
-    def prepare(self, bundle: Bundle, shapes: Mapping[str, Shapes]) -> None:
+    def prepare(self, bundle: Bundle, shapes: Mapping[str, Shapes | Sequence[Shapes]], *, build: bool = True) -> None:
         """Build the plans that a request lacks; raises `MissingPlanError` where plans are not built."""
-        self.planner.prepare(bundle, shapes, build=self._build)
+        for plan in self.planner.prepare(bundle, shapes, build=build and self._build):
+            if plan.profile.others:
+                self._prepared[plan.folder] = plan
 
     def _accept(self, engine: TensorRtEngine, bundle: Bundle, graph: GraphInfo, loaded: LoadedPlan) -> None:
         """Check a plan that was just loaded, once on each GPU, with scratch memory that does not stay."""
         device, plan = self.device, loaded.plan
         facts = {"gpu": device.name, "compute_capability": device.compute_capability, "driver": device.driver_version}
-        ranges = loaded.profile.ranges
-        lowest, highest = ({name: triple[end] for name, triple in ranges.items()} for end in (0, 2))
+        profiles = loaded.profile.all
+        lowest = {name: low for name, (low, _, _) in profiles[0].ranges.items()}
+        highest = {name: high for name, (_, _, high) in profiles[-1].ranges.items()}
         shapes = (lowest, checked_shapes(graph, highest))
         place = Place(self.name, device, facts, plan.folder, shapes, self.planner.options.tf32)
         with self.lock:

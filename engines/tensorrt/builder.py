@@ -48,11 +48,8 @@ def build_plan(
     network = _parse(library, builder, graph)
     config = builder.create_builder_config()
     _configure(library, config, options, compute_capability)
-    shapes = builder.create_optimization_profile()
     try:
-        for name, (low, best, high) in profile.ranges.items():
-            shapes.set_shape(name, low, best, high)
-        fits = config.add_optimization_profile(shapes) >= 0
+        fits = all(_add_profile(builder, config, each) for each in profile.all)
     except (ValueError, RuntimeError) as error:
         library.errors.append(str(error))
         fits = False
@@ -116,6 +113,13 @@ def _configure(library: Library, config: Any, options: PlanOptions, compute_capa
         known = library.compute_capabilities()
         config.num_compute_capabilities = 1
         config.set_compute_capability(known.get(compute_capability, trt.ComputeCapability.CURRENT), 0)
+
+
+def _add_profile(builder: Any, config: Any, profile: Profile) -> bool:
+    shapes = builder.create_optimization_profile()
+    for name, (low, best, high) in profile.ranges.items():
+        shapes.set_shape(name, low, best, high)
+    return bool(config.add_optimization_profile(shapes) >= 0)
 
 
 def _build(library: Library, builder: Any, network: Any, config: Any, name: str, progress: Progress | None) -> Any:

@@ -59,7 +59,7 @@ def build_in_child(
         "version": library.version,
         "graph": str(graph.absolute()),
         "output": str(output.absolute()),
-        "profile": profile.ranges,
+        "profile": profile.as_json(),
         "options": asdict(options),
         "compute_capability": compute_capability,
         "timing_cache": None if timing_cache is None else str(timing_cache.absolute()),

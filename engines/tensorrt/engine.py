@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -71,12 +71,17 @@ class LoadedPlan:
         self._kernels: Any = None
         self._config = self._runtime_config()
 
-    def context(self) -> Any:
-        """Return a new execution context that takes its scratch memory from the caller."""
+    def context(self, profile: int = 0) -> Any:
+        """Return a new execution context of a profile, which takes its scratch memory from the caller."""
         user_managed = self.library.trt.ExecutionContextAllocationStrategy.USER_MANAGED
         context = self._engine.create_execution_context(user_managed if self._config is None else self._config)
         if context is None:
             raise self.library.failure(f"plan {self.plan.folder} gets no execution context")
+        if profile:  # a new context has the first one
+            with closing(self.device.stream()) as stream:
+                chosen = context.set_optimization_profile_async(profile, stream.handle)
+            if not chosen:
+                raise self.library.failure(f"plan {self.plan.folder} has no profile {profile}")
         return context
 
     def save_kernels(self) -> None:
@@ -133,7 +138,7 @@ class TensorRtEngine:
             raise EngineError(f"engine {self.name} is closed")
         sizes = check_binding(self, tensors)
         shapes = {name: tensor.shape for name, tensor in tensors.items() if name in self.inputs}
-        if not self._loaded.profile.covers(shapes):
+        if (profile := self._loaded.profile.index(shapes)) is None:
             raise ShapeError(f"engine {self.name} is for {self._loaded.profile}: open it for {shapes}")
         unwanted = {}
         with ExitStack() as undo:
@@ -141,7 +146,7 @@ class TensorRtEngine:
                 if name not in tensors:
                     unwanted[name] = extra = self._loaded.device.empty(shape_of(spec, sizes), spec.dtype)
                     undo.callback(extra.close)
-            binding = TensorRtBinding(self, self._loaded, tensors, unwanted)
+            binding = TensorRtBinding(self, self._loaded, profile, tensors, unwanted)
             undo.pop_all()
         return binding
 
@@ -159,16 +164,17 @@ class TensorRtBinding:
         self,
         engine: TensorRtEngine,
         loaded: LoadedPlan,
+        profile: int,
         tensors: Mapping[str, Tensor],
         unwanted: dict[str, CudaTensor],
     ) -> None:
-        """Make the context, set shapes and addresses, and announce how much scratch memory it needs."""
+        """Make the context, choose a profile, set shapes and addresses, and announce its need of scratch memory."""
         self._engine = engine
         self._loaded = loaded
         self._tensors = {**tensors, **unwanted}  # keeps the memory alive
         loaded.device.activate()
         loaded.library.errors.clear()
-        self._context = loaded.context()
+        self._context = loaded.context(profile)
         for name, tensor in self._tensors.items():
             fits = name not in engine.inputs or self._context.set_input_shape(name, tensor.shape)
             if not fits or not self._context.set_tensor_address(name, tensor.pointer):

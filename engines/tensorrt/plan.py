@@ -33,9 +33,13 @@ OtherHardware = Annotated[
 
 @dataclass(frozen=True)
 class Profile:
-    """The input shapes that a plan serves: the smallest, the one it is tuned for, and the largest, by input."""
+    """The input shapes that a plan serves: the smallest, the one it is tuned for, and the largest, by input.
+
+    A plan may have `others` besides, each tuned by itself: it holds its weights once for all of them.
+    """
 
     ranges: Mapping[str, tuple[Shape, Shape, Shape]]
+    others: tuple[Profile, ...] = ()
 
     @classmethod
     def of(cls, *shapes: Shapes) -> Profile:
@@ -47,18 +51,46 @@ class Profile:
             ranges[name] = (tuple(map(min, sizes)), tuple(first[name]), tuple(map(max, sizes)))
         return cls(ranges)
 
+    @classmethod
+    def together(cls, profiles: Sequence[Profile]) -> Profile:
+        """Return the profile of a plan that has several; each once, in their order."""
+        first, *others = [each for index, each in enumerate(profiles) if each not in profiles[:index]]
+        return cls(first.ranges, tuple(others))
+
+    @property
+    def all(self) -> tuple[Profile, ...]:
+        """Each profile by itself, in the order in which the plan has them."""
+        return (Profile(self.ranges), *self.others)
+
+    def index(self, shapes: Shapes) -> int | None:
+        """Return the number of the first of all profiles that takes these input shapes, or None."""
+        return next((number for number, each in enumerate(self.all) if _covers(each.ranges, shapes)), None)
+
     def covers(self, shapes: Shapes) -> bool:
         """Tell whether a plan of this profile takes these input shapes."""
-        return set(shapes) == set(self.ranges) and all(
-            len(shape) == len(low) and all(a <= n <= b for a, n, b in zip(low, shape, high, strict=True))
-            for (low, _, high), shape in ((self.ranges[name], shape) for name, shape in shapes.items())
-        )
+        return self.index(shapes) is not None
+
+    def as_json(self) -> Any:
+        """Return what a sidecar records: a mapping, or a list where there are several."""
+        found = [{name: [list(shape) for shape in each] for name, each in one.ranges.items()} for one in self.all]
+        return found if self.others else found[0]
 
     def __str__(self) -> str:
-        return ", ".join(
-            f"{name} {_shape(low)}" if low == high else f"{name} {_shape(low)} to {_shape(high)}"
-            for name, (low, _, high) in self.ranges.items()
-        )
+        return " or ".join(map(_text, [each.ranges for each in self.all]))
+
+
+def _covers(ranges: Mapping[str, tuple[Shape, Shape, Shape]], shapes: Shapes) -> bool:
+    return set(shapes) == set(ranges) and all(
+        len(shape) == len(low) and all(a <= n <= b for a, n, b in zip(low, shape, high, strict=True))
+        for (low, _, high), shape in ((ranges[name], shape) for name, shape in shapes.items())
+    )
+
+
+def _text(ranges: Mapping[str, tuple[Shape, Shape, Shape]]) -> str:
+    return ", ".join(
+        f"{name} {_shape(low)}" if low == high else f"{name} {_shape(low)} to {_shape(high)}"
+        for name, (low, _, high) in ranges.items()
+    )
 
 
 def profile_for(graph: GraphInfo, *shapes: Shapes) -> Profile:
@@ -122,8 +154,10 @@ class Plan:
         return profile_from_json(self.facts["key"]["profile"])
 
 
-def profile_from_json(data: Mapping[str, Any]) -> Profile:
+def profile_from_json(data: Any) -> Profile:
     """Return the profile that a sidecar records."""
+    if isinstance(data, list):
+        return Profile.together([profile_from_json(each) for each in data])
     return Profile({name: (tuple(low), tuple(best), tuple(high)) for name, (low, best, high) in data.items()})
 
 
@@ -145,7 +179,7 @@ def plan_key(
         "version": version,
         "target": dict(target),
         "options": asdict(options),
-        "profile": {name: [list(shape) for shape in triple] for name, triple in profile.ranges.items()},
+        "profile": profile.as_json(),
     }
 
 
@@ -211,7 +245,9 @@ def build_command(bundle: Bundle, backend: str, sizes: Sizes, options: Mapping[s
 
 def _brief(profile: Profile) -> Profile:
     """Return a profile without the tables of the step graph, whose range is the same in every plan."""
-    return Profile({"latents": profile.ranges["latents"]}) if "weights" in profile.ranges else profile
+    if "weights" not in profile.ranges:
+        return profile
+    return Profile.together([Profile({"latents": each.ranges["latents"]}) for each in profile.all])
 
 
 def _difference(other: Mapping[str, Any], key: Mapping[str, Any]) -> str:

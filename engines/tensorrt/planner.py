@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,15 +70,26 @@ class Planner:
         self._gpu = gpu
 
     def plan(
-        self, bundle: Bundle, graph: GraphInfo, shapes: Shapes, *, build: bool = True, request: Sizes | None = None
+        self,
+        bundle: Bundle,
+        graph: GraphInfo,
+        shapes: Shapes,
+        *,
+        build: bool = True,
+        request: Sizes | None = None,
+        first: Iterable[Plan] = (),
     ) -> Plan:
         """Return a plan that serves the shapes: one made for them, else a dynamic one that covers them, else a new one.
 
-        Raises `EngineError` when the build fails, and `MissingPlanError` when there is none and `build` is false: it
-        names a command that builds for the sizes of a whole `request`, as far as they are known.
+        Of plans that are made for them, one of `first` is preferred. Raises `EngineError` when the build fails, and
+        `MissingPlanError` when there is none and `build` is false: it names a command that builds for the sizes of a
+        whole `request`, as far as they are known.
         """
         profile = profile_for(graph, shapes)
         key = self._key(bundle, graph, profile)
+        for plan in first:
+            if {**plan.facts["key"], "profile": None} == {**key, "profile": None} and profile in plan.profile.all:
+                return plan
         if folder := self.cache.find(graph.name, key):
             return Plan.open(folder)
         if found := find_dynamic(self.cache, graph, key, shapes):
@@ -87,11 +98,30 @@ class Planner:
             raise missing_plan(self.cache, bundle, graph, key, request or sizes_of(bundle, {graph.name: shapes}))
         return self.build(bundle, graph, profile)
 
-    def prepare(self, bundle: Bundle, shapes: Mapping[str, Shapes], *, build: bool = True) -> None:
-        """Build the plans that a request lacks, given the input shapes of its graphs; raises as `plan` does."""
-        request = sizes_of(bundle, shapes)
-        for name, each in shapes.items():
-            self.plan(bundle, bundle.graph(name), each, build=build, request=request)
+    def prepare(
+        self, bundle: Bundle, shapes: Mapping[str, Shapes | Sequence[Shapes]], *, build: bool = True
+    ) -> list[Plan]:
+        """Build the plans that a request lacks, given the input shapes of its graphs, and return them all.
+
+        Of several shapes of a graph a plan is made that serves each by a profile of its own. Raises as `plan` does.
+        """
+        every = {name: [each] if isinstance(each, Mapping) else list(each) for name, each in shapes.items()}
+        request = sizes_of(bundle, {name: each[-1] for name, each in every.items()})
+        return [
+            plan
+            for name, each in every.items()
+            for plan in self._plans(bundle, bundle.graph(name), each, build=build, request=request)
+        ]
+
+    def _plans(
+        self, bundle: Bundle, graph: GraphInfo, shapes: Sequence[Shapes], *, build: bool, request: Sizes
+    ) -> list[Plan]:
+        together = Profile.together([profile_for(graph, each) for each in shapes])
+        if together.others:
+            key = self._key(bundle, graph, together)
+            if build or self.cache.find(graph.name, key):
+                return [self.build(bundle, graph, together)]
+        return [self.plan(bundle, graph, each, build=build, request=request) for each in shapes]
 
     def build(self, bundle: Bundle, graph: GraphInfo, profile: Profile) -> Plan:
         """Return the plan of exactly this profile, building it when the cache has none."""

@@ -71,12 +71,16 @@ def checked_shapes(graph: GraphInfo, shapes: Shapes) -> Shapes:
 
 
 def _complete(sizes: Sizes, free: Sizes) -> Sizes:
-    """Return the sizes of the step graph that follow from those that are free: R rows, P lines, K and L columns."""
+    """Return the sizes of the step graph that follow from those that are free: R rows, P lines, K and L columns.
+
+    Rows that are not those of all branches of all images are shared out among them, and stay as many.
+    """
     branches, history = free["G"], free["H"]
+    shared = sizes["R"] != sizes["B"] * sizes["G"]
     return {
         **sizes,
         **free,
-        "R": sizes["B"] * branches,
+        "R": sizes["R"] if shared else sizes["B"] * branches,
         "P": 1 + history,
         "K": 3 + branches + history,
         "L": 1 + branches,

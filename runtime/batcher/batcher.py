@@ -25,18 +25,17 @@ from .finish import settle
 from .flight import Shared
 from .future import BatchFuture, JobProgress
 from .job import Job
+from .policy import BUCKETS, STATIC_BUCKETS
 from .pool import Pool
 from .prepared import table_names
-from .queue import Queue
+from .queue import Queue, check_numbers
 from .stats import Observer, Stats, Tally
-from .warm_up import warm_up
+from .warm_up import check_engines, warm_up
 
-BUCKETS = (2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
-MAX_ROWS = 1024
 TURNS_IN_A_ROW, PAUSE = 8, 1e-4
 """Steps after which others may have the pipeline, and the seconds in which they can take it: locks are not fair."""
 AT_EXIT = 1.0
-"""Seconds for which the end of the interpreter waits for listeners."""
+"""Seconds for which the end of the interpreter waits for each listener."""
 
 
 class Batcher:
@@ -71,15 +70,7 @@ class Batcher:
         image alone, and what `Pipeline.open` raises.
         """
         rows = 2 * slots if rows is None else rows
-        for name, value, least, most in (
-            ("slots", slots, 1, MAX_ROWS // 2),
-            ("rows", rows, max(2, slots), MAX_ROWS),
-            ("max_waiting", max_waiting, 1, 2**31),
-        ):
-            if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-                raise RequestError(f"{name} is {value!r}: give a whole number from {least} to {most}")
-        if max_wait is not None and not max_wait > 0:
-            raise RequestError(f"max_wait is {max_wait!r}: give seconds, more than 0, or leave it out")
+        check_numbers(slots, rows, max_waiting, max_wait)
         self._owns = not isinstance(pipe, Pipeline)
         self.pipe = pipe if isinstance(pipe, Pipeline) else Pipeline.open(pipe, backend, **options)
         session = self.pipe.session
@@ -92,17 +83,17 @@ class Batcher:
         except BaseException:
             self._close_pipe()
             raise
-        narrower: Sequence[int] = () if fixed_rows or not self.pipe.backend.dynamic else BUCKETS
+        narrower = () if fixed_rows else BUCKETS if self.pipe.backend.dynamic else STATIC_BUCKETS
         buckets = (*(bucket for bucket in narrower if bucket < rows), rows)
         self._changed = threading.Condition()
-        self._closing, self._process = False, os.getpid()
+        self._closing, self._process, self._build = False, os.getpid(), build
         self._turn_began: float | None = None
         self._uses: set[Key] = set()
-        open_engine = session.hold(self._uses)
-        self._encoder = Encoder(self.pipe.backend.device, self.pipe.bundle, open_engine, session.stream)
+        opened = self.pipe.backend.device, self.pipe.bundle, session.hold(self._uses), session.stream
+        self._encoder = Encoder(*opened, session.prompts)
         self._deliverer, self._tally = Deliverer(), Tally(observer or Observer())
         shared = (session, self._encoder, self.pipe.mode, slots, buckets, self._changed, self._deliverer, self._tally)
-        self._queue = Queue(Shared(*shared, self._settle), max_waiting, max_wait, build)
+        self._queue = Queue(Shared(*shared, self._settle), max_waiting, max_wait)
         self._thread = threading.Thread(target=self._run, name="latentrt batcher", daemon=True)
         self._thread.start()
         atexit.register(self._at_exit)  # engines must not run on while the interpreter goes
@@ -134,6 +125,7 @@ class Batcher:
             self._check_open()
             given = {"prompt": prompt, "negative_prompt": negative_prompt, **arguments}
             job = self._job(given, timeout=timeout, previews=previews, listener=on_event)
+            self._check_engines(job)
             with self._changed:  # before it is prepared, which takes time, and again when it is
                 self._queue.check(job)
             job.prepare_early()
@@ -169,8 +161,7 @@ class Batcher:
 
     @property
     def stuck_seconds(self) -> float:
-        """How long the present turn of the loop has run: a step, and what came and went before and after it; 0 when
-        idle."""
+        """How long the present turn of the loop has run, a step and what comes and goes beside it; 0 when idle."""
         began = self._turn_began
         return 0.0 if began is None else time.monotonic() - began
 
@@ -201,13 +192,26 @@ class Batcher:
         """
         latent = self.pipe.bundle.manifest.latent
         for width, height in sizes or [(latent.default_width, latent.default_height)]:
-            request = {"prompt": "", "seed": 0, "width": width, "height": height, **arguments}
-            job = self._job(request)
-            with self._changed:
-                self._check_open()
-                pool = self._queue.pool(job.fit)
+            job = self._job({"prompt": "", "seed": 0, "width": width, "height": height, **arguments})
+            self._check_engines(job)
             with self.pipe.session.request():
-                warm_up(self, pool, request, pictures, progress)
+                with self._changed:
+                    self._check_open()
+                    pool = self._queue.pool(job.fit)
+                    self._queue.warm.add(job.fit)
+                try:
+                    warm_up(pool, job, self._encoder, pictures, progress)
+                except BaseException:
+                    pool.close()
+                    raise
+
+    def _check_engines(self, job: Job) -> None:
+        """Raise `RequestError` for a request whose engines are not there, where none may be built for it."""
+        with self._changed:
+            if self._build or self.pipe.backend.dynamic or job.fit in self._queue.pools:
+                return
+            sizes = self._queue.sizes()
+        check_engines(job, self._queue.shared, sizes)
 
     def _check_process(self) -> None:
         if os.getpid() != self._process:
@@ -236,7 +240,8 @@ class Batcher:
                     while self._queue.leaving:
                         self._queue.leaving.pop().close()
                     pool.turn()
-                    self._queue.turns.spend(pool.fit, time.monotonic() - began)
+                    with self._changed:
+                        self._queue.turns.spend(pool.fit, time.monotonic() - began)
             except Exception as error:  # the pipeline was closed, or its device is lost
                 pool.fail(error, waiting=True)
             self._turn_began = None

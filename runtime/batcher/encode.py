@@ -11,9 +11,8 @@ from ...engines.bundle import Bundle, GraphInfo
 from ...engines.device import Array, Device, Stream
 from ..loop.denoise import STATE, OpenEngine
 from ..loop.workspace import BoundGraph
+from ..prompt.cache import PromptCache
 
-KEPT_ROWS = 32
-"""Rows of conditioning that are kept: most requests have the same few negative prompts."""
 KEPT_BINDINGS = 8
 """Shapes of graphs that stay bound."""
 
@@ -21,13 +20,15 @@ KEPT_BINDINGS = 8
 class Encoder:
     """Turns the inputs of network rows into conditioning, row by row, so that a row is the same in every company."""
 
-    def __init__(self, device: Device, bundle: Bundle, open_engine: OpenEngine, stream: Stream) -> None:
-        """Bind nothing yet."""
+    def __init__(
+        self, device: Device, bundle: Bundle, open_engine: OpenEngine, stream: Stream, prompts: PromptCache
+    ) -> None:
+        """Bind nothing yet; `prompts` is where rows are kept: most requests have the same few negative prompts."""
         self._device, self._bundle, self._open, self._stream = device, bundle, open_engine, stream
+        self._prompts = prompts
         self._graphs = [graph for graph in bundle.manifest.graphs if graph.stage == "prompt"]
         self._read = [spec.name for spec in bundle.graph("denoiser").inputs if spec.name not in STATE]
         self._bound: OrderedDict[tuple[str, tuple[tuple[int, ...], ...]], BoundGraph] = OrderedDict()
-        self._rows: OrderedDict[tuple[tuple[str, bytes], ...], dict[str, Array]] = OrderedDict()
 
     def conditioning(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Return what the denoiser reads beside latents and timestep [n, ...], for inputs of n rows."""
@@ -36,17 +37,15 @@ class Encoder:
         return {name: np.concatenate([row[name] for row in rows]) for name in self._read}
 
     def _row(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        key = tuple((name, array.tobytes()) for name, array in inputs.items())
-        if key not in self._rows:
-            tensors = dict(inputs)
+        tensors = dict(inputs)
+        if (known := self._prompts.get(inputs)) is not None:
+            tensors |= known
+        else:
             for graph in self._graphs:
                 if not all(spec.name in tensors for spec in graph.outputs):
                     tensors |= self.run(graph, {spec.name: tensors[spec.name] for spec in graph.inputs})
-            self._rows[key] = {name: tensors[name] for name in self._read}
-            if len(self._rows) > KEPT_ROWS:
-                self._rows.popitem(last=False)
-        self._rows.move_to_end(key)
-        return self._rows[key]
+            self._prompts.put(inputs, tensors)
+        return {name: tensors[name] for name in self._read}
 
     def decode(self, latents: Array) -> dict[str, Array]:
         """Return the decoder's outputs for the latents of one image [1, C, h, w]."""
@@ -65,6 +64,5 @@ class Encoder:
 
     def close(self) -> None:
         """Free bindings and memory; calling it again does nothing."""
-        self._rows.clear()
         while self._bound:
             self._bound.popitem()[1].close()

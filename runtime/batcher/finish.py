@@ -63,8 +63,8 @@ def preview(job: Job, index: int, number: int, output: Array) -> None:
 
 
 def hear(job: Job, event: Event) -> None:
-    """Tell a request's listener of an event, unless the request is over; on a thread beside the loop."""
-    if not job.over:
+    """Tell a request's listener of an event, unless that was cancelled or failed; on a thread beside the loop."""
+    if job.error is None and not job.future.cancelled():
         job.tell(event)
 
 

@@ -10,12 +10,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from ...engines.bundle import GraphInfo
 from ...engines.device import Event
+from ...engines.engine import Shapes
 from ...engines.errors import EngineError
+from ...engines.host import HostDevice
 from ..drawing import PICTURES
 from ..loop.denoise import Mode
 from ..loop.session import Session
 from ..loop.shared import Key
+from ..loop.wiring import Notes
 from .deliver import Deliverer
 from .encode import Encoder
 from .events import Admitted, Stepped
@@ -28,6 +32,9 @@ from .stats import Tally
 
 RUN_AHEAD = 2
 """Steps that are enqueued before the first of them must be done: what is admitted waits behind them."""
+
+MOST_KEPT = 64
+"""Engines and bound graphs that stay open for the requests of one size."""
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +78,8 @@ class Flight:
         self.parking: int | None = None
         """Images that may be beside the slots at a time: as many as slots, none once there was no memory for it."""
         try:
+            if not session.backend.dynamic:  # of all buckets at once: their engines share weights
+                session.backend.prepare(session.bundle, slot_shapes(shared, fit))
             self.slots = Slots(
                 session.backend.device,
                 session.bundle,
@@ -86,11 +95,17 @@ class Flight:
             raise
         times.restart()
 
+    def keep(self) -> None:
+        """Let what encodes pictures stay open, for the next one."""
+        if len(self._uses) < MOST_KEPT:
+            self._shared.session.keep(self._uses)
+
     def begin(self, image: Image) -> bool:
         """Give an image its first slot, and tell whether it could be prepared; if not, its request is over."""
         job, began, shared = image.job, time.perf_counter(), self._shared
         try:
             job.prepare()
+            self.keep()
             assert image.prepared is not None
             conditioning = shared.encoder.conditioning(image.prepared.inputs)
         except Exception as error:  # of this request alone
@@ -242,3 +257,21 @@ class Flight:
             self.slots.close()
         finally:
             self._shared.session.let_go(self._uses)
+
+
+def slot_shapes(shared: Shared, fit: Fit) -> dict[str, list[Shapes]]:
+    """Return the input shapes of the denoiser and the step for every bucket: slots on the host, with nothing to run."""
+    found: dict[str, list[Shapes]] = {}
+
+    def open_engine(graph: GraphInfo, shapes: Shapes) -> Notes:
+        wanted = {name: tuple(shape) for name, shape in shapes.items()}
+        if wanted not in found.setdefault(graph.name, []):  # both sets of buffers are alike
+            found[graph.name].append(wanted)
+        return Notes(graph)
+
+    device, bundle = HostDevice(), shared.session.bundle
+    dry = Slots(device, bundle, open_engine, fit, shared.slots, shared.buckets, mode="eager", stream=device.stream())
+    for bucket in shared.buckets:
+        dry.bind(bucket)
+    dry.close()
+    return found

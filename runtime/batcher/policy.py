@@ -11,6 +11,10 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+BUCKETS: tuple[int, ...] = (2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+"""Numbers of network rows that a step may compute, below the most."""
+STATIC_BUCKETS: tuple[int, ...] = (2, 4, 8, 16, 32, 64, 128)
+"""The same where each costs an engine of its own, or a plan a profile."""
 SLACK = 4.0
 """An image is due when it has been there for so many times what it takes alone: short ones overtake long ones."""
 PATIENCE = 60.0
@@ -191,17 +195,18 @@ class Turns(Generic[Key]):
 
     def next(self, busy: Sequence[Key]) -> Key:
         """Return whose turn it is of those that have something to do; who comes back has no claim for its absence."""
-        here = [self._spent[key] for key in busy if key in self._busy]
+        here, before = [self._spent[key] for key in busy if key in self._busy], self._busy
         least = min(here, default=0.0)
         for key in busy:
-            if key not in self._busy:
+            if key not in before:
                 self._spent[key] = max(least, self._spent.get(key, least))
         self._busy = set(busy)
-        return min(busy, key=self._spent.__getitem__)
+        return min(busy, key=lambda key: (self._spent[key], key in before))
 
     def spend(self, key: Key, seconds: float) -> None:
         """Take note of the time that a turn took."""
-        self._spent[key] += seconds
+        if key in self._spent:
+            self._spent[key] += seconds
 
     def forget(self, key: Key) -> None:
         """Drop a size."""

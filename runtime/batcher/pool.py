@@ -57,6 +57,13 @@ class Pool:
             self._flight = Flight(self._shared, self.fit, self.times)
         return self._flight
 
+    def at_rest(self) -> Flight:
+        """Return the buffers with nothing in flight: what was there waits to go on."""
+        flight = self.opened()
+        if flight.images and not self._park(flight, list(flight.images)):
+            raise EngineError("images are in flight, and there is no memory beside their slots: warm up when none are")
+        return flight
+
     def _drop(self, flight: Flight) -> None:
         """Let go of images whose request is over: cancelled, too late or failed."""
         now = time.monotonic()

@@ -16,7 +16,21 @@ from .prepared import Fit
 from .stats import SizeStats, Stats
 
 MAX_POOLS = 4
-"""Sizes of images that have buffers at one time."""
+"""Sizes of images that have buffers at one time, beside those that were warmed up."""
+MAX_ROWS = 1024
+
+
+def check_numbers(slots: int, rows: int, max_waiting: int, max_wait: float | None) -> None:
+    """Raise `RequestError` for options of a batcher that are out of range."""
+    for name, value, least, most in (
+        ("slots", slots, 1, MAX_ROWS // 2),
+        ("rows", rows, max(2, slots), MAX_ROWS),
+        ("max_waiting", max_waiting, 1, 2**31),
+    ):
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+            raise RequestError(f"{name} is {value!r}: give a whole number from {least} to {most}")
+    if max_wait is not None and not max_wait > 0:
+        raise RequestError(f"max_wait is {max_wait!r}: give seconds, more than 0, or leave it out")
 
 
 @dataclass
@@ -28,13 +42,13 @@ class Queue:
     """Images of a size that may wait for their first slot."""
     max_wait: float | None
     """Seconds of steps that what waits may take."""
-    build: bool
-    """Whether engines may be built for a request."""
     pools: OrderedDict[Fit, Pool] = field(default_factory=OrderedDict)
     """The one whose turn was longest ago first."""
     leaving: list[Pool] = field(default_factory=list)
     """Pools whose buffers are to be freed."""
     jobs: dict[int, Job] = field(default_factory=dict)
+    warm: set[Fit] = field(default_factory=set)
+    """Sizes that were warmed up: they stay."""
     turns: Turns[Fit] = field(default_factory=Turns)
 
     def add(self, job: Job) -> None:
@@ -51,12 +65,6 @@ class Queue:
         if len(job.images) > self.max_waiting:
             raise RequestError(f"the request has {len(job.images)} images: at most max_waiting={self.max_waiting} wait")
         pool = self.pools.get(job.fit)
-        if pool is None and not self.build and not self.shared.session.backend.dynamic:
-            sizes = ", ".join(f"{width}x{height}" for width, height in map(self.size, self.pools)) or "none"
-            raise RequestError(
-                f"{job.future.request.width}x{job.future.request.height} has no engines here, and none are built: "
-                f"choose {sizes}, or warm the batcher up for it"
-            )
         waiting = 0 if pool is None else sum(not image.admitted for image in pool.waiting)
         if pool is not None and waiting + len(job.images) > self.max_waiting:
             seconds = pool.times.wait(self.work(pool))
@@ -79,8 +87,9 @@ class Queue:
     def pool(self, fit: Fit) -> Pool:
         """Return the pool of a fit; one that has nothing to do makes room for a new one."""
         if fit not in self.pools:
-            if len(self.pools) >= MAX_POOLS:
-                idle = next((pool for pool in self.pools.values() if not pool.live), None)
+            others = [pool for each, pool in self.pools.items() if each not in self.warm]
+            if len(others) >= MAX_POOLS:
+                idle = next((pool for pool in others if not pool.live), None)
                 if idle is None:
                     raise QueueFullError(
                         f"images of {MAX_POOLS} other sizes are being drawn: at most so many; try later"
@@ -164,6 +173,10 @@ class Queue:
             sizes=sizes,
             **self.shared.tally.snapshot(),
         )
+
+    def sizes(self) -> list[str]:
+        """Return the sizes that have buffers or work, as users write them."""
+        return sorted({f"{width}x{height}" for width, height in map(self.size, self.pools)})
 
     def size(self, fit: Fit) -> tuple[int, int]:
         """Return width and height of the images of a fit, in pixels."""

@@ -238,6 +238,11 @@ class Slots:
         """Wait for the steps so far, and return the latents [1, C, h, w] of a slot."""
         return self._part("latents", slot, 1, self._parity).read(self._stream)
 
+    def bind(self, bucket: int) -> None:
+        """Open and bind what steps of a bucket run."""
+        for parity in (0, 1):
+            self._pair(bucket, parity)
+
     def step(self, bucket: int) -> None:
         """Enqueue a step of all slots; what a step that failed has written is written again by the next one."""
         key = (bucket, self._parity)

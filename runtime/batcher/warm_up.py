@@ -2,38 +2,73 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 
+from ...engines.engine import Shapes
+from ...engines.errors import MissingPlanError, RequestError
 from ...engines.progress import Progress
+from ..loop.wiring import wired_shapes
+from .encode import Encoder
+from .flight import Shared, slot_shapes
+from .job import Job
 from .policy import UNSETTLED
 from .pool import Pool
-
-if TYPE_CHECKING:
-    from .batcher import Batcher
 
 TIMED = 4
 """Steps of each bucket that are timed, half of them on each of the two sets of buffers."""
 
 
-def warm_up(batcher: Batcher, pool: Pool, request: dict[str, Any], pictures: bool, progress: Progress) -> None:
-    """Open, bind, capture and time what a size needs, on the thread of the caller, which holds the session."""
-    pipe, stage = batcher.pipe, f"{request['width']}x{request['height']}"
-    job = batcher._job(request)
-    total = 2 + len(pool.times.buckets)
-    progress(f"{stage}: prompt and decoder", 0, total)
-    flight = pool.opened()
+def warm_up(pool: Pool, job: Job, encoder: Encoder, pictures: bool, progress: Progress) -> None:
+    """Open, bind, capture and time what a size needs, on a thread that holds the session.
+
+    `job` is a request of that size, which is not drawn. What is in flight makes room, and goes on later.
+    """
+    session, request, buckets = job.pipe.session, job.call.request, pool.times.buckets
+    report = partial(_report, progress, f"{request.width}x{request.height}", 2 + len(buckets))
+    report("prompt and decoder", 0)
+    flight = pool.at_rest()
     job.prepare_early()
     job.prepare()
     image = job.images[0]
     assert image.prepared is not None
-    batcher._encoder.conditioning(image.prepared.inputs)
-    batcher._encoder.decode(np.zeros((1, *pool.fit.latents), np.float32))
-    progress(f"{stage}: encoder of pictures", 1, total)
-    if pictures and pipe.bundle.has_graph("image_encoder"):
-        pipe.session.encode_picture(np.zeros((1, request["height"], request["width"], 3), np.uint8))
-    for number, bucket in enumerate(pool.times.buckets, 2):
-        progress(f"{stage}: {bucket} rows", number, total)
+    encoder.conditioning(image.prepared.inputs)
+    encoder.decode(np.zeros((1, *pool.fit.latents), np.float32))
+    report("encoder of pictures", 1)
+    if pictures and session.bundle.has_graph("image_encoder"):
+        session.encode_picture(np.zeros((1, request.height or 0, request.width or 0, 3), np.uint8))
+    flight.keep()
+    for number, bucket in enumerate(reversed(buckets)):  # the largest first: memory that it needs serves all
+        report(f"steps of {bucket} rows", 2 + number)
         flight.time_bucket(bucket, UNSETTLED, TIMED)
-    progress(f"{stage}: {len(pool.times.buckets)} widths", total, total)
+    report("ready", 2 + len(buckets))
+
+
+def _report(progress: Progress, size: str, total: int, what: str, done: int) -> None:
+    progress(f"{size}: {what}", done, total)
+
+
+def check_engines(job: Job, shared: Shared, sizes: Sequence[str]) -> None:
+    """Raise `RequestError` for a request whose engines would have to be built, with the sizes that have theirs."""
+    request, session = job.call.request, shared.session
+    try:
+        session.backend.prepare(session.bundle, engine_shapes(job, shared, job.call.pictures is not None), build=False)
+    except MissingPlanError as error:
+        raise RequestError(
+            f"{request.width}x{request.height} has no engines, and none are built for a request: "
+            f"the sizes here are {', '.join(sizes) or 'none yet'}; {error}"
+        ) from error
+
+
+def engine_shapes(job: Job, shared: Shared, pictures: bool) -> dict[str, list[Shapes]]:
+    """Return the input shapes of all engines that requests like one need in a batcher, by graph."""
+    bundle, request = shared.session.bundle, job.call.request
+    shapes = {name: [each] for name, each in wired_shapes(bundle, *job.blank_row()).items()}
+    shapes |= slot_shapes(shared, job.fit)
+    if pictures and bundle.has_graph("image_encoder"):
+        sides = request.height or 0, request.width or 0
+        specs = bundle.graph("image_encoder").inputs
+        shapes["image_encoder"] = [{spec.name: (1, *sides, int(spec.shape[3])) for spec in specs}]
+    return shapes

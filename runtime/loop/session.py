@@ -226,6 +226,10 @@ class Session:
 
         return open_engine
 
+    def keep(self, uses: set[Key]) -> None:
+        """Let what the running request has come for stay, as what is held for `uses`."""
+        uses |= self._wanted
+
     def let_go(self, uses: set[Key]) -> None:
         """Close the engines that were held for `uses` alone; calling it again does nothing."""
         self._held = [each for each in self._held if each is not uses]

@@ -11,8 +11,8 @@ from ...engines.host import HostDevice
 from .workspace import Workspace
 
 
-class _Notes:
-    """An engine that only takes note of the shapes that it is opened for."""
+class Notes:
+    """An engine that runs nothing: it stands in where only shapes are wanted."""
 
     def __init__(self, graph: GraphInfo) -> None:
         self.name = graph.name
@@ -20,18 +20,20 @@ class _Notes:
         self.outputs = {t.name: t for t in graph.outputs}
 
     def bind(self, tensors: Mapping[str, Tensor]) -> BoundEngine:
+        """Take what there is."""
         return self  # type: ignore[return-value]
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Do nothing."""
 
 
 def wired_shapes(bundle: Bundle, inputs: Mapping[str, Array], arrays: Mapping[str, Array]) -> dict[str, Shapes]:
     """Return the input shapes of every graph that a workspace of these arrays opens, by graph."""
     shapes: dict[str, Shapes] = {}
 
-    def open_engine(graph: GraphInfo, wanted: Shapes) -> _Notes:
+    def open_engine(graph: GraphInfo, wanted: Shapes) -> Notes:
         shapes[graph.name] = {name: tuple(shape) for name, shape in wanted.items()}
-        return _Notes(graph)
+        return Notes(graph)
 
     Workspace(HostDevice(), bundle, open_engine, inputs, arrays).close()
     return shapes

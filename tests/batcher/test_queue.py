@@ -15,6 +15,7 @@ from latentrt.engines.errors import EngineError, QueueFullError, RequestError
 from latentrt.export.embedded import ensure_bundle
 from latentrt.runtime import Pipeline
 from latentrt.runtime.batcher import Batcher
+from latentrt.runtime.batcher.policy import Turns
 from latentrt.runtime.batcher.queue import MAX_POOLS
 
 from .conftest import Gate
@@ -58,12 +59,14 @@ def test_more_images_than_may_ever_wait_are_refused(pipe: Pipeline) -> None:
         batcher.submit(**STAR, num_images_per_prompt=3)
 
 
-def test_sizes_take_turns(pipe: Pipeline, gate: Gate) -> None:
+def test_sizes_take_turns(pipe: Pipeline, gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
+    spend = Turns.spend
+    monkeypatch.setattr(Turns, "spend", lambda turns, key, seconds: spend(turns, key, 1.0))
     with Batcher(pipe, slots=1) as batcher:
         requests = [{**STAR, "height": height, "num_inference_steps": 4} for height in (64, 72)]
         futures = [batcher.submit(**request) for request in requests]
         gate.run(6)
-        assert not any(future.done() for future in futures)
+        assert [future.progress().done for future in futures] == [3, 3]
         gate.run(2)
         for request, future in zip(requests, futures, strict=True):
             assert np.abs(future.result(300).images - pipe(**request).images).max() <= 1 / 255

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from latentrt.engines.bundle import Bundle
 from latentrt.engines.cache import EngineCache
+from latentrt.engines.errors import RequestError
 from latentrt.engines.tensorrt import backend as tensorrt
 from latentrt.export.embedded import ensure_bundle
 from latentrt.runtime import Pipeline
 from latentrt.runtime.batcher import Batcher
+from PIL import Image
 
 from ..engines import simulated_backends
 from ..engines.simulated_cuda import SimulatedDriver
@@ -61,3 +64,48 @@ def test_a_crowd_gives_the_pictures_of_each_alone(pipe: Pipeline, driver: Simula
             assert np.abs(one - pictures).max() <= 1 / 255
     for kind in ("memory", "pinned"):
         assert driver.live[kind] <= before[kind], kind
+
+
+def test_buckets_of_fixed_shapes_share_a_plan(
+    monkeypatch: pytest.MonkeyPatch, driver: SimulatedDriver, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(tensorrt, "accept", lambda *_: None)
+    cache = EngineCache(tmp_path / "plans")
+    backend = simulated_backends.tensorrt_backend(monkeypatch, cache, driver)
+    with Pipeline(Bundle.open(ensure_bundle()), backend) as pipe, Batcher(pipe, slots=4) as batcher:
+        batcher.warm_up([(64, 64)], pictures=False)
+        assert sorted(batcher.stats().curve) == [2, 4, 8]
+        plans = [entry["graph"] for entry in cache.entries()]
+        assert sorted(plans) == sorted(set(plans)) and {"denoiser", "step", "decoder"} <= set(plans)
+        expected = [batcher.submit(**request).result(300).images for request in REQUESTS]
+        found = [batcher.submit(**request) for request in REQUESTS]
+        for future, images in zip(found, expected, strict=True):
+            assert np.abs(future.result(300).images - images).max() <= 1 / 255
+        assert len(batcher.stats().steps) > 1
+        assert len(list(cache.entries())) == len(plans)
+
+
+def test_without_building_only_sizes_with_engines_are_served(
+    monkeypatch: pytest.MonkeyPatch, driver: SimulatedDriver, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(tensorrt, "accept", lambda *_: None)
+    cache = EngineCache(tmp_path / "plans")
+    backend = simulated_backends.tensorrt_backend(monkeypatch, cache, driver)
+    with Pipeline(Bundle.open(ensure_bundle()), backend) as pipe:
+        with Batcher(pipe, slots=1) as batcher:
+            batcher.warm_up([(64, 64)])
+        before = len(list(cache.entries()))
+        with Batcher(pipe, slots=1, build=False) as batcher:
+            message = (
+                r"72x64 has no engines, and none are built for a request: the sizes here are none yet; no tensorrt"
+            )
+            with pytest.raises(RequestError, match=message):
+                batcher.submit("a star", width=72, height=64)
+            with pytest.raises(RequestError, match="72x64 has no engines"):
+                batcher.warm_up([(72, 64)])
+            picture = Image.new("RGB", (64, 64))
+            assert batcher.submit(**REQUESTS[0]).result(300)
+            assert batcher.submit(**REQUESTS[0], image=picture).result(300)
+            with pytest.raises(RequestError, match="the sizes here are 64x64"):
+                batcher.submit("a star", width=64, height=72)
+        assert len(list(cache.entries())) == before

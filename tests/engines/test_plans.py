@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,12 @@ import numpy as np
 import pytest
 from latentrt.engines.bundle import Bundle
 from latentrt.engines.cache import EngineCache
-from latentrt.engines.errors import EngineError, ShapeError
-from latentrt.engines.tensorrt.plan import PlanOptions, Profile, plan_key, profile_for
+from latentrt.engines.errors import EngineError, MissingPlanError, ShapeError
+from latentrt.engines.tensorrt.plan import PlanOptions, Profile, plan_key, profile_for, profile_from_json
 from latentrt.engines.tensorrt.planner import check_tensors
 
 from .simulated_backends import tensorrt_backend
-from .small_bundles import linear_bundle
+from .small_bundles import WEIGHT, linear_bundle
 
 
 def test_a_profile_covers_what_lies_between_its_shapes() -> None:
@@ -97,6 +98,59 @@ def test_a_dynamic_plan_serves_the_shapes_it_covers(
         engines[0].bind({name: backend.device.empty((5, 8), np.float32) for name in "xy"})
     engines[0].close()
     engines[1].bind({name: backend.device.empty((4, 8), np.float32) for name in "xy"})
+
+
+def test_several_profiles_of_a_plan_are_told_apart() -> None:
+    two, four = Profile.of({"x": (2, 8)}), Profile.of({"x": (4, 8)}, {"x": (6, 8)})
+    both = Profile.together([two, four, two])
+    assert both.all == (two, four) and Profile.together([two]) == two
+    assert [both.index({"x": (rows, 8)}) for rows in (2, 3, 4, 5, 7)] == [0, None, 1, 1, None]
+    assert both.covers({"x": (5, 8)}) and not both.covers({"x": (3, 8)})
+    assert profile_from_json(json.loads(json.dumps(both.as_json()))) == both
+    assert profile_from_json(json.loads(json.dumps(four.as_json()))) == four
+    assert str(both) == "x 2x8 or x 4x8 to 6x8"
+
+
+SEVERAL = [{"x": (rows, 8)} for rows in (2, 4, 8)]
+
+
+def test_shapes_that_are_prepared_together_share_a_plan(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = tensorrt_backend(monkeypatch, EngineCache(tmp_path / "cache"))
+    graph, planner = bundle.graph("first"), backend.planner
+    single = planner.plan(bundle, graph, {"x": (4, 8)})
+    backend.prepare(bundle, {"first": SEVERAL})
+    (plan,) = planner.prepare(bundle, {"first": SEVERAL}, build=False)
+    assert plan.folder != single.folder and plan.profile == Profile.together([profile_for(graph, s) for s in SEVERAL])
+    engines = [backend.open(bundle, graph, shapes) for shapes in SEVERAL]
+    assert len(backend._loaded) == 1  # also of the shape that has a plan of its own
+    memory = [{name: backend.device.empty(each["x"], np.float32) for name in "xy"} for each in SEVERAL]
+    bound = [engine.bind(tensors) for engine, tensors in zip(engines, memory, strict=True)]
+    assert [each._context.profile for each in bound] == [0, 1, 2]
+    stream = backend.device.stream()
+    for number, (each, tensors) in enumerate(zip(bound, memory, strict=True)):
+        values = np.random.default_rng(number).standard_normal(tensors["x"].shape).astype(np.float32)
+        tensors["x"].write(values, stream)
+        each.enqueue(stream)
+        np.testing.assert_allclose(tensors["y"].read(stream), values @ WEIGHT, rtol=1e-5, atol=1e-6)
+    for engine in engines:
+        engine.close()
+    assert not backend._loaded
+    with pytest.raises(ShapeError, match="is for x 2x8 or x 4x8 or x 8x8: open it for"):
+        backend.open(bundle, graph, SEVERAL[0]).bind({n: backend.device.empty((3, 8), np.float32) for n in "xy"})
+
+
+def test_plans_of_one_shape_each_serve_several_where_none_is_built(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = tensorrt_backend(monkeypatch, EngineCache(tmp_path / "cache"))
+    planner, graph = backend.planner, bundle.graph("first")
+    with pytest.raises(MissingPlanError, match="no tensorrt plan of first fits x 2x8: the cache has none"):
+        backend.prepare(bundle, {"first": SEVERAL}, build=False)
+    singles = [planner.plan(bundle, graph, shapes) for shapes in SEVERAL]
+    found = planner.prepare(bundle, {"first": SEVERAL}, build=False)
+    assert [plan.folder for plan in found] == [plan.folder for plan in singles]
 
 
 def test_a_missing_plan_says_what_there_is_and_how_to_build(

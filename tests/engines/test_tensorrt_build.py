@@ -97,6 +97,15 @@ def test_static_and_dynamic_plans_build_without_a_gpu(tmp_path: Path, dtype: str
     assert plans[0].path.read_bytes() != plans[1].path.read_bytes()
 
 
+def test_a_plan_of_several_profiles_is_built_at_once(tmp_path: Path) -> None:
+    bundle = write_bundle(tmp_path / "bundle", vision_graph("float16"))
+    builder = planner(tmp_path / "cache", "8.6")
+    (plan,) = builder.prepare(bundle, {"vision": [shapes(2, 16), shapes(4, 16), shapes(8, 16)]})
+    assert [each.ranges["x"][1][0] for each in plan.profile.all] == [2, 4, 8]
+    assert plan.path.stat().st_size == plan.facts["plan_bytes"] > 10_000
+    assert builder.plan(bundle, bundle.graph("vision"), shapes(4, 16), build=False).folder == plan.folder
+
+
 def test_fixed_shapes_and_external_weights(tmp_path: Path) -> None:
     info, graph = vision_graph("float16", rows=2, side=16)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", info.opset)], ir_version=10)
