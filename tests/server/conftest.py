@@ -48,7 +48,7 @@ class Served:
         **settings: Any,
     ) -> None:
         self.metrics, http = Metrics(), http or HttpSettings()
-        given = {"backend": "onnxruntime-cpu", "options": {"threads": 1}, "sizes": ((64, 64),), "slots": 2, **settings}
+        given = {"backend": "onnxruntime-cpu", "options": {"threads": 1}, "sizes": ((64, 64),), "slots": 1, **settings}
         models = Models(
             bundles or {"embedded": Bundle.open(ensure_bundle())},
             ModelSettings(**given),

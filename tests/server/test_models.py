@@ -14,6 +14,7 @@ import pytest
 from latentrt.engines.bundle import Bundle
 from latentrt.engines.errors import BundleError, EngineError, RequestError
 from latentrt.export.embedded import ensure_bundle
+from latentrt.runtime.batcher import Batcher
 from latentrt.runtime.service import Models, ModelSettings
 from latentrt.runtime.service.models import Model, named_bundles
 
@@ -22,6 +23,28 @@ from .conftest import Served, error_of, generate, held, until
 
 def bundles(*names: str) -> dict[str, Bundle]:
     return {name: Bundle.open(ensure_bundle()) for name in names}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cold() -> Iterator[None]:
+    """Bundles are opened often here, and warming them up takes most of the time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Batcher, "warm_up", lambda *_: None)
+        yield
+
+
+@pytest.fixture(scope="module")
+def pair(cold: None) -> Iterator[tuple[Served, httpx2.Client]]:
+    """Two bundles with room for both."""
+    with Served(bundles("one", "two"), aliases={"gpt-image-1": "two"}) as served, served.http() as http:
+        yield served, http
+
+
+def closed(served: Served, name: str) -> Model:
+    """Close a bundle, as if there were no room for it."""
+    model = served.service.models.find(name)
+    model.close(model.taken())
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -52,15 +75,15 @@ def states(served: Served) -> dict[str, str]:
     return {model.name: model.state for model in served.service.models}
 
 
-def test_models_by_name_and_by_other_names() -> None:
-    with Served(bundles("one", "two"), aliases={"gpt-image-1": "two"}) as served, served.http() as http:
-        assert states(served) == {"one": "ready", "two": "ready"}
-        asked = (None, "one"), ("one", "one"), ("two", "two"), ("gpt-image-1", "two")
-        assert [generate(http, model=name).json()["model"] for name, _ in asked] == [found for _, found in asked]
-        answer = generate(http, model="three")
-        assert answer.status_code == 404 and "one, two, gpt-image-1" in error_of(answer)["message"]
-        assert [each["id"] for each in http.get("/v1/models").json()["data"]] == ["one", "two"]
-        assert http.get("/v1/models/gpt-image-1").json()["id"] == "two"
+def test_models_by_name_and_by_other_names(pair: tuple[Served, httpx2.Client]) -> None:
+    served, http = pair
+    assert states(served) == {"one": "ready", "two": "ready"}
+    asked = (None, "one"), ("one", "one"), ("two", "two"), ("gpt-image-1", "two")
+    assert [generate(http, model=name).json()["model"] for name, _ in asked] == [found for _, found in asked]
+    answer = generate(http, model="three")
+    assert answer.status_code == 404 and "one, two, gpt-image-1" in error_of(answer)["message"]
+    assert [each["id"] for each in http.get("/v1/models").json()["data"]] == ["one", "two"]
+    assert http.get("/v1/models/gpt-image-1").json()["id"] == "two"
 
 
 def test_the_longest_idle_bundle_goes_for_another(room: int) -> None:
@@ -90,61 +113,57 @@ def test_a_bundle_with_work_stays(room: int) -> None:
         assert generate(http, model="two").status_code == 200
 
 
-def test_opening_one_holds_up_no_other(room: int) -> None:
-    both = 2 * room
-    with Served(bundles("one", "two"), budget=both) as served, served.http() as http, ThreadPoolExecutor() as pool:
-        two = served.service.models.find("two")
-        two.close(two.taken())
-        with opening_held() as free:
-            waiting = pool.submit(generate, http, model="two")
-            job = http.post("/v1/jobs", json={"prompt": "x", "size": "64x64", "model": "two"}).json()
-            until(lambda: len(served.service.unfinished) == 2)
-            assert job["state"] == "loading" and states(served)["two"] == "loading"
-            assert [generate(http, model="one").status_code for _ in range(3)] == [200] * 3
-            assert http.get("/health").status_code == 200
-            cancelled = http.post("/v1/jobs", json={"prompt": "x", "size": "64x64", "model": "two"}).json()
-            http.post(f"/v1/jobs/{cancelled['id']}/cancel")
-            free.set()
-            assert waiting.result().status_code == 200
-        until(lambda: http.get(f"/v1/jobs/{job['id']}").json()["state"] == "succeeded")
-        assert http.get(f"/v1/jobs/{cancelled['id']}").json()["state"] == "cancelled"
-        until(lambda: two.unfinished == 0)
+def test_opening_one_holds_up_no_other(pair: tuple[Served, httpx2.Client]) -> None:
+    served, http = pair
+    two, asked = closed(served, "two"), {"prompt": "x", "size": "64x64", "model": "two", "num_inference_steps": 2}
+    with ThreadPoolExecutor() as pool, opening_held() as free:
+        waiting = pool.submit(generate, http, model="two")
+        job = http.post("/v1/jobs", json=asked).json()
+        until(lambda: len(served.service.unfinished) == 2)
+        assert job["state"] == "loading" and states(served)["two"] == "loading"
+        assert [generate(http, model="one").status_code for _ in range(3)] == [200] * 3
+        assert http.get("/health").status_code == 200
+        cancelled = http.post("/v1/jobs", json=asked).json()
+        http.post(f"/v1/jobs/{cancelled['id']}/cancel")
+        free.set()
+        assert waiting.result().status_code == 200
+    until(lambda: http.get(f"/v1/jobs/{job['id']}").json()["state"] == "succeeded")
+    assert http.get(f"/v1/jobs/{cancelled['id']}").json()["state"] == "cancelled"
+    until(lambda: two.unfinished == 0)
 
 
 def ask(http: httpx2.Client, stream: bool, **fields: Any) -> httpx2.Response:
-    body = {"prompt": "x", "size": "64x64", "stream": stream, **fields}
+    body = {"prompt": "x", "size": "64x64", "stream": stream, "model": "two", **fields}
     return http.post("/v1/images/generations", json=body)
 
 
-@pytest.mark.parametrize("stream", [False, True])
-def test_what_is_known_only_once_a_bundle_is_open_has_the_same_answer(stream: bool) -> None:
-    with Served(bundles("one", "two")) as served, served.http() as http, ThreadPoolExecutor() as pool:
-        two = served.service.models.find("two")
-        two.close(two.taken())
-        with opening_held() as free:
-            bad = pool.submit(ask, http, stream, model="two", sampler="nothing")
-            good = pool.submit(ask, http, stream, model="two", num_inference_steps=2)
-            until(lambda: len(served.service.unfinished) == 2)
-            free.set()
-            assert bad.result().status_code == 400 and error_of(bad.result())["param"] == "sampler"
-            assert good.result().status_code == 200
+def test_what_is_known_only_once_a_bundle_is_open_has_the_same_answer(pair: tuple[Served, httpx2.Client]) -> None:
+    served, http = pair
+    closed(served, "two")
+    with ThreadPoolExecutor() as pool, opening_held() as free:
+        bad = [pool.submit(ask, http, stream, sampler="nothing") for stream in (False, True)]
+        good = [pool.submit(ask, http, stream, num_inference_steps=2) for stream in (False, True)]
+        until(lambda: len(served.service.unfinished) == 4)
+        free.set()
+        for each in bad:
+            assert each.result().status_code == 400 and error_of(each.result())["param"] == "sampler"
+        assert [each.result().status_code for each in good] == [200, 200]
 
 
-def test_a_bundle_that_cannot_be_opened(monkeypatch: pytest.MonkeyPatch) -> None:
-    with Served(bundles("one", "two")) as served, served.http() as http:
-        two = served.service.models.find("two")
-        two.close(two.taken())
-        with monkeypatch.context() as patch:
+def test_a_bundle_that_cannot_be_opened(pair: tuple[Served, httpx2.Client], monkeypatch: pytest.MonkeyPatch) -> None:
+    served, http = pair
+    closed(served, "two")
+    with monkeypatch.context() as patch:
 
-            def fails(*_: Any, **__: Any) -> None:
-                raise EngineError("no such device")
+        def fails(*_: Any, **__: Any) -> None:
+            raise EngineError("no such device")
 
-            patch.setattr(Model, "open", fails)
-            answer = generate(http, model="two")
-            assert (answer.status_code, error_of(answer)["code"]) == (500, "engine_error")
-            assert generate(http, model="one").status_code == 200
-        assert generate(http, model="two").status_code == 200  # it is tried again
-        assert 'outcome="failed"} 1.0' in http.get("/metrics").text
+        patch.setattr(Model, "open", fails)
+        answer = generate(http, model="two")
+        assert (answer.status_code, error_of(answer)["code"]) == (500, "engine_error")
+        assert generate(http, model="one").status_code == 200
+    assert generate(http, model="two").status_code == 200  # it is tried again
+    assert 'outcome="failed"} 1.0' in http.get("/metrics").text
 
 
 def test_sizes_of_a_static_backend(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,6 +171,7 @@ def test_sizes_of_a_static_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     with Served() as served, served.http() as http:
         model = served.service.models.find(None)
         assert model.batcher is not None
+        generate(http)  # opens the size, as warming up does
         monkeypatch.setattr(type(model.batcher.pipe.backend), "dynamic", property(lambda backend: False))
         answer = generate(http, size="128x64")
         assert (answer.status_code, error_of(answer)["code"]) == (400, "unsupported_size")

@@ -30,7 +30,7 @@ def test_the_programs_run_as_printed(served: Served, capsys: pytest.CaptureFixtu
     names: dict[str, Any] = {}
     exec(client.replace("http://127.0.0.1:8000", served.url), names)
     assert [image.model_extra["seed"] for image in names["answer"].data] == [1, 2]
-    assert names["answer"].model_extra["parameters"]["num_inference_steps"] == 20
+    assert names["answer"].model_extra["parameters"]["num_inference_steps"] == 10
     names["client"].close()
     exec(embedded, names)
     assert names["job"].state == "succeeded" and names["png"].startswith(b"\x89PNG")
@@ -95,6 +95,7 @@ def test_every_field_is_explained_or_an_argument_of_the_pipeline() -> None:
 def test_every_path_is_there(http: httpx2.Client) -> None:
     said = set(http.get("/openapi.json").json()["paths"])
     named = set(re.findall(r"`(?:[A-Z]+ )?(/[\w/{}.]+)`", PAGE)) - {"/openapi.json"}
+    named = {path for path in named if not path.startswith("/sdapi")}  # which has tests of its own
     same = {"/v1/models/{id}": "/v1/models/{name}", "/v1/jobs/{id}/images/{n}": "/v1/jobs/{id}/images/{number}"}
     assert {same.get(path, path) for path in named} - said == set()
     ours = {path for path in said if not path.startswith(("/sdapi", "/app_id", "/user")) and path != "/"}
