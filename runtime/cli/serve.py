@@ -49,6 +49,10 @@ def serve(
         _option("--size", metavar="WxH", help="Size to warm up (default: the bundle's); may be repeated."),
     ] = None,
     sizes_only: Annotated[bool, _option("--sizes-only", help="Refuse other sizes.")] = False,
+    max_pixels: Annotated[
+        int | None,
+        _option("--max-pixels", min=1, help="Pixels of a picture of another size (default: 4 times the largest's)."),
+    ] = None,
     slots: Annotated[int, _option("--slots", min=1, help="Pictures that are drawn at one time.")] = 4,
     rows: Annotated[
         int | None, _option("--rows", min=2, help="Network rows that they share (default: 2 for each).")
@@ -135,6 +139,7 @@ def serve(
         max_wait=max_wait,
         sizes=tuple(map(parse_size, sizes or ())),
         sizes_only=sizes_only,
+        most_pixels=max_pixels,
     )
     limits = Limits(
         images=max_images,

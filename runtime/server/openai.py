@@ -128,6 +128,7 @@ def capabilities(service: Service, model: Model) -> dict[str, Any]:
         "sizes": ["{}x{}".format(*size) for size in model.sizes],
         "other_sizes": allowed is None,
         "size_multiple": latent.size_multiple,
+        "max_pixels": model.most_pixels,
         "defaults": {
             "size": f"{latent.default_width}x{latent.default_height}",
             "num_inference_steps": manifest.default_num_inference_steps,

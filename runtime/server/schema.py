@@ -108,9 +108,12 @@ NAMES = tuple(JobBody.model_fields)
 
 def ignored(body: Generation) -> list[str]:
     """Return the fields of a request that were given and mean nothing here."""
-    output = body.output_format in (None, "png") and body.output_compression is not None
+    idle = {
+        "output_compression": body.output_format in (None, "png") and body.output_compression is not None,
+        "partial_images": bool(body.partial_images) and not body.stream and not isinstance(body, JobBody),
+    }
     given = [name for name in IGNORED if name in body.model_fields_set and getattr(body, name) is not None]
-    return [*given, *(["output_compression"] if output else [])]
+    return [*given, *(name for name, is_idle in idle.items() if is_idle)]
 
 
 def work_of(body: Generation, *, owner: str = "", request_id: str = "", files: dict[str, bytes] | None = None) -> Work:
@@ -138,13 +141,13 @@ def work_of(body: Generation, *, owner: str = "", request_id: str = "", files: d
         arguments["image"] = picture_of(pictures["image"], "image")
     if "mask" in pictures:
         arguments["mask_image"] = mask_of(pictures["mask"], "mask")
-    previews = body.partial_images or 0
+    watched = body.stream or isinstance(body, JobBody)
     return Work(
         arguments,
         model=body.model,
         task="edit" if "image" in arguments else "generation",
         output=Output(body.output_format or "png", 95 if body.output_compression is None else body.output_compression),
-        previews=previews,
+        previews=(body.partial_images or 0) if watched else 0,
         timeout=body.timeout,
         owner=owner,
         request_id=request_id,

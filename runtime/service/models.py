@@ -43,6 +43,8 @@ class ModelSettings:
     """Warmed up when a bundle is opened; none: its default size."""
     sizes_only: bool = False
     """Whether other sizes are refused also where the backend could open them."""
+    most_pixels: int | None = None
+    """Of a picture of another size; None: four times those of the largest."""
 
     def __post_init__(self) -> None:
         """Raise `RequestError` for what no batcher takes."""
@@ -64,6 +66,9 @@ class Model:
         self.sizes: tuple[Size, ...] = settings.sizes or ((latent.default_width, latent.default_height),)
         for size in self.sizes:
             check_size(*size, latent)
+        largest = max(width * height for width, height in self.sizes)
+        self.most_pixels = settings.most_pixels or max(4 * largest, latent.default_width * latent.default_height)
+        """Of a picture: attention over many more would fill the memory, for one request or for all."""
         self.state: Literal["cold", "loading", "ready", "failed"] = "cold"
         self.batcher: Batcher | None = None
         self.sizes_only = settings.sizes_only

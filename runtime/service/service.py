@@ -86,7 +86,7 @@ class Service:
 
     def _submit(self, work: Work, keep: bool, name: str | None, asked_for: str, steps: bool) -> Job:
         model = self.models.find(work.model)
-        size = size_of(work, model.manifest, model.allowed)
+        size = size_of(work, model.manifest, model.allowed, model.most_pixels)
         self.limits.check(work, model.manifest, size)
         job = Job(work, model.name, size, steps=steps)
         with self._lock:
@@ -123,7 +123,8 @@ class Service:
             if job.is_over:
                 self._over(job, model)
                 return
-            job.size = size_of(job.work, model.manifest, model.allowed)  # a static backend has fewer, as is known now
+            # A static backend draws fewer sizes, as is known only now.
+            job.size = size_of(job.work, model.manifest, model.allowed, model.most_pixels)
             self._begin(job, model)
         except Exception as error:
             self._end(job, model, error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
@@ -99,16 +100,16 @@ class Limits:
         wanted = size[0] * size[1] / 1e6 * work.images * steps
         if wanted > self.work:
             raise RefusedError(
-                f"{work.images} pictures of {size[0]}x{size[1]} in {steps} steps are {wanted:.0f} megapixel steps: "
-                f"at most {self.work:.0f} of a request; ask for less",
+                f"{work.images} pictures of {size[0]}x{size[1]} in {steps} steps are {wanted:.4g} megapixel steps: "
+                f"at most {self.work:g} of a request; ask for less",
                 "n",
             )
 
 
-def size_of(work: Work, manifest: Manifest, allowed: tuple[Size, ...] | None) -> Size:
-    """Return the size of a request's pictures; `allowed` are the only ones, None any that the bundle can draw.
+def size_of(work: Work, manifest: Manifest, allowed: tuple[Size, ...] | None, most_pixels: int) -> Size:
+    """Return the size of a request's pictures: one of those `allowed`; with None, any of so many pixels at most.
 
-    Without one it is the bundle's, and for an edit the picture's, or the allowed one nearest to it. Raises
+    Without one it is the bundle's, and for an edit the picture's, or what is allowed that is nearest to it. Raises
     `RefusedError`.
     """
     latent, arguments = manifest.latent, work.arguments
@@ -118,7 +119,9 @@ def size_of(work: Work, manifest: Manifest, allowed: tuple[Size, ...] | None) ->
         image = arguments.get("image")
         if image is not None and arguments.get("padding_mask_crop") is None:
             multiple = latent.size_multiple
-            size = tuple(max(multiple, side // multiple * multiple) for side in image.size)
+            shrunk = min(1.0, math.sqrt(most_pixels / (image.width * image.height)))
+            across, down = (max(multiple, int(side * shrunk) // multiple * multiple) for side in image.size)
+            size = across, down
         return size if allowed is None or size in allowed else _nearest(size, allowed)
     if allowed is not None and (width, height) not in allowed:
         names = ", ".join("{}x{}".format(*each) for each in allowed)
@@ -127,6 +130,13 @@ def size_of(work: Work, manifest: Manifest, allowed: tuple[Size, ...] | None) ->
         check_size(width, height, latent)
     except RequestError as error:
         raise RefusedError(str(error), "size", "unsupported_size") from error
+    if allowed is None and width * height > most_pixels:
+        side = math.isqrt(most_pixels)
+        raise RefusedError(
+            f"size is {width}x{height}: at most {most_pixels} pixels are drawn, such as {side}x{side}",
+            "size",
+            "unsupported_size",
+        )
     return width, height
 
 

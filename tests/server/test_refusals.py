@@ -45,6 +45,7 @@ def animation() -> str:
         ({"size": "64x70"}, "size", "multiple of 8"),
         ({"size": "0x64"}, "size", "multiple of 8"),
         ({"size": "999999x999999"}, "size", "at most 17 Mpixels"),
+        ({"size": "136x128"}, "size", "at most 16384 pixels are drawn, such as 128x128"),
         ({"size": 64}, "size", "string"),
         ({"seed": -1}, "seed", "greater than or equal to 0"),
         ({"seed": 2**64}, "seed", "less than or equal"),
@@ -71,7 +72,6 @@ def animation() -> str:
         ({"prompt": "x" * 10_001}, "prompt", "at most 10000"),
         ({"negative_prompt": "x" * 10_001}, "negative_prompt", "at most 10000"),
         ({"prompt_2": "x"}, "prompt_2", "nothing that reads it"),
-        ({"n": 10, "size": "2048x2048", "num_inference_steps": 150}, "n", "megapixel steps"),
     ],
     ids=lambda value: json.dumps(value)[:50] if isinstance(value, dict) else None,
 )
@@ -110,6 +110,21 @@ def test_fields_of_edits(http: httpx2.Client, fields: dict[str, Any], param: str
         assert response.status_code == 400, response.text
         error = error_of(response)
         assert error["param"] == param and said in error["message"], error
+
+
+def test_a_request_of_too_much_work() -> None:
+    limits = Limits(work=0.1)
+    with Served(limits=limits) as served, served.http() as http:
+        assert generate(http, n=2, num_inference_steps=12).status_code == 200
+        answer = generate(http, n=2, num_inference_steps=13)
+        assert answer.status_code == 400 and error_of(answer)["param"] == "n"
+        assert "0.1065 megapixel steps: at most 0.1 " in error_of(answer)["message"]
+
+
+def test_an_edit_of_a_large_picture_is_drawn_at_a_size_that_is_served(http: httpx2.Client) -> None:
+    large = base64.b64encode(png(Image.new("RGB", (640, 320), "red"))).decode()
+    answer = http.post("/v1/images/edits", json={"prompt": "x", "image": large, "strength": 0.5, **FEW})
+    assert answer.json()["size"] == "176x88"
 
 
 def test_a_picture_of_many_pixels_is_not_decoded(http: httpx2.Client) -> None:
