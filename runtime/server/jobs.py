@@ -127,7 +127,8 @@ def _answer(job: Job, status: int = 200, headers: dict[str, str] | None = None) 
     pictures = [picture_said(job, index) for index in sorted(job.pictures)] if job.state == "succeeded" else []
     body = said[:-1] + b',"data":[' + b",".join(pictures) + b"]}"
     headers = {"cache-control": "no-store", **(headers or {})}
-    if not job.is_over:
+    job.fetched = job.is_over
+    if not job.fetched:
         headers["retry-after"] = "1"
     return Response(body, status, headers, "application/json")
 
@@ -149,6 +150,7 @@ async def _stream(job: Job, heartbeat: float) -> AsyncIterator[bytes]:
                 link = f"/v1/jobs/{job.id}/images/{heard.index}"
                 yield event("job.image", {"type": "job.image", "index": heard.index, "url": link})
             elif isinstance(heard, Ended):
+                job.fetched = True
                 yield event(f"job.{heard.state}", {"type": f"job.{heard.state}", **said_of(job)})
                 return
             else:

@@ -25,8 +25,10 @@ from .guard import protocol_of, watch_connections
 from .metrics import Metrics
 from .settings import HttpSettings
 
-FLUSH_SECONDS = 5.0
+FLUSH_SECONDS = 10.0
 """Within which answers must have been sent once all work is done."""
+CLOSE_SECONDS = 10.0
+"""Within which engines must have been closed, a bundle that is being opened included: then the process just ends."""
 LOOK_SECONDS = 0.5
 """How often the watchdog looks."""
 HUNG = 70
@@ -161,7 +163,8 @@ class Watchdog:
         service, settings = self._server.service, self._server.settings
         while not self._stop.wait(LOOK_SECONDS):
             # A step that hangs with Python's lock held stops this thread as well: then a timer of the system's ends it.
-            faulthandler.dump_traceback_later(settings.step_timeout + 60, exit=True)
+            with contextlib.suppress(RuntimeError, AttributeError, OSError, ValueError):  # no standard error
+                faulthandler.dump_traceback_later(settings.step_timeout + 60, exit=True)
             for model in service.models:
                 batcher = model.batcher
                 if batcher is None:
@@ -187,6 +190,17 @@ class Watchdog:
         faulthandler.cancel_dump_traceback_later()
 
 
+def _close(service: Service, server: Server) -> None:
+    """Close a service, or end the process when that takes too long."""
+    thread = threading.Thread(target=service.close, name="latentrt close", daemon=True)
+    thread.start()
+    thread.join(CLOSE_SECONDS)
+    if thread.is_alive():
+        log.warning("engines were not closed in %g s: ending all the same", CLOSE_SECONDS)
+        logging.shutdown()
+        os._exit(0 if server.error is None else 1)
+
+
 def serve(app: Any, service: Service, settings: LifeSettings, http: HttpSettings, metrics: Metrics) -> bool:
     """Serve until a signal ends it, and tell whether that was an interrupt of the keyboard.
 
@@ -210,7 +224,7 @@ def serve(app: Any, service: Service, settings: LifeSettings, http: HttpSettings
     finally:
         watchdog.close()
         listener.close()
-        service.close()
+        _close(service, server)
     if server.error is not None:
         if isinstance(server.error, (LatentRTError, MemoryError)):
             raise server.error

@@ -83,6 +83,8 @@ class Job:
         """What is said with the result: timings, warnings, the digest of the bundle, every parameter."""
         self.ignored: list[str] = []
         """Fields that its client gave and that mean nothing here."""
+        self.fetched = False
+        """Whether its client has been told how it ended."""
         self.asked = self.arrived
         """When somebody last asked for it (`time.monotonic`)."""
         self._steps: dict[int, tuple[int, int]] = {}

@@ -23,6 +23,8 @@ from .work import Limits, Output, Work, size_of
 PREVIEW = Output("jpeg", 80)
 """A PNG of a preview would cost ten times the time."""
 DRAIN_SECONDS = 5.0
+PATIENCE = 5.0
+"""Seconds since a job was asked for, in which its client is taken to ask again."""
 
 log = logging.getLogger(__name__)
 
@@ -90,6 +92,7 @@ class Service:
         self.limits.check(work, model.manifest, size)
         job = Job(work, model.name, size, steps=steps)
         with self._lock:
+            self.check_ready()  # a drain that begins now waits for this one, or this one is refused
             most = self.limits.unfinished
             if most is not None and sum(each.work.owner == work.owner for each in self._live.values()) >= most:
                 raise BusyError(f"{most} requests of this key are not done: at most so many are taken", "key_busy", 1.0)
@@ -232,13 +235,18 @@ class Service:
             self.models.observer.ended(job)
 
     def drain(self, timeout: float) -> bool:
-        """Take nothing more, wait for what there is, cancel what is left then, and tell whether nothing was."""
-        if self.state != "failed":
-            self.state = "draining"
+        """Take nothing more, wait for what there is, cancel what is left then, and tell whether nothing was.
+
+        Results of jobs whose clients keep asking for them are waited for as well, until they were fetched.
+        """
+        with self._lock:
+            self.state = "failed" if self.state == "failed" else "draining"
         end = time.monotonic() + timeout
         for job in self.unfinished:
             job.wait(max(0.0, end - time.monotonic()))
         left = self.unfinished
+        while not left and self.store.is_wanted(PATIENCE) and time.monotonic() < end:
+            time.sleep(0.05)
         for job in left:
             job.end("failed", UnavailableError("the server shut down before this was done", "draining", DRAIN_SECONDS))
             job.cancel()

@@ -76,6 +76,12 @@ class Store:
             self._sweep()
             return [job for job in reversed(self._jobs.values()) if job.work.owner == owner]
 
+    def is_wanted(self, patience: float) -> bool:
+        """Tell whether there is a result that was not fetched, and was asked for within so many seconds."""
+        since = time.monotonic() - patience
+        with self._lock:
+            return any(not (job := self._jobs[id]).fetched and job.asked > since for id in self._over)
+
     def drop(self, job: Job) -> None:
         """Forget a job."""
         with self._lock:

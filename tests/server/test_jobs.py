@@ -187,6 +187,19 @@ def test_jobs_belong_to_the_key_that_made_them() -> None:
         assert done(one, job["id"])["state"] == "succeeded"
 
 
+def test_a_server_that_goes_waits_for_clients_that_ask(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Served() as served, served.http() as http, ThreadPoolExecutor() as pool:
+        fetched, left = submit(http), submit(http)
+        until(lambda: not served.service.unfinished)
+        monkeypatch.setattr("latentrt.runtime.service.service.PATIENCE", 0.5)
+        drained = pool.submit(served.service.drain, 60.0)
+        until(lambda: served.service.state == "draining")
+        assert not drained.done()
+        assert http.get(f"/v1/jobs/{fetched['id']}").json()["state"] == "succeeded"
+        assert drained.result() is True  # nobody has asked for the other one for a while
+        assert http.get(f"/v1/jobs/{left['id']}").json()["state"] == "succeeded"
+
+
 def test_results_expire() -> None:
     with Served(results_seconds=0.05) as served, served.http() as http:
         job = submit(http, {"idempotency-key": "again"})

@@ -241,3 +241,22 @@ def test_what_is_not_done_in_time_is_dropped() -> None:
         life.server.drain()
         assert error_of(answer.result())["code"] == "draining" and time.monotonic() - began > 0.2
     assert life.error is None
+
+
+def test_engines_that_do_not_close_hold_nothing_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    codes: list[int] = []
+    close, free = Service.close, threading.Event()
+
+    def slow(service: Service) -> None:
+        assert free.wait(60)
+        close(service)
+
+    monkeypatch.setattr(os, "_exit", codes.append)
+    monkeypatch.setattr("logging.shutdown", lambda: None)
+    monkeypatch.setattr(lifecycle, "CLOSE_SECONDS", 0.1)
+    monkeypatch.setattr(Service, "close", slow)
+    with Life():
+        pass
+    assert codes == [0]
+    free.set()
+    until(lambda: not any(thread.name == "latentrt close" for thread in threading.enumerate()))
