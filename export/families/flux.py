@@ -80,15 +80,13 @@ class Flux(Family):
         self, checkpoint: Checkpoint, precision: Precision, lengths: Mapping[str, int]
     ) -> Mapping[str, Callable[[], Graph]]:
         """Return text encoder, denoiser, decoder and image encoder."""
-        length = lengths["tokenizer_2"]
+        length, t5 = lengths["tokenizer_2"], checkpoint.config("text_encoder_2")
+        tokens: dict[str, Any] = {**self.tokens(checkpoint, lengths), "token_ids_2": ("L", t5["vocab_size"])}
         return {
             "text_encoder": lambda: texts_graph(
                 ClipAndT5(checkpoint.load("text_encoder"), checkpoint.load("text_encoder_2")),
-                {
-                    **self.tokens(checkpoint, lengths),
-                    "token_ids_2": ("L", checkpoint.config("text_encoder_2")["vocab_size"]),
-                },
-                ("L", checkpoint.config("text_encoder_2")["d_model"]),
+                tokens,
+                ("L", t5["d_model"]),
                 checkpoint.config("text_encoder")["hidden_size"],
                 precision,
                 usual={"L": length},
