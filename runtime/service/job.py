@@ -133,8 +133,13 @@ class Job:
         return said
 
     def listen(self, hear: Hear) -> Callable[[], None]:
-        """Have a function called with every event from now on, or at once with the last one; return what ends that."""
+        """Have a function called with every event from now on, and return what ends that.
+
+        It is told at once of the pictures that are there, and of the end of a job that is over.
+        """
         with self._lock:
+            for index, picture in self.pictures.items():
+                hear(Pictured(index, picture))
             if self.is_over:
                 hear(Ended(self.state, self.error))
                 return lambda: None

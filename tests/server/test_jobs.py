@@ -158,7 +158,7 @@ def test_the_events_of_a_job(served: Served, http: httpx2.Client) -> None:
     url = next(said["url"] for name, said in heard if name == "job.image")
     assert http.get(url).status_code == 200
     with http.stream("GET", path) as late:
-        assert [name for name, _ in events(late.iter_lines())] == ["job.state", "job.succeeded"]
+        assert [name for name, _ in events(late.iter_lines())] == ["job.state", "job.image", "job.succeeded"]
 
 
 def test_a_preview_is_there_while_a_picture_is_drawn(served: Served, http: httpx2.Client) -> None:

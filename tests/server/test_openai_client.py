@@ -12,6 +12,7 @@ import openai
 import pytest
 from latentrt.export.embedded import ensure_bundle
 from latentrt.runtime import Pipeline
+from latentrt.runtime.service import Job, Service
 from PIL import Image
 
 from .conftest import FEW, Served, held, picture, png, until
@@ -205,3 +206,19 @@ def test_an_error_in_a_stream_is_raised_by_the_client(served: Served, client: op
         with pytest.raises(openai.APIError, match="in time") as late:
             list(stream)
     assert late.value.code == "deadline_exceeded"
+
+
+def test_a_stream_of_a_request_that_is_over_already(
+    served: Served, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submit = Service.submit
+
+    def slow(service: Service, *given: Any, **named: Any) -> Job:
+        job = submit(service, *given, **named)
+        assert job.wait(60)  # before anybody listens
+        return job
+
+    monkeypatch.setattr(Service, "submit", slow)
+    events = list(client.images.generate(**SMALL, n=2, stream=True, extra_body=FEW))
+    assert [event.type for event in events] == ["image_generation.completed"] * 2
+    assert {event.model_extra["seed"] for event in events} == {7, 8}
