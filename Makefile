@@ -50,7 +50,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing PyTorch and the other packages of constraints.txt into $(VENV), once: a few minutes"
 	@$(BIN)/python -m pip install --quiet torch -c constraints.txt
-	@$(BIN)/python -m pip install --quiet -e '.[cpu,openvino,export,rtx,bench,dev]' -c constraints.txt
+	@$(BIN)/python -m pip install --quiet -e '.[cpu,openvino,export,rtx,serve,bench,dev]' -c constraints.txt
 	@mkdir -p $(VENV)/typing/latentrt
 	@for folder in benchmarks engines export runtime; do ln -sfn ../../../$$folder $(VENV)/typing/latentrt/$$folder; done
 	@touch $@
