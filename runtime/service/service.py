@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from typing import Any, Literal
 
-from ...engines.errors import RequestError
+from ...engines.errors import LatentRTError, RequestError, reason
 from ..batcher import events
 from .errors import BusyError, UnavailableError
 from .job import Job
@@ -220,7 +220,10 @@ class Service:
     def _end(self, job: Job, model: Model, error: BaseException) -> None:
         state: Literal["cancelled", "failed"] = "cancelled" if isinstance(error, CancelledError) else "failed"
         if not isinstance(error, (CancelledError, RequestError)):
-            log.warning("job %s failed: %s", job.id, type(error).__name__)
+            known = isinstance(error, LatentRTError)
+            extra = {"job": job.id, "request_id": job.work.request_id}
+            said = f"{type(error).__name__}: {reason(error)}" if known else type(error).__name__
+            log.warning("job %s failed: %s", job.id, said, extra=extra, exc_info=None if known else error)
         job.end(state, error)
         self._over(job, model)
 
