@@ -54,9 +54,10 @@ def test_every_package_is_listed() -> None:
     assert set(PROJECT["tool"]["setuptools"]["packages"]) == names - {"latentrt.benchmarks.training"}
 
 
-def test_the_wheel_holds_modules_types_and_the_embedded_model(built: Built) -> None:
+def test_the_wheel_holds_modules_types_the_page_and_the_embedded_model(built: Built) -> None:
     packaged = {f"latentrt/{folder}/py.typed" for folder in FOLDERS}
     packaged |= {f"latentrt/export/embedded/{file}" for file in ("bundle/manifest.json", "checkpoint/model_index.json")}
+    packaged |= {f"latentrt/runtime/page/files/{path.name}" for path in (ROOT / "runtime/page/files").iterdir()}
     assert packaged <= built.wheel
     modules = {path.relative_to(ROOT).as_posix() for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")}
     shipped = {name.removeprefix("latentrt/") for name in built.wheel if name.endswith(".py")}
@@ -64,7 +65,7 @@ def test_the_wheel_holds_modules_types_and_the_embedded_model(built: Built) -> N
 
 
 def test_the_wheel_holds_nothing_else(built: Built) -> None:
-    kinds = {".py", ".typed", ".json", ".onnx", ".safetensors", ".txt", ".rows"}
+    kinds = {".py", ".typed", ".json", ".onnx", ".safetensors", ".txt", ".rows", ".html", ".css", ".js"}
     assert [name for name in built.wheel if PurePosixPath(name).suffix not in kinds or name[:9] != "latentrt/"] == []
 
 
