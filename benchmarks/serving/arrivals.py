@@ -128,6 +128,8 @@ class Outcome:
         last = max(entry.arrived for entry in self.entries if not math.isnan(entry.arrived))
         ends = sorted((entry.ended, entry.alone) for entry in self.entries if not math.isnan(entry.ended))
         first = ends[int(COLD * len(ends))][0]
+        if last <= first:  # so few that all found room at once
+            first, last = min(entry.arrived for entry in self.entries), ends[-1][0]
         done = sum(alone for ended, alone in ends if first < ended <= last)
         return done / (last - first) / mean_alone(self.entries)
 

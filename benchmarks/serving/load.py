@@ -69,6 +69,7 @@ class OverHttp:
     def __init__(self, port: int) -> None:
         """Connect when it is needed."""
         self._port, self._local = port, threading.local()
+        self._opened: list[http.client.HTTPConnection] = []
         self._pool = ThreadPoolExecutor(CONNECTIONS, "latentrt load")
 
     def __call__(self, entry: Entry) -> Future[bool]:
@@ -91,8 +92,9 @@ class OverHttp:
             with contextlib.suppress(ConnectionError, http.client.HTTPException):
                 return self._exchange(kept, path, body)
             kept.close()
-        self._local.connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=LONGEST)
-        return self._exchange(self._local.connection, path, body)
+        opened = self._local.connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=LONGEST)
+        self._opened.append(opened)
+        return self._exchange(opened, path, body)
 
     @staticmethod
     def _exchange(connection: http.client.HTTPConnection, path: str, body: str) -> tuple[int, bytes]:
@@ -105,6 +107,8 @@ class OverHttp:
 
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
+        for connection in self._opened:
+            connection.close()
 
 
 def run(ask: Ask, arrivals: Arrivals, *, capacity: float) -> Outcome:

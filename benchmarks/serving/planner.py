@@ -56,12 +56,13 @@ class Plan:
         return "rate" if self.devices == self.for_rate else "latency"
 
 
-def plan(setup: Setup, mix: Mix, rate: float, p99: float, *, requests: int = REQUESTS, seed: int = 0) -> Plan:
+def plan(setup: Setup, mix: Mix, rate: float, p99: float, *, requests: int | None = None, seed: int = 0) -> Plan:
     """Return the fewest devices on which 99 % of the requests end within `p99` seconds, and hardly any is turned away.
 
     Requests go to devices at random, so that each device sees Poisson arrivals of its share. Raises `RequestError` when
     no number is enough: some requests take longer on an idle device.
     """
+    requests = requests or REQUESTS
     for name, value in (("rate", rate), ("p99", p99)):
         if not (value > 0 and math.isfinite(value)):
             raise RequestError(f"{name} is {value!r}: give a number above 0")

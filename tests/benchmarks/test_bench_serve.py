@@ -1,0 +1,159 @@
+"""`latentrt bench serve` and `latentrt plan`, from the command line to records and tables."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from latentrt.benchmarks.report import page, records
+from latentrt.benchmarks.report.serving_tables import serving_sections
+from latentrt.benchmarks.serving import bench, load, process
+from latentrt.benchmarks.serving.arrivals import Arrivals
+from latentrt.benchmarks.serving.mixes import MIXES, Mix
+from latentrt.engines.errors import EngineError, RequestError
+from latentrt.runtime import cli
+
+SHORT = Mix(name="short", steps={2: 1, 4: 1}, guided=0.5)
+QUICK = {"curve": "a100-sd15", "scale": 0.001}
+
+
+def run(place: process.Place, **options: Any) -> list[records.Record]:
+    kept: list[records.Record] = []
+    given = {"mixes": [SHORT], "seconds": 1e-4, "command": "latentrt bench serve", **options}
+    made = bench.run(place, bench.Options(**given), lambda line: None, kept.append)
+    assert [*map(id, kept)] == [*map(id, made)]
+    return made
+
+
+def test_every_point_is_a_record_that_says_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("psutil")
+    monkeypatch.setattr(bench, "SIMULATED", 100)
+    monkeypatch.setattr(bench, "LEAST", 40)
+    made = run(process.Place("in-flight", **QUICK), http=False, policies=bench.POLICIES[:3])
+    assert [(record["policy"], record["point"], record.get("load")) for record in made] == [
+        *((policy, "saturation", None) for policy in bench.POLICIES[:3]),
+        *(
+            (policy, point, share)
+            for policy in bench.POLICIES[:3]
+            for point, share in (("load", 0.7), ("load", 0.9), ("bounded", None))
+        ),
+    ]
+    for record in made:
+        said = {"name": "a100-sd15", "kind": "published", "scale": 0.001}
+        assert {name: record["curve"][name] for name in said} == said
+        assert record["engines"]["paced"] and record["over"] == "in process" and record["server"]["queue"] == 32
+        assert record["mix"]["steps"] == {2: 1, 4: 1}
+        for figures in (record["seen"], record["simulated"]):
+            assert figures["requests"] == 40 and figures["counted"] == 36
+    best = max(record["seen"]["images_per_second"] for record in made[1:3])
+    assert [record["rate"] for record in made[3:5]] == pytest.approx([0.7 * best, 0.9 * best])
+    text = page.text(made)
+    assert "Serving: paced by the curve a100-sd15 (published), mix short" in text
+    assert "No engine ran" in text and "32 may wait" in text and "**in flight**" in text
+
+
+def test_tables_hold_the_newest_of_each_point_apart_by_device() -> None:
+    figures: dict[str, Any] = {"latency": {"p50": 1.0, "p90": 2.0, "p99": None}, "within_bound_share": 0.5}
+    common: dict[str, Any] = {
+        "kind": "serving",
+        "date": "2026-11-29T12:00:00",
+        "command": "latentrt bench serve",
+        "machine": {
+            "processor": "P",
+            "cores": 2,
+            "gpu": None,
+            "memory_gib": 1,
+            "system": "Linux",
+        },
+        "conditions": {"device": "paced", "threads": 2, "quiet": True},
+        "curve": {"name": "c", "kind": "model", "title": "C", "scale": 1.0},
+        "mix": {"name": "m"},
+        "over": "http",
+        "server": {"slots": 4, "rows": 8, "queue": 32},
+        "engines": {"paced": True, "bundle": "embedded", "backend": None},
+        "bound": 8.0,
+    }
+
+    def saturated(policy: str, rate: float, **more: Any) -> records.Record:
+        seen = {**figures, "images_per_second": rate}
+        return {**common, "policy": policy, "point": "saturation", "seen": seen, "simulated": seen, **more}
+
+    found = [saturated("one at a time", 9.0), saturated("one at a time", 2.0), saturated("in-flight", 3.0)]
+    found.append({**common, "policy": "in-flight", "point": "load", "load": 0.9, "seen": figures, "simulated": figures})
+    bounded = {"bounded_rate": 1.5, "simulated_bounded_rate": 1.6}
+    found.append({**found[-1], "point": "bounded", "load": None, **bounded})
+    found.append(saturated("in-flight", 3.0, engines={"paced": False, "bundle": "b", "backend": "x"}))
+    first, second = serving_sections(found)
+    assert first.tables[0].rows == [
+        ["one at a time", "2 (2)", "1.00", *["–"] * 7],
+        ["**in flight**", "3 (3)", "1.50", *["–"] * 3, "1 (1)", "refused (refused)", "50% (50%)", "1.5 (1.6)"],
+    ]
+    assert second.title == "Serving: b on x, mix m" and "No engine ran" not in second.tables[0].note
+
+
+def test_load_goes_over_http_to_a_server_of_its_own() -> None:
+    pytest.importorskip("fastapi")
+    place = process.Place("in-flight", "a100-sd15", scale=0.5, slots=4, rows=4, queue=4)
+    with process.ServerProcess(place) as server, load.OverHttp(server.port) as ask:
+        outcome = load.run(ask, Arrivals(SHORT.draw(20, 0), place.setup.curve, 1e5, queue=4), capacity=1.0)
+        refused = sum(entry.ended != entry.ended for entry in outcome.entries)
+        assert 0 < refused < 20, "a queue of four took all of twenty at once"
+        refusal = json.dumps({"prompt": "x", "sampler": "none"})
+        with load.OverHttp(server.port) as again:
+            status, body = again.post("/v1/images/generations", refusal)
+        assert status == 400 and b"none" in body
+        assert server.resident_bytes > 2**20
+    used = sum(entry.rows * entry.work.steps for entry in outcome.entries if entry.ended == entry.ended)
+    assert server.stats["device_seconds"] >= used * 0.5 * 0.138 / 16, "steps were skipped"
+
+
+def test_a_server_that_does_not_start_is_an_error(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(EngineError, match="did not start"):
+        process.ServerProcess(process.Place("in-flight", "no such curve"))
+    assert "choose a100-sd15" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"points": ("peak",)}, "point is 'peak': choose saturation, load, bounded"),
+        ({"points": ("load",)}, "give --base"),
+        ({"policies": ("in-flight",), "points": ("saturation", "load")}, "give --base"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        bench.Options(mixes=[MIXES["equal"]], **options)
+    with pytest.raises(RequestError, match="policy is 'none': choose in-flight, "):
+        bench.policies(["none"])
+
+
+def test_plans_are_made_from_the_command_line(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib")
+    from latentrt.benchmarks.serving import planner, plot
+
+    monkeypatch.setattr(planner, "REQUESTS", 300)
+    monkeypatch.setattr(plot, "REQUESTS", 200)
+    monkeypatch.setattr(plot, "POINTS", 3)
+    words = ["plan", "--rate", "4", "--p99", "8", "--curve", "a100-sd15"]
+    assert cli.run([*words, "--json", "--plot", str(tmp_path / "p.png")]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["devices"] >= 2 and found["latency"]["p99"] <= 8 and found["curve"]["kind"] == "published"
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+    for more, message in (
+        (["--p99", "0.5"], "idle device"),
+        (["--curve", "x"], "curve is 'x'"),
+        (["--mix", "x"], "mix is 'x'"),
+    ):
+        assert cli.run([*words, *more]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_times_of_real_engines_are_not_scaled(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert cli.run(["bench", "serve", "--scale", "0.5", "-o", str(tmp_path / "r.jsonl")]) == 2
+    assert "scale is 0.5: real engines take their own time" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
