@@ -8,7 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from latentrt.engines.bundle import Bundle
 from latentrt.engines.errors import EngineError
+from latentrt.export.embedded import ensure_bundle
 from latentrt.runtime.server import HttpSettings
 from PIL import Image
 
@@ -161,6 +163,28 @@ def test_a_part_of_a_picture_is_painted_and_drawn_anew(opened: Open, served: Ser
         page.click("#draw")
         expect(pictures(page)).to_have_count(3)
     assert not {"image", "mask", "strength"} & set(requests[0])
+
+
+def test_one_of_several_bundles_is_chosen(opened: Open) -> None:
+    bundle = Bundle.open(ensure_bundle())
+    with Served({"first": bundle, "second": bundle}) as served:
+        page = ready(opened(served.url), prompt="a red circle")
+        assert page.locator("#model option").all_inner_texts() == ["first", "second"]
+        page.select_option("#model", "second")
+        expect(page.locator("#steps")).to_have_value("20")  # the model's own
+        page.select_option("#sampler", "dpmpp_2m")
+        page.select_option("#spacing", "karras")
+        page.fill("#steps", "4")
+        with sent(page) as requests:
+            page.press("#prompt", "Enter")
+            expect(pictures(page)).to_have_count(1)
+        assert requests[0]["model"] == "second" and requests[0]["sampler"] == "dpmpp_2m_karras"
+        page.select_option("#model", "first")
+        page.select_option("#sampler", "")
+        pictures(page).click()
+        page.click("#again")
+        expect(page.locator("#model")).to_have_value("second")
+        expect(page.locator("#spacing")).to_have_value("karras")
 
 
 def test_a_key_is_asked_for_and_stays_in_the_tab(opened: Open) -> None:
