@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from . import bench, build, bundle, cache, env, generate, listings, serve, serving, triton, verify
+from . import bench, build, bundle, cache, env, generate, serve, serving
 from .errors import outcome
 from .interrupts import INTERRUPTED
 from .progress import set_verbosity
@@ -46,25 +46,25 @@ COMMANDS: list[tuple[str, Callable[..., None], str, str]] = [
     ("inspect", bundle.inspect, "Show and check a bundle.", "latentrt inspect my-bundle"),
     (
         "triton-repository",
-        triton.triton_repository,
+        serving.triton_repository,
         "Write a model repository for Triton.",
         "latentrt triton-repository my-bundle models --size 512x512",
     ),
     (
         "verify",
-        verify.verify,
+        bundle.verify,
         "Compare a bundle with its checkpoint.",
         "latentrt verify my-bundle --against my-checkpoint/",
     ),
     (
         "samplers",
-        listings.samplers,
+        env.samplers,
         "List the samplers.",
         'latentrt generate "a red circle" --sampler dpmpp_2m_karras',
     ),
     (
         "backends",
-        listings.backends,
+        env.backends,
         "List the backends and their options.",
         'latentrt generate "a red circle" --backend onnxruntime-cpu --option threads=2',
     ),

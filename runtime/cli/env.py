@@ -1,17 +1,18 @@
-"""`latentrt env`: what is installed and what works, ready to paste into a report."""
+"""`latentrt env`, `latentrt samplers` and `latentrt backends`: what works here, and what there is to choose."""
 
 from __future__ import annotations
 
 import json
 import os
 import platform
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from ...engines.backends import unavailable_reasons
+from ...engines.backends import names, option_help, unavailable_reasons
 from ...engines.cache import EngineCache, home
 from ...engines.cuda.device import CudaDevice
 from ...engines.cuda.driver import load_driver, unavailable_reason
@@ -19,12 +20,14 @@ from ...engines.errors import LatentRTError
 from ...engines.machine import has_bf16, processor_name, usable_cores
 from .bundle import readable_size
 
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
 _PACKAGES = ["latentrt", "numpy", "pillow", "tokenizers", "pydantic", "typer"]
 _PACKAGES += ["onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx", "openvino", "cuda-bindings"]
 _PACKAGES += ["onnx", "onnxscript", "torch", "diffusers", "transformers", "safetensors", "polygraphy"]
 
 
-def env(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+def env(as_json: AsJson = False) -> None:
     """Print the machine, its GPUs, versions, the backends that work here and why others do not."""
     report = _report()
     if as_json:
@@ -116,3 +119,48 @@ def _version(name: str) -> str | None:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return None
+
+
+def samplers(as_json: AsJson = False) -> None:
+    """List the samplers: name, diffusers class, method and source; a * marks names that take a suffix."""
+    from ..sampling.catalog import SAMPLERS
+    from ..sampling.registry import describe
+
+    found = describe()
+    if as_json:
+        typer.echo(json.dumps([asdict(sampler) for sampler in found], indent=2))
+        return
+    for sampler in found:
+        mark = "*" if sampler.suffixes else ""
+        typer.echo(f"{sampler.name + mark:<14}{sampler.class_name:<34}{sampler.meaning}")
+    unnamed = sorted({*SAMPLERS} - {sampler.class_name for sampler in found})
+    typer.echo("* also with _karras, _exponential or _beta behind it, which space the sigmas: dpmpp_2m_karras.")
+    typer.echo(f"Class names are taken as well. Without a short name: {', '.join(unnamed)}.")
+
+
+def backends(as_json: AsJson = False) -> None:
+    """List the backends: whether each works on this machine, or why not, and the options it takes."""
+    reasons = unavailable_reasons()
+    found: dict[str, dict[str, Any]] = {
+        name: {"unavailable": reasons[name], "options": _options(name)} for name in names()
+    }
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+        return
+    for name, backend in found.items():
+        typer.echo(f"{name}: {backend['unavailable'] or 'works'}")
+        for option, facts in backend["options"].items():
+            default = "" if facts["default"] is None else f" (default: {_text(facts['default'])})"
+            typer.echo(f"    {option:<20}{facts['type']}: {facts['meaning']}{default}")
+    typer.echo("An option is given as --option NAME=VALUE.")
+
+
+def _options(name: str) -> dict[str, dict[str, Any]]:
+    return {
+        option: {"type": kind, "default": default, "meaning": meaning}
+        for option, (kind, default, meaning) in option_help(name).items()
+    }
+
+
+def _text(default: Any) -> str:
+    return {True: "yes", False: "no"}[default] if isinstance(default, bool) else str(default)

@@ -29,9 +29,11 @@ COMMANDS = [
     "export",
     "build",
     "inspect",
+    "triton-repository",
     "verify",
     "samplers",
     "backends",
+    "plan",
     "env",
     "cache",
     "bench",
@@ -53,7 +55,7 @@ def test_a_bare_command_shows_its_help(capsys: pytest.CaptureFixture[str], argum
 
 def test_the_help_names_every_command_and_the_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
     text = output(capsys)
-    assert re.findall(r"^  ([a-z]+)  ", text.partition("Commands:")[2], re.MULTILINE) == COMMANDS
+    assert re.findall(r"^  ([a-z-]+)  ", text.partition("Commands:")[2], re.MULTILINE) == COMMANDS
     assert "..." not in text.partition("Commands:")[2]
     assert "0 done, 1 failed, 2 bad usage or request, 130 interrupted" in text
     assert "--install-completion" in text and "--show-completion" in text
