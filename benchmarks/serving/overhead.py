@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 
@@ -48,7 +49,7 @@ def server(size: int, threads: int) -> Iterator[http.client.HTTPConnection]:
 
 def measure(size: int, steps: int, rounds: int, threads: int) -> dict[str, list[float]]:
     """Return the seconds of each request, of the server and of the pipeline in turns, and of an answer without work."""
-    request = {"prompt": "a red circle on a blue background", "num_inference_steps": steps, "seed": 1}
+    request: dict[str, Any] = {"prompt": "a red circle on a blue background", "num_inference_steps": steps, "seed": 1}
     body = json.dumps({**request, "size": f"{size}x{size}"})
 
     with (
