@@ -52,6 +52,7 @@ class Generation(BaseModel):
         Field(description="Of the first picture, others follow it; or one for each."),
     ] = None
     clip_skip: int | None = None
+    max_sequence_length: Annotated[int | None, Field(ge=1, le=8192)] = None
     timeout: Annotated[
         float | None, Field(gt=0, allow_inf_nan=False, description="Seconds after which nobody wants the result.")
     ] = None
@@ -99,7 +100,7 @@ IGNORED = (
 PASSED = (
     *("negative_prompt", "prompt_2", "prompt_3", "negative_prompt_2", "negative_prompt_3", "prompt_syntax"),
     *("num_inference_steps", "timesteps", "sigmas", "guidance_scale", "true_cfg_scale", "sampler", "eta"),
-    *("forecast", "seed", "clip_skip", "strength", "padding_mask_crop"),
+    *("forecast", "seed", "clip_skip", "max_sequence_length", "strength", "padding_mask_crop"),
 )
 """Fields that are arguments of a pipeline's call as they are."""
 
