@@ -40,6 +40,8 @@ class Call:
     output_type: OutputType
     started: bool = False
     """Whether the latents are those of a run half-way, which are taken as they are."""
+    guided: bool = True
+    """Whether predictions of several branches become one."""
 
     @classmethod
     def of(cls, bundle: Bundle, manifest: Manifest, given: Mapping[str, Any]) -> Call:
@@ -76,7 +78,8 @@ class Call:
             noise = noise_of(generator, len(request.images))
             seeds = noise.seeds * (len(request.images) if noise.shared else 1)
             request = GenerationRequest.of(**{**request.model_dump(), "seed": tuple(seeds)})
-        return cls(request, pictures, noise, latents, embeddings, output_type, started)
+        guided = len(request.weights(manifest.guidance)) > 1
+        return cls(request, pictures, noise, latents, embeddings, output_type, started, guided)
 
     def result(self, asked: tuple[int | None, int | None], takes_eta: bool, multiple: int) -> GenerationResult[Any]:
         """Return an empty result, with what to know about the request; `asked` are the caller's width and height."""
@@ -92,6 +95,9 @@ class Call:
                 )
         if request.eta and not takes_eta:
             finished.warn(f"eta is {request.eta:g}: sampler {request.sampler} has no such option, it is not used")
+        in_part = request.guidance_interval is not None or request.guidance_reuse is not None
+        if in_part and not self.guided:
+            finished.warn("guidance_interval or guidance_reuse is given without guidance: it changes nothing")
         return finished
 
 

@@ -20,6 +20,7 @@ from .finite import check_finite
 from .habits import DiffusersHabits, SchedulerConfig
 from .loop.denoise import Mode
 from .loop.forecast import folded, forecast_named
+from .loop.guidance import ALL, GuidedPart, guided_in_part
 from .loop.inputs import InitialImage
 from .loop.session import Session
 from .pictures.initial import Pictures
@@ -31,7 +32,7 @@ from .request import GenerationRequest
 from .result import GenerationResult
 from .sampling import step_table
 from .sampling.registry import TYPICAL_STEPS
-from .sampling.step_table import StepOption, StepTable
+from .sampling.step_table import Guided, StepOption, StepTable
 
 MAX_TABLES = 32
 """Combinations of sampler, steps, strength and eta whose tables are kept."""
@@ -85,7 +86,13 @@ class Drawing(DiffusersHabits):
         self._table = lru_cache(MAX_TABLES)(partial(self._table_of, manifest))
 
     def _table_of(
-        self, manifest: Manifest, steps: int | None, *, forecast: str | None = None, **arguments: Any
+        self,
+        manifest: Manifest,
+        steps: int | None,
+        *,
+        forecast: str | None = None,
+        guided: GuidedPart = ALL,
+        **arguments: Any,
     ) -> StepTable:
         """Return a step table; raises `SchedulerError` for one that needs more than the bundle's step graph does."""
         table = step_table(manifest.scheduler, steps, rule=manifest.schedule, **arguments)
@@ -96,6 +103,7 @@ class Drawing(DiffusersHabits):
                 f"{name} with this scheduler config needs {' and '.join(missing)}, which the step graph of this bundle "
                 f"lacks: {' and '.join(INSTEAD[option] for option in missing)}, or export the checkpoint again with it"
             )
+        table = guided_in_part(table, guided)
         return table if forecast is None else folded(table, forecast_named(forecast))
 
     def _draw(
@@ -132,7 +140,7 @@ class Drawing(DiffusersHabits):
             )
             workspace = self.session.workspace(inputs, arrays)
             known = self.session.prompts.get(inputs)
-            workspace.load(inputs, arrays, stream, known)
+            workspace.load(inputs, arrays, stream, known, tuple(each is Guided.FULLY for each in table.guided))
             on_step = step_hook(workspace, table, stream, listeners, count, self.mode)
             decode = call.output_type != "latent"
             trace = workspace.run(len(table), stream, mode=self.mode, decode=decode, on_step=on_step)

@@ -181,6 +181,8 @@ class Pipeline(Drawing):
         sampler: str | None = None,
         eta: float = 0.0,
         forecast: str | None = None,
+        guidance_interval: tuple[float, float] | None = None,
+        guidance_reuse: float | None = None,
         image: Any = None,
         mask_image: Any = None,
         padding_mask_crop: int | None = None,
@@ -205,7 +207,8 @@ class Pipeline(Drawing):
         each; `generator` takes torch generators. `prompt_embeds` [prompts, L, E] stand in place of prompts, `latents`
         [images, C, h, w] in place of the first noise, `timesteps` or `sigmas` in place of a number of steps.
         `prompt_syntax` reads weights in prompts, and prompts of any length; without it a prompt is what it says.
-        `forecast` ("taylor" or "spectrum") leaves out evaluations of the network in long runs, at a cost in fidelity.
+        `forecast` ("taylor" or "spectrum") leaves out evaluations of the network in long runs, at a cost in fidelity;
+        so do `guidance_interval` (shares of the run) and `guidance_reuse` (a share, from which on guidance is kept).
 
         `callback_on_step_end(pipe, step, timestep, {"latents": array})` may return replaced latents, show
         `pipe.decode(latents)`, end the request with `pipe.stop()`, or raise to cancel; with it no more than a step is
@@ -275,10 +278,11 @@ class Pipeline(Drawing):
         size = (request.width or 0, request.height or 0) if self._manifest.schedule else None
         try:
             chosen_by = {"sampler": request.sampler, "strength": request.strength, "eta": request.eta}
-            custom = {"timesteps": request.timesteps, "sigmas": request.sigmas}
+            custom: dict[str, Any] = {"timesteps": request.timesteps, "sigmas": request.sigmas}
             steps = None if any(custom.values()) else request.num_inference_steps
             share = (request.denoising_start or 0.0, request.denoising_end or 1.0)
-            return self._table(steps, size=size, share=share, forecast=request.forecast, **custom, **chosen_by)
+            custom |= {"forecast": request.forecast, "guided": request.guided_part(self._manifest.guidance)}
+            return self._table(steps, size=size, share=share, **custom, **chosen_by)
         except SchedulerError as error:
             raise (RequestError(str(error)) if chosen else error) from error
 

@@ -31,6 +31,9 @@ TEXTS = ("prompt", "negative_prompt", "prompt_2", "negative_prompt_2", "prompt_3
 Pair = tuple[Annotated[int, Field(ge=0, le=2**20)], Annotated[int, Field(ge=0, le=2**20)]]
 """Height and width, or top and left, in pixels."""
 
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+"""A part of a run's steps."""
+
 _SEED = TypeAdapter(Annotated[int, Field(ge=0, le=MAX_SEED)])
 
 
@@ -71,6 +74,8 @@ class RequestArguments(TypedDict, total=False):
     sampler: str | None
     eta: float
     forecast: str | None
+    guidance_interval: tuple[float, float] | None
+    guidance_reuse: float | None
     image: Any
     mask_image: Any
     padding_mask_crop: int | None
@@ -124,6 +129,8 @@ class GenerationRequest(BaseModel):
     sampler: str | None = None
     eta: float = Field(default=0.0, ge=0, le=1)
     forecast: str | None = None
+    guidance_interval: tuple[Share, Share] | None = None
+    guidance_reuse: Share | None = None
     strength: float = Field(default=1.0, gt=0, le=1)
 
     @field_validator(*TEXTS, mode="before")
@@ -174,6 +181,8 @@ class GenerationRequest(BaseModel):
             raise ValueError(
                 f"denoising_start {self.denoising_start} is not below denoising_end {self.denoising_end}: give another"
             )
+        if self.guidance_interval is not None and self.guidance_interval[0] >= self.guidance_interval[1]:
+            raise ValueError("guidance_interval ends before it starts: give two shares of the run, such as 0.2, 0.8")
         if self.timesteps is not None and self.sigmas is not None:
             raise ValueError("timesteps and sigmas are given: give one of them")
         return self
@@ -233,6 +242,12 @@ class GenerationRequest(BaseModel):
         """Return the weight of each branch of a bundle's guidance, by the network's rows: two, or one of 1."""
         scale = self.true_cfg_scale if guidance.scale == "true_cfg_scale" else self.guidance_scale
         return guidance.weights(scale or 0.0, negative_given=self.negative_given)
+
+    def guided_part(self, guidance: GuidanceInfo) -> tuple[float, float, float]:
+        """Return the shares of the run where guidance starts, stops and is reused from; 0, 1 and 1 without any."""
+        if len(self.weights(guidance)) == 1:
+            return 0.0, 1.0, 1.0
+        return *(self.guidance_interval or (0.0, 1.0)), 1.0 if self.guidance_reuse is None else self.guidance_reuse
 
     def texts(self, source: str, *, negative: bool = False) -> tuple[str, ...]:
         """Return the texts of all prompts that a tokenizer of a source reads, or of what they should not show.

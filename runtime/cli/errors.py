@@ -21,6 +21,8 @@ OPTION_NAMES = {
     "num_images_per_prompt": "--count",
     "num_inference_steps": "--steps",
     "guidance_scale": "--guidance",
+    "guidance_interval": "--guidance-interval",
+    "guidance_reuse": "--guidance-reuse",
     "negative_prompt": "--negative",
     "prediction_type": "--prediction-type",
     "mask_image": "--mask",

@@ -5,18 +5,17 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ...engines.errors import MissingExtraError, RequestError
 from ...engines.files import write_atomically
 from ..sizes import parse_size
-from .options import BackendOptions, backend_options, bytes_of, opened_bundle
+from .options import BackendOptions, backend_options, bytes_of, numbers, opened_bundle
 from .progress import progress_bar
 
 if TYPE_CHECKING:
@@ -30,9 +29,6 @@ class SyntaxChoice(str, Enum):
 
     a1111 = "a1111"
     compel = "compel"
-
-
-Number = TypeVar("Number", int, float)
 
 
 def generate(
@@ -68,6 +64,16 @@ def generate(
     forecast: Annotated[
         str | None,
         typer.Option("--forecast", help="Leave out evaluations of the network, not exact: taylor, or spectrum."),
+    ] = None,
+    guidance_interval: Annotated[
+        str | None,
+        typer.Option(
+            "--guidance-interval", help="Guide between two shares of the steps alone, such as 0.1,0.6; not exact."
+        ),
+    ] = None,
+    guidance_reuse: Annotated[
+        float | None,
+        typer.Option("--guidance-reuse", help="Keep what guidance adds from a share of the steps on; not exact."),
     ] = None,
     size: Annotated[str | None, typer.Option("--size", metavar="WxH", help="Picture size in pixels.")] = None,
     count: Annotated[int, typer.Option("--count", "-c", help="Pictures per prompt.")] = 1,
@@ -111,8 +117,8 @@ def generate(
         "height": height,
         "width": width,
         "num_inference_steps": steps,
-        "timesteps": _numbers("--timesteps", timesteps, float),
-        "sigmas": _numbers("--sigmas", sigmas, float),
+        "timesteps": numbers("--timesteps", timesteps, float),
+        "sigmas": numbers("--sigmas", sigmas, float),
         "guidance_scale": guidance,
         "num_images_per_prompt": count,
         "prompt_syntax": None if prompt_syntax is None else prompt_syntax.value,
@@ -120,6 +126,8 @@ def generate(
         "sampler": sampler,
         "eta": eta,
         "forecast": forecast,
+        "guidance_interval": numbers("--guidance-interval", guidance_interval, float),
+        "guidance_reuse": guidance_reuse,
         "image": init_image,
         "mask_image": mask,
         "padding_mask_crop": padding,
@@ -133,19 +141,8 @@ def generate(
 
 def _seeds(text: str | None) -> int | list[int] | None:
     """Return one seed, or a list of those between commas."""
-    numbers = _numbers("--seed", text, int)
-    return numbers[0] if numbers is not None and "," not in (text or "") else numbers
-
-
-def _numbers(option: str, text: str | None, kind: Callable[[str], Number]) -> list[Number] | None:
-    """Return the numbers of an option, between commas; raises `RequestError` for anything else."""
-    if text is None:
-        return None
-    try:
-        return [kind(part) for part in text.split(",")]
-    except ValueError as error:
-        sort = "whole numbers" if kind is int else "numbers"
-        raise RequestError(f"{option} is {text!r}: give {sort} with commas between them") from error
+    seeds = numbers("--seed", text, int)
+    return seeds[0] if seeds is not None and "," not in (text or "") else seeds
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
@@ -28,6 +29,9 @@ Mode = Literal["eager", "step", "loop", "request"]
 
 STATE = ("latents", "history", "model_input", "timestep", "row")
 """What a step reads from one set of buffers and writes, as `next_…`, to the other."""
+
+ALIGNMENT = 256
+"""Bytes that the address of a tensor must be a multiple of, for TensorRT; those of whole tensors are."""
 
 
 class DenoiseLoop:
@@ -53,6 +57,7 @@ class DenoiseLoop:
         if isinstance(prediction.shape[1], int):  # twice those of the latents, where variances are learned
             channels = prediction.shape[1]
         self._conditioning = conditioning
+        self._device, self._batch = device, len(arrays["latents"])
         with ExitStack() as memory:
             self._constants = allocate_like(device, constants, memory)
             self._sets = [allocate_like(device, state, memory), allocate_like(device, state, memory)]
@@ -60,13 +65,19 @@ class DenoiseLoop:
             self._memory = memory.pop_all()
         self.steps_done = 0
         """Steps of the running request, or of the last one, that have been enqueued."""
+        self.guided: tuple[bool, ...] = ()
+        """Whether each step of the request runs all rows of the network, or the prompt's alone; empty: all."""
         self._unchanged: dict[str, Array] = {}
         self._bound: list[tuple[BoundEngine, BoundEngine]] = []
+        self._of_prompts: list[OfPrompts] = []
+        self._views: list[Tensor] = []
         self._captured = CapturedWork()
-        self._steps = [("even", partial(self._enqueue_step, 0)), ("odd", partial(self._enqueue_step, 1))]
 
     def bind(self, open_engine: OpenEngine, denoiser: GraphInfo, step: GraphInfo) -> None:
-        """Open both engines and bind them to each set of buffers; does nothing when they are bound."""
+        """Open both engines and bind them to each set of buffers; does nothing when they are bound.
+
+        For a request that is guided in part the denoiser is bound to the prompts' rows as well, which are the last.
+        """
         bound = []
         for here, there in (self._sets, self._sets[::-1]) if not self._bound else ():
             network = {**self._conditioning, "model_input": here["model_input"], "timestep": here["timestep"]}
@@ -76,18 +87,50 @@ class DenoiseLoop:
             update |= {f"next_{name}": tensor for name, tensor in there.items()}
             bound.append((pair[0].bind({**network, "prediction": self._prediction}), pair[1].bind(update)))
         self._bound = self._bound or bound
+        if not all(self.guided) and not self._of_prompts:
+            self._of_prompts = [self._bound_to_prompts(open_engine, denoiser, here) for here in self._sets]
+
+    def _bound_to_prompts(self, open_engine: OpenEngine, denoiser: GraphInfo, here: Mapping[str, Tensor]) -> OfPrompts:
+        """Return the denoiser bound to the rows of prompts, with what is copied before and after it.
+
+        All rows of an image have one model input and one timestep, so that these are the first rows. What begins at an
+        address that engines do not take is copied to and from memory of its own.
+        """
+        state = {name: here[name] for name in ("model_input", "timestep")}
+        tensors = {**self._conditioning, **state, "prediction": self._prediction}
+        symbol = next(spec.shape[0] for spec in denoiser.inputs if spec.name == "model_input")
+        copies: dict[bool, list[tuple[Tensor, Tensor]]] = {True: [], False: []}
+        for spec in (*denoiser.inputs, *denoiser.outputs):
+            if spec.name not in tensors or spec.shape[:1] != (symbol,):
+                continue
+            whole = tensors[spec.name]
+            rows = whole.rows(0 if spec.name in state else whole.shape[0] - self._batch, self._batch)
+            self._views.append(rows)
+            tensors[spec.name] = rows
+            if (rows.pointer - whole.pointer) % ALIGNMENT:
+                twin = tensors[spec.name] = self._device.empty(rows.shape, rows.dtype)
+                self._views.append(twin)
+                copies[spec.name == "prediction"].append((rows, twin) if spec.name == "prediction" else (twin, rows))
+        shapes = shapes_of({spec.name: tensors[spec.name] for spec in denoiser.inputs})
+        return OfPrompts(open_engine(denoiser, shapes).bind(tensors), copies[False], copies[True])
 
     def unbind(self) -> None:
         """Let go of the engines and of what was captured of them; the buffers stay."""
         self._captured.close()
-        self._bound = []
+        self._bound, self._of_prompts = [], []
+        while self._views:
+            self._views.pop().close()
 
-    def load(self, arrays: Mapping[str, Array], stream: Stream) -> None:
+    def load(self, arrays: Mapping[str, Array], stream: Stream, guided: tuple[bool, ...] = ()) -> None:
         """Copy a request's arrays to the device; shapes must be those of the first request.
 
         Read-only arrays that are still there from the request before (its sampler's tables) are not copied again.
+        `guided` says which steps run all rows of the network; the others are bound next.
         """
         self.steps_done = 0
+        self.guided = guided if len(arrays["model_input"]) > self._batch else ()
+        if not all(self.guided):  # what is weighed by 0 must be finite
+            self._prediction.write(np.zeros(self._prediction.shape, self._prediction.dtype), stream)
         for name, array in arrays.items():
             if name in STATE:
                 self._sets[0][name].write(array, stream)
@@ -117,15 +160,15 @@ class DenoiseLoop:
         larger than a step is captured.
         """
         if mode == "loop" and on_step is None:
-            self._captured.run(steps, partial(self.enqueue, steps), stream)
+            self._captured.run((steps, self.guided), partial(self.enqueue, steps), stream)
             self.steps_done = steps
             return self.latents(steps)
         for index in range(steps):
-            key, enqueue = self._steps[index % 2]
+            key = (index % 2, not self.guided or self.guided[index])
             if mode == "eager":
-                enqueue(stream)
+                self._enqueue_step(*key, stream)
             else:
-                self._captured.run(key, enqueue, stream)
+                self._captured.run(key, partial(self._enqueue_step, *key), stream)
             self.steps_done = index + 1
             if on_step is not None and on_step(index):
                 break
@@ -134,16 +177,34 @@ class DenoiseLoop:
     def enqueue(self, steps: int, stream: Stream) -> None:
         """Enqueue `steps` steps, engine by engine."""
         for index in range(steps):
-            self._enqueue_step(index % 2, stream)
+            self._enqueue_step(index % 2, not self.guided or self.guided[index], stream)
 
-    def _enqueue_step(self, parity: int, stream: Stream) -> None:
-        for bound in self._bound[parity]:
-            bound.enqueue(stream)
+    def _enqueue_step(self, parity: int, guided: bool, stream: Stream) -> None:
+        denoiser, step = self._bound[parity]
+        (denoiser if guided else self._of_prompts[parity]).enqueue(stream)
+        step.enqueue(stream)
 
     def close(self) -> None:
         """Free graphs and buffers; calling it again does nothing."""
         self.unbind()
         self._memory.close()
+
+
+@dataclass(frozen=True)
+class OfPrompts:
+    """A denoiser bound to the rows of prompts alone, and copies (to, from) before and after it."""
+
+    bound: BoundEngine
+    before: Sequence[tuple[Tensor, Tensor]]
+    after: Sequence[tuple[Tensor, Tensor]]
+
+    def enqueue(self, stream: Stream) -> None:
+        """Enqueue one execution."""
+        for to, source in self.before:
+            to.copy(source, stream)
+        self.bound.enqueue(stream)
+        for to, source in self.after:
+            to.copy(source, stream)
 
 
 class CapturedWork:

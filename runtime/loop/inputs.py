@@ -13,8 +13,9 @@ import numpy.typing as npt
 
 from ...engines.device import Array
 from ..sampling.noise import Generator
-from ..sampling.step_table import STEP_INPUTS, StepOption, StepTable, pack
+from ..sampling.step_table import STEP_INPUTS, StepOption, StepTable
 from . import generators
+from .pack import pack
 
 Latents = npt.NDArray[np.float32]
 

@@ -191,9 +191,13 @@ class Session:
             self._wanted = wanted | own
             self._shrink(self.kept - 1, 0)
             release = self.release if self.low_memory else None
-            engine = self._shared.engine
+
+            def engine(graph: GraphInfo, shapes: Shapes) -> Engine:
+                own.add(self._shared.key(graph, shapes))
+                return self._shared.engine(graph, shapes)
+
             workspace = Workspace(self.backend.device, self.bundle, engine, inputs, arrays, release)
-            workspace.uses |= own
+            workspace.uses = own
             self._workspaces[key] = workspace
         self._workspaces[key].uses |= wanted
         self._wanted = wanted

@@ -133,17 +133,21 @@ class Workspace:
         arrays: Mapping[str, Array],
         stream: Stream,
         encoded: Mapping[str, Array] | None = None,
+        guided: tuple[bool, ...] = (),
     ) -> None:
         """Copy a request's token ids, numbers and loop arrays to the device.
 
-        `encoded` is what the prompt graphs would write that others read: they do not run then.
+        `encoded` is what the prompt graphs would write that others read: they do not run then. `guided` says which
+        steps run all rows of the network.
         """
         held, self._held, self._encoded = self._held, {}, encoded is not None
         for name, array in {**inputs, **(encoded or {})}.items():
             if held.get(name) is not array:
                 self._tensors[name].write(array, stream)
         self._held = encoded or {}
-        self.loop.load(arrays, stream)
+        self.loop.load(arrays, stream, guided)
+        if self._release is None:
+            self._bind_loop()
 
     def run(
         self, steps: int, stream: Stream, *, mode: Mode, decode: bool, on_step: Callable[[int], bool | None] | None
@@ -161,7 +165,7 @@ class Workspace:
                 if decode:
                     self._decoders[steps % 2].enqueue(stream)
 
-            self._requests.run((steps, decode, self._encoded), enqueue, stream)
+            self._requests.run((steps, decode, self._encoded, self.loop.guided), enqueue, stream)
             after = stream.record()
             return Trace([before, before, after, after], {"denoise": self._device.bytes_taken()}, steps)
         trace = Trace([stream.record()])

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from enum import IntEnum
 from typing import Literal
 
 import numpy as np
@@ -29,7 +30,7 @@ from numpy.typing import NDArray
 from ...engines.device import Array
 from ...engines.errors import SchedulerError
 
-__all__ = ["STEP_INPUTS", "StepOption", "StepTable", "TableBuilder", "pack", "step_options"]
+__all__ = ["STEP_INPUTS", "Guided", "StepOption", "StepTable", "TableBuilder", "step_options"]
 
 Form = NDArray[np.float64]  # a linear form over the columns: the coefficients of one quantity
 HISTORY = 4  # index of the first history column
@@ -42,6 +43,17 @@ STEP_INPUTS: Mapping[StepOption, tuple[str, ...]] = {
     "learned variance": ("log_deviations", "log_deviation_slopes"),
 }
 """The inputs that a step graph has for each option."""
+
+
+class Guided(IntEnum):
+    """What a row takes for its prediction, where guidance weighs several branches."""
+
+    FULLY = 0
+    """All branches by their weights."""
+    NOT = 1
+    """That of the prompt alone, the last branch: the network need not be asked for the others."""
+    AS_BEFORE = 2
+    """That of the prompt, and what guidance has added to it in the last row that is guided fully."""
 
 
 def step_options(inputs: Collection[str]) -> tuple[StepOption, ...]:
@@ -63,6 +75,8 @@ class StepTable:
     draws [N]               how many fresh noise tensors are drawn for this row (in row order); the last one is used
     original [N + 1, 2]     (signal, noise) factors of a given image at the state before row i; last the clean image
     init_noise_sigma        the first latents are `init_noise_sigma * noise`
+    guided [N]              `Guided` of each row; empty where all are guided fully
+    added                   the history slot for what guidance has added, whose line is written when rows are packed
     """
 
     timesteps: NDArray[np.float32]
@@ -75,6 +89,8 @@ class StepTable:
     draws: NDArray[np.int64]
     original: NDArray[np.float64]
     init_noise_sigma: float
+    guided: tuple[Guided, ...] = ()
+    added: int | None = None
 
     def __len__(self) -> int:
         return len(self.timesteps)
@@ -120,7 +136,8 @@ class StepTable:
     def rows(self, which: slice | Sequence[int]) -> StepTable:
         """Return some rows; the states of a given image are left as they are."""
         parts = ("timesteps", "input_scales", "weights", "clip_weights", "clip_limits", "quantiles", "spreads", "draws")
-        return replace(self, **{name: getattr(self, name)[which] for name in parts})
+        guided = tuple(np.array(self.guided, object)[which]) if self.guided else ()
+        return replace(self, guided=guided, **{name: getattr(self, name)[which] for name in parts})
 
     @property
     def draw_count(self) -> int:
@@ -220,75 +237,3 @@ class TableBuilder:
                 "choose another number of steps, spacing, final sigma or sampler"
             )
         return table
-
-
-def pack(
-    tables: Sequence[StepTable], mixes: Sequence[Sequence[float]], options: Collection[StepOption] = ()
-) -> dict[str, NDArray[np.float32] | NDArray[np.int64]]:
-    """Lay the rows of a batch out for the step graph: B images, G branches, T rows, H history slots (at least one).
-
-    `mixes` [B][G] are the weights by which an image's branches become one prediction; `options` are the step graph's.
-
-    Each image has its own run of rows, closed by a row that holds the latents; its counter starts at `row[b]` and
-    follows `next_rows`.
-
-    weights [T, 1 + H, K, 1, 1, 1]   columns: latents, G predictions, noise, clipped, history
-    clip_weights [T, 1 + G, 1, 1, 1]   columns: latents, G predictions; scaled so that the clip is to [-1, 1]
-    original_weights [T, 2, 1, 1, 1], input_scales [T, 1, 1, 1], timesteps [T], next_rows [T], noise_index [T, 1, 1]
-    row [B]   the first row of each image
-    rows_of_image [B, G], image_of_row [R]   network rows are branch-major: g * B + b
-
-    With dynamic thresholding quantiles and largest [T, 1, 1, 1, 1], 0 and 1 in other rows; with learned variance
-    log_deviations and log_deviation_slopes [T, 1, 1, 1, 1].
-    """
-    images, branches = len(tables), len(mixes[0])
-    slots = max(1, *(table.history for table in tables))
-    columns = 1 + branches + 2 + slots
-    first, total = [], 0
-    for table in tables:
-        first.append(total)
-        total += len(table) + 1
-    weights = np.zeros((total, 1 + slots, columns))
-    clip_weights = np.zeros((total, 1 + branches))
-    original, scales, timesteps = np.zeros((total, 2)), np.ones(total), np.zeros(total)
-    next_rows, noise_index = np.arange(total) + 1, np.zeros(total)
-    more = {"quantiles": np.zeros(total), "largest": np.ones(total)}
-    more |= {"log_deviations": np.zeros(total), "log_deviation_slopes": np.zeros(total)}
-    for start, table, mix in zip(first, tables, mixes, strict=True):
-        n, lines = len(table), 1 + table.history
-        rows, hold = slice(start, start + n), start + n
-        dynamic = table.quantiles >= 0
-        limits = np.where((table.clip_limits > 0) & ~dynamic, table.clip_limits, 1.0)
-        latents, prediction, noise, clipped, history = np.split(table.weights, [1, 2, 3, HISTORY], axis=2)
-        parts = [latents, prediction * np.array(mix), noise, clipped * limits[:, None, None], history]
-        weights[rows, :lines, : columns - slots + table.history] = np.concatenate(parts, axis=2)
-        weights[hold, 0, 0] = 1
-        clipped_form = [table.clip_weights[:, :1], table.clip_weights[:, 1:2] * np.array(mix)]
-        clip_weights[rows] = np.concatenate(clipped_form, axis=1) / limits[:, None]
-        original[start : hold + 1] = table.original
-        scales[rows], scales[hold] = table.input_scales, table.input_scales[-1]
-        timesteps[rows], timesteps[hold] = table.timesteps, table.timesteps[-1]
-        next_rows[hold] = hold
-        noise_index[rows] = np.maximum(np.cumsum(table.draws) - 1, 0)
-        more["quantiles"][rows] = np.where(dynamic, table.quantiles, 0)
-        more["largest"][rows] = np.where(dynamic, table.clip_limits, 1)
-        more["log_deviations"][rows], more["log_deviation_slopes"][rows] = table.spreads.T
-    floats = {
-        "weights": weights[..., None, None, None],
-        "clip_weights": clip_weights[..., None, None, None],
-        "original_weights": original[..., None, None, None],
-        "input_scales": scales[:, None, None, None],
-        "timesteps": timesteps,
-    }
-    floats |= {name: more[name][:, None, None, None, None] for option in options for name in STEP_INPUTS[option]}
-    rows_of_image = np.arange(branches) * images + np.arange(images)[:, None]
-    indices = {
-        "next_rows": next_rows,
-        "noise_index": noise_index[:, None, None],
-        "row": np.array(first),
-        "rows_of_image": rows_of_image,
-        "image_of_row": np.tile(np.arange(images), branches),
-    }
-    return {name: value.astype(np.float32) for name, value in floats.items()} | {
-        name: value.astype(np.int64) for name, value in indices.items()
-    }

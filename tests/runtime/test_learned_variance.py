@@ -11,9 +11,10 @@ import onnxruntime
 import pytest
 from latentrt.engines.errors import SchedulerError
 from latentrt.export.step_graph import step_graph
+from latentrt.runtime.loop.pack import pack
 from latentrt.runtime.sampling import step_table
 from latentrt.runtime.sampling.noise import Generator
-from latentrt.runtime.sampling.step_table import STEP_INPUTS, StepTable, pack
+from latentrt.runtime.sampling.step_table import STEP_INPUTS, StepTable
 
 from .conftest import with_variance
 from .test_step_graph import Batch, denoiser, relative_error, session

@@ -8,9 +8,10 @@ import numpy as np
 import onnxruntime
 import pytest
 from latentrt.export.step_graph import step_graph
+from latentrt.runtime.loop.pack import pack
 from latentrt.runtime.sampling import step_table
 from latentrt.runtime.sampling.noise import Generator
-from latentrt.runtime.sampling.step_table import StepTable, pack
+from latentrt.runtime.sampling.step_table import StepTable
 
 CHANNELS, HEIGHT, WIDTH = 4, 6, 5
 IMAGE = (CHANNELS, HEIGHT, WIDTH)
