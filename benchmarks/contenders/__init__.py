@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import get_args
+from typing import Any, get_args
 
 from ...engines.backends import unavailable_reasons
 from ...engines.errors import RequestError
@@ -26,6 +26,12 @@ OWN_GRAPHS = "own-graphs"
 """A mode in which the backend's library captures and replays its graphs itself."""
 MODES = {"onnxruntime-cuda": ("eager", OWN_GRAPHS), "openvino": ("step",)}
 """Modes of the backends that do not have all of the loop's, or differ from others in the networks alone."""
+LOSSY: Mapping[str, Mapping[str, Any]] = {
+    **{name: {"forecast": name} for name in METHODS},
+    "guided-half": {"guidance_interval": (0.0, 0.5)},
+    "guidance-kept": {"guidance_reuse": 0.5},
+}
+"""Modes that are not exact, by the end of a contender's name, and the arguments of a request that they stand for."""
 ON_A_PROCESSOR = ("onnxruntime-cpu", "openvino")
 """Backends that are measured on the processor; the others on a GPU."""
 
@@ -62,10 +68,10 @@ def candidates(device: str) -> list[Candidate]:
         unavailable = unavailable_reasons()["openvino"] or bf16
         ours.append(Candidate("latentrt/openvino-bf16/step", "latentrt (openvino, bf16, step)", unavailable))
     ours += [
-        Candidate(f"{c.name}+{name}", f"{c.title[:-1]}, forecast {name}: not exact)", c.missing)
+        Candidate(f"{c.name}+{name}", f"{c.title[:-1]}, {_words(lossy)}: not exact)", c.missing)
         for c in ours
         if c.name.endswith("/step")
-        for name in METHODS
+        for name, lossy in LOSSY.items()
     ]
     others = [
         Candidate("diffusers/eager", "diffusers", torch),
@@ -105,6 +111,12 @@ def precision_apart(backend: str) -> tuple[str, str | None]:
     """Return a backend and the precision that a contender's name asks it for: `openvino-bf16`."""
     plain = backend.removesuffix("-bf16")
     return plain, None if plain == backend else "bf16"
+
+
+def _words(lossy: Mapping[str, Any]) -> str:
+    """Return in words what a mode that is not exact asks for: forecast taylor, guidance_interval 0.0-0.5."""
+    parts = ((name, "-".join(map(str, value)) if isinstance(value, tuple) else value) for name, value in lossy.items())
+    return ", ".join(f"{name} {value}" for name, value in parts)
 
 
 def _missing(*modules: str) -> str | None:

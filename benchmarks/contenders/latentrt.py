@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from . import ON_A_PROCESSOR, OWN_GRAPHS, STAGES, precision_apart
+from . import LOSSY, ON_A_PROCESSOR, OWN_GRAPHS, STAGES, precision_apart
 
 LIBRARIES = {
     "onnxruntime-cpu": ("onnxruntime", "onnxruntime-gpu"),
@@ -54,8 +54,8 @@ class Contender:
 
         self._png = image.encode_png
         backend, _, mode = variant.partition("/")
-        mode, _, forecast = mode.partition("+")
-        self._forecast = forecast or None
+        mode, _, lossy = mode.partition("+")
+        self._lossy = dict(LOSSY[lossy]) if lossy else {}
         backend, inside = precision_apart(backend)
         if backend.startswith("onnxruntime"):
             import onnxruntime  # noqa: F401
@@ -88,7 +88,7 @@ class Contender:
             "build": build,
             "open": time.perf_counter() - start,
             "versions": _versions("latentrt", "numpy", *LIBRARIES[backend]),
-            "options": {"backend": backend, "forecast": self._forecast, **settings},
+            "options": {"backend": backend, "forecast": None, **self._lossy, **settings},
         }
 
     def _watch_networks(self, backend: str = "onnxruntime-cpu") -> None:
@@ -171,6 +171,6 @@ class Contender:
             guidance_scale=request["guidance"],
             num_images_per_prompt=request["batch"],
             seed=request["seed"],
-            forecast=self._forecast,
+            **self._lossy,
             **options,
         )
