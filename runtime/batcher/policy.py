@@ -2,7 +2,7 @@
 
 A step of more rows costs more time, and what it gains for each row ends at some width, the knee of the curve: a crowd
 beyond it makes everyone slower and nobody faster. So rows are given up to the knee, and beyond it only while so much
-waits that the last few per cent count.
+waits that the last few per cent count. The numbers were chosen by simulation, on curves of GPUs and of a processor.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ STATIC_BUCKETS: tuple[int, ...] = (2, 4, 8, 16, 32, 64, 128)
 """The same where each costs an engine of its own, or a plan a profile."""
 SLACK = 4.0
 """An image is due when it has been there for so many times what it takes alone: short ones overtake long ones."""
-PATIENCE = 60.0
-"""Seconds of slack at most: an image that has waited longer goes before all that come later."""
+PATIENCE = 130
+"""Slack at most, in steps of two rows: no image waits longer for shorter ones, on a device of any speed."""
 GOOD = 0.95
 """The part of the best throughput that the knee of the curve gives."""
-WORTH = 1.03
-"""Throughput beyond the knee's at which it is worth to go there while enough waits."""
+FULL = 0.99
+"""The part of the best throughput that is given while much waits."""
+MUCH = 2
+"""Much waits when all rows that are wanted would fill the widest step so many times."""
 UNSETTLED = 4
 """First runs of a bucket that are not timed: on each of two sets of buffers one allocates and the next one captures."""
 SPARED = 2
@@ -102,18 +104,18 @@ class StepTimes:
 
     def knee(self) -> int:
         """Return the fewest rows that give nearly the best throughput; a wider bucket without a time is tried next."""
-        pace = {bucket: bucket / self.seconds[bucket] for bucket in self.buckets if self.seconds.get(bucket)}
-        best = max(pace.values(), default=0.0)
-        knee = next((bucket for bucket in pace if pace[bucket] >= GOOD * best), 0)
-        return next((bucket for bucket in self.buckets if bucket > knee and bucket not in self.seconds), knee)
+        return self._fewest(GOOD)
 
     def most(self, wanted: int) -> int:
-        """Return how many rows to use when so many are wanted: the knee, or all where that pays."""
-        knee, widest = self.knee(), self.buckets[-1]
-        if wanted > knee and all(self.seconds.get(bucket) for bucket in (knee, widest)):
-            gain = widest / self.seconds[widest] * self.seconds[knee] / knee
-            return widest if gain >= WORTH else knee
-        return knee
+        """Return how many rows to use when so many are wanted: up to the knee, or beyond it while much waits."""
+        return self._fewest(FULL if wanted >= MUCH * self.buckets[-1] else GOOD)
+
+    def _fewest(self, part: float) -> int:
+        """Return the fewest rows with a part of the best throughput, or a wider bucket that has no time yet."""
+        pace = {bucket: bucket / self.seconds[bucket] for bucket in self.buckets if self.seconds.get(bucket)}
+        best = max(pace.values(), default=0.0)
+        fewest = next((bucket for bucket in pace if pace[bucket] >= part * best), 0)
+        return next((bucket for bucket in self.buckets if bucket > fewest and bucket not in self.seconds), fewest)
 
     def wait(self, work: float) -> float | None:
         """Return the seconds that rows times evaluations of work take at the knee, None before any step was timed."""
@@ -141,7 +143,7 @@ def until_done(own: Sequence[Candidate], before: float, others: Sequence[float],
 def due(candidate: Candidate, times: StepTimes) -> float:
     """Return when an image is due, in the seconds of its arrival."""
     alone = candidate.evaluations * times.of(candidate.rows)
-    return candidate.arrived + min(SLACK * alone, PATIENCE)
+    return candidate.arrived + min(SLACK * alone, PATIENCE * times.of(2))
 
 
 def decide(
@@ -156,8 +158,9 @@ def decide(
     """Return what to do before the next step, of images of one size in so many slots; the earliest due goes first.
 
     `now` is in the seconds of arrivals. Where there is no room, running images that are due later leave their slots, as
-    long as no more than `parking` images (default: as many as slots) wait to go on. An image that does not fit keeps
-    those behind it waiting, so that two rows come free for it in the end. One image always runs, however wide.
+    long as no more than `parking` images (default: as many as slots) wait to go on. Behind an image that does not fit
+    only narrower ones are admitted, into the rows that it cannot use, and only while one runs whose end makes room for
+    it. One image always runs, however wide.
     """
     used, free = sum(candidate.rows for candidate in running), slots - len(running)
     if not waiting:
@@ -169,16 +172,25 @@ def decide(
     last = sorted((due(each, times), index) for index, each in enumerate(running) if each.left > SPARED)
     admit: list[int] = []
     leave: list[int] = []
+    blocked = widest + 1  # rows of the first image that does not fit
     for index in sorted(range(len(waiting)), key=dues.__getitem__):
         rows, gone, left = waiting[index].rows, 0, 0
+        if rows >= blocked:
+            continue
         while free + gone < 1 or used - left + rows > (most if used > left else widest):
-            if gone >= min(places, len(last)) or last[-1 - gone][0] - dues[index] <= spared:
-                return Decision(tuple(leave), tuple(admit), times.bucket(used))
+            if blocked <= widest or gone >= min(places, len(last)) or last[-1 - gone][0] - dues[index] <= spared:
+                break
             gone += 1
             left += running[last[-gone][1]].rows
-        leave += [last.pop()[1] for _ in range(gone)]
-        admit.append(index)
-        free, used, places = free + gone - 1, used - left + rows, places - gone
+        else:
+            leave += [last.pop()[1] for _ in range(gone)]
+            admit.append(index)
+            free, used, places = free + gone - 1, used - left + rows, places - gone
+            continue
+        here = [each for place, each in enumerate(running) if place not in leave] + [waiting[place] for place in admit]
+        if free < 1 or used >= most or not any(each.rows >= rows for each in here):
+            break
+        blocked = min(blocked, rows)
     return Decision(tuple(leave), tuple(admit), times.bucket(used))
 
 

@@ -74,11 +74,11 @@ def test_the_knee_is_where_more_rows_stop_to_pay(seconds: dict[int, float], knee
     assert StepTimes((2, 4, 8), seconds).knee() == knee
 
 
-def test_all_rows_are_used_when_more_waits_and_the_last_few_per_cent_count() -> None:
+def test_more_rows_are_used_when_much_waits_and_the_last_few_per_cent_count() -> None:
     gains = StepTimes((2, 4, 8), {2: 1.0, 4: 1.8, 8: 3.45})  # 2.22 and 2.32 rows a second: 4 is enough, 8 gains 4 %
     gainless = StepTimes((2, 4, 8), {2: 1.0, 4: 1.8, 8: 3.6})
-    assert [gains.most(wanted) for wanted in (2, 4, 5, 9)] == [4, 4, 8, 8]
-    assert gainless.most(9) == 4
+    assert [gains.most(wanted) for wanted in (2, 4, 9, 15, 16, 99)] == [4, 4, 4, 4, 8, 8]
+    assert gainless.most(99) == 4
 
 
 def test_the_earliest_due_comes_first_and_ties_in_order_of_arrival() -> None:
@@ -89,7 +89,9 @@ def test_the_earliest_due_comes_first_and_ties_in_order_of_arrival() -> None:
 
 
 def test_slack_is_bounded_so_that_long_ones_are_not_passed_over_for_ever() -> None:
-    assert due(guided(5.0, 1_000_000), FLAT) == 5.0 + PATIENCE
+    assert due(guided(5.0, 1_000_000), FLAT) == 5.0 + PATIENCE * FLAT.of(2)
+    twice = StepTimes((2,), {2: 2.0})
+    assert due(guided(0.0, 1_000_000), twice) == 2 * due(guided(0.0, 1_000_000), FLAT)
     assert due(guided(5.0, 2), FLAT) == 5.0 + SLACK * 2
 
 
@@ -98,6 +100,15 @@ def test_nobody_is_admitted_out_of_turn() -> None:
     assert admitted([wide, narrow], 7, 3, FLAT) == []
     assert admitted([narrow, wide], 6, 3, FLAT) == [1]
     assert admitted([narrow], 7, 3, FLAT) == [0]
+
+
+def test_narrow_images_take_the_rows_that_the_next_one_cannot_use() -> None:
+    wide, narrow, later = guided(0.0), Candidate(1.0, 1, 20), Candidate(2.0, 1, 20)
+    running = [under_way(guided(-1e9), 3), *[under_way(Candidate(-1e9, 1, 20), 3)] * 5]
+    assert decide([later, wide, narrow], running, FLAT, 5.0, slots=9) == Decision((), (2,), 8)
+    assert decide([later, wide, narrow], running, FLAT, 5.0, slots=6).admit == ()
+    assert decide([wide, narrow], [running[1]] * 7, FLAT, 5.0, slots=9).admit == ()  # nobody's end would make room
+    assert decide([guided(0.0), guided(1.0), narrow], running[1:], FLAT, 5.0, slots=9) == Decision((), (0, 2), 8)
 
 
 @pytest.mark.parametrize(("used", "free", "count"), [(0, 8, 4), (0, 3, 3), (4, 8, 2), (8, 8, 0), (0, 0, 0)])
@@ -112,7 +123,8 @@ def test_one_image_runs_whatever_the_knee_says() -> None:
 
 
 def test_a_crowd_stops_at_the_knee() -> None:
-    assert admitted([guided(i) for i in range(9)], 0, 4, STEEP) == [0]
+    assert admitted([guided(i) for i in range(7)], 0, 4, STEEP) == [0]
+    assert admitted([guided(i) for i in range(9)], 0, 4, STEEP) == [0, 1]  # much waits, and two gain 5 %
 
 
 def test_waiting_is_work_over_pace() -> None:
