@@ -104,12 +104,10 @@ class OpenVino:
             )
         self.device = HostDevice()
         self.lock = threading.RLock()
-        self._precision, self._on, self._fixed = precision, device, shapes == "fixed"
+        self._precision, self._on, self.fixed = precision, device, shapes == "fixed"
         self._cache = cache or EngineCache()
 
-    def prepare(
-        self, bundle: Bundle, shapes: Mapping[str, Shapes | Sequence[Shapes]], *, build: bool = True
-    ) -> None:
+    def prepare(self, bundle: Bundle, shapes: Mapping[str, Shapes | Sequence[Shapes]], *, build: bool = True) -> None:
         """Build nothing: one engine serves every shape."""
 
     def open(self, bundle: Bundle, graph: GraphInfo, shapes: Shapes | None = None) -> OpenVinoEngine:
@@ -118,11 +116,15 @@ class OpenVino:
         Given shapes, or where there is one model for all of them, this is done here.
         """
         weights = self._weights(bundle, graph)
-        most = max(FEWEST, min(MOST, FIXED_BYTES // max(1, weights.stat().st_size))) if self._fixed else 0
+        most = max(FEWEST, min(MOST, FIXED_BYTES // max(1, weights.stat().st_size))) if self.fixed else 0
         models = CompiledModels(most, lambda wanted: self._checked(bundle, graph, wanted))
-        if shapes or not self._fixed:
+        if shapes or not self.fixed:
             models.take(shapes or {})
         return OpenVinoEngine(graph, models)
+
+    def find(self, bundle: Bundle, graph: GraphInfo, shapes: Shapes) -> Path | None:
+        """Return the folder of the compiled model for input shapes in the cache, or None where it has none."""
+        return self._cache.find(graph.name, self.key(bundle, graph, shapes if self.fixed else None))
 
     def _weights(self, bundle: Bundle, graph: GraphInfo) -> Path:
         """Return the file of a graph's weights as OpenVINO writes them, in the cache."""

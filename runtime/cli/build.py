@@ -18,6 +18,7 @@ from ...engines.cache import EngineCache
 from ...engines.engine import Shapes
 from ...engines.errors import BackendUnavailableError, RequestError
 from ...engines.onnxruntime.cpu import OnnxRuntimeCpu
+from ...engines.openvino.backend import OpenVino
 from ...engines.progress import Progress
 from ...engines.tensorrt.backend import TensorRt, plan_options
 from ...engines.tensorrt.plan import Profile, profile_for
@@ -236,13 +237,14 @@ def _open_each(
     backend: Backend, bundle: Bundle, requests: Sequence[_Request], shapes: Sequence[Mapping[str, Shapes]]
 ) -> Iterator[_Built]:
     """Open and close every graph, which builds what the backend keeps in the cache."""
-    once = backend.dynamic
+    once = backend.dynamic and not (isinstance(backend, OpenVino) and backend.fixed)
     for request, each in list(zip(requests, shapes, strict=True))[: 1 if once else None]:
         for name, wanted in each.items():
             graph = bundle.graph(name)
-            before, began = _folder(backend, bundle, graph), time.perf_counter()
+            began = time.perf_counter()
+            before = _folder(backend, bundle, graph, wanted)
             backend.open(bundle, graph, wanted).close()
-            seconds, folder = time.perf_counter() - began, _folder(backend, bundle, graph)
+            seconds, folder = time.perf_counter() - began, _folder(backend, bundle, graph, wanted)
             yield _Built(
                 name,
                 "every size" if once else str(request),
@@ -254,8 +256,10 @@ def _open_each(
             )
 
 
-def _folder(backend: Backend, bundle: Bundle, graph: GraphInfo) -> Path | None:
+def _folder(backend: Backend, bundle: Bundle, graph: GraphInfo, shapes: Shapes) -> Path | None:
     """Return where a backend keeps its engine of a graph in the cache, or None."""
+    if isinstance(backend, OpenVino):
+        return backend.find(bundle, graph, shapes)
     return EngineCache().find(graph.name, backend.key(bundle, graph)) if isinstance(backend, OnnxRuntimeCpu) else None
 
 

@@ -136,6 +136,10 @@ def _bundles() -> list[dict[str, Any]]:
 
 def _purpose(key: Mapping[str, Any]) -> str:
     """Return what an engine runs on, and for which shapes it was made: from its key."""
+    if key.get("backend") == "openvino":
+        fixed = "; ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in key.get("shapes", {}).items())
+        of = f"computes in {key['precision']}, {fixed or 'any shape'}" if "precision" in key else "graph and weights"
+        return f"openvino {key.get('openvino')}, {of}"
     if "cpu" in key:  # the processor's name, then its instruction sets in lower case
         words = str(key["cpu"]).split(" fpu ")[0].split()
         return f"{' '.join(words[:8])}, onnxruntime {key.get('onnxruntime', '')}"

@@ -279,3 +279,17 @@ def test_a_program_that_has_telemetry_of_its_own_keeps_it(monkeypatch: pytest.Mo
     own = ModuleType("openvino_telemetry")
     monkeypatch.setitem(sys.modules, "openvino_telemetry", own)
     assert load_openvino() is openvino and sys.modules["openvino_telemetry"] is own
+
+
+@pytest.mark.parametrize(("shapes", "lines"), [("fixed", 2), ("any", 1)])
+def test_the_build_command_compiles_for_each_request_and_says_what_was_there(
+    bundle: Bundle, cache: EngineCache, shapes: Any, lines: int
+) -> None:
+    from latentrt.runtime.cli.build import _open_each
+
+    backend, wanted = OpenVino(cache=cache, threads=1, shapes=shapes), [{"first": {"x": (n, 8)}} for n in (1, 2)]
+    requests: Any = ["a request", "another"]
+    built, again = (list(_open_each(backend, bundle, requests, wanted)) for _ in range(2))
+    assert len(built) == lines and all(each.seconds and each.folder for each in built)
+    assert [each.seconds for each in again] == [None] * lines
+    assert len(folders(cache, "compiled.blob")) == lines
