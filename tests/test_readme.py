@@ -57,7 +57,7 @@ def test_the_commands_run_as_printed(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """In their order, a tiny checkpoint in place of the hub's; `bench embedded`, which takes minutes, and the server are left out.
+    """In their order, but for `bench embedded` and the server, with a tiny checkpoint in place of the hub's.
 
     Graphs of the tiny checkpoint that are there already are not traced again.
     """
