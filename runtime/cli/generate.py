@@ -126,7 +126,7 @@ def generate(
         "sampler": sampler,
         "eta": eta,
         "forecast": forecast,
-        "guidance_interval": numbers("--guidance-interval", guidance_interval, float),
+        "guidance_interval": numbers("--guidance-interval", guidance_interval, float),  # type: ignore[typeddict-item]
         "guidance_reuse": guidance_reuse,
         "image": init_image,
         "mask_image": mask,
