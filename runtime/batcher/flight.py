@@ -144,7 +144,7 @@ class Flight:
             while len(self._spare) < len(leaving):
                 self._spare.append(self.slots.parking())
         except EngineError as error:
-            log.warning("images keep their slots from now on: %s", error)
+            log.warning("images keep their slots from now on: %s", str(error))
             self.parking = 0
             return False
         for slot in leaving:
@@ -175,7 +175,7 @@ class Flight:
         try:
             self.slots.step(bucket)
         except Exception as error:
-            log.warning("a step of %d images is tried again: %s", len(self.images), error)
+            log.warning("a step of %d images is tried again: %s", len(self.images), str(error))
             self._shared.tally.count("retried")
             before = stream.record()
             try:
@@ -214,7 +214,7 @@ class Flight:
         try:
             output = self._shared.encoder.decode(latents)[PICTURES["pil"]][0]
         except EngineError as error:
-            log.warning("a preview was left out: %s", error)
+            log.warning("a preview was left out: %s", str(error))
             return
         number = job.previews[image.done]
         work = partial(preview, job, image.index, number, output)

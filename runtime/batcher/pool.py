@@ -123,7 +123,7 @@ class Pool:
             images = list(flight.images.values())
             if len(images) == 1 or not self._park(flight, list(flight.images)):
                 raise error from None
-            log.warning("each of %d images is tried by itself: %s", len(images), error)
+            log.warning("each of %d images is tried by itself: %s", len(images), str(error))
             self._one_by_one(images)
             return
         self.steps += 1
@@ -163,7 +163,7 @@ class Pool:
         with self._shared.lock:
             gone = [*(self._flight.images.values() if self._flight else ()), *(self.waiting if waiting else ())]
             self.waiting = [] if waiting else self.waiting
-        log.warning("%d images of a batcher failed: %s", len(gone), error)
+        log.warning("%d images of a batcher failed: %s", len(gone), str(error))
         self._shared.tally.failed_turn()
         for image in gone:
             self._shared.end(image.job, error)
@@ -172,7 +172,7 @@ class Pool:
                 image.leave()
             self.close()
         except Exception as second:  # of a device that is lost
-            log.warning("buffers of a batcher were not freed: %s", second)
+            log.warning("buffers of a batcher were not freed: %s", str(second))
 
     def close(self) -> None:
         """Free the buffers; calling it again does nothing."""

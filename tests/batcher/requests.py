@@ -6,19 +6,24 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from latentrt.engines.device import Array
 from latentrt.runtime.batcher import Batcher
 from latentrt.runtime.sampling import names
+from PIL import Image
 
 PROMPTS = ("a red circle on a blue background", "two green stars", "a small yellow cross", "", "a big square")
 SMALL: dict[str, Any] = {"height": 64, "width": 64, "output_type": "np"}
+PICTURES = [Image.new("RGB", (64, 64), color) for color in ("orange", "green")]
+MASK = Image.fromarray(np.pad(np.full((32, 64), 255, np.uint8), ((0, 32), (0, 0))))
 
 
-def mixed(count: int, most_steps: int, seed: int) -> list[dict[str, Any]]:
-    """Return unlike requests."""
+def mixed(count: int, most_steps: int, seed: int, *, pictures: bool = False) -> list[dict[str, Any]]:
+    """Return unlike requests; with `pictures` some start from one, repaint a part of it, or are for several images."""
     choose = random.Random(seed)
-    return [
-        {
+    found = []
+    for _ in range(count):
+        request = {
             **SMALL,
             "prompt": choose.choice(PROMPTS),
             "negative_prompt": choose.choice((None, "blurry")),
@@ -27,8 +32,15 @@ def mixed(count: int, most_steps: int, seed: int) -> list[dict[str, Any]]:
             "guidance_scale": choose.choice((1.0, 2.0, 4.0, 7.5)),
             "seed": choose.randrange(2**32),
         }
-        for _ in range(count)
-    ]
+        kind = choose.random() if pictures else 1.0
+        if kind < 0.3:
+            request |= {"image": choose.choice(PICTURES), "strength": choose.choice((0.5, 0.8))}
+        if kind < 0.15:
+            request["mask_image"] = MASK
+        if 0.3 <= kind < 0.5:
+            request["num_images_per_prompt"] = 2
+        found.append(request)
+    return found
 
 
 def alone(batcher: Batcher, requests: Sequence[dict[str, Any]]) -> list[Array]:
