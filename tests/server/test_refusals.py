@@ -11,7 +11,9 @@ from typing import Any
 import httpx2
 import pytest
 from latentrt.engines.bundle import Bundle
+from latentrt.runtime.request import GenerationRequest
 from latentrt.runtime.server import HttpSettings
+from latentrt.runtime.server.schema import PASSED
 from latentrt.runtime.service import Limits
 from PIL import Image
 
@@ -54,6 +56,9 @@ def animation() -> str:
         ({"num_inference_steps": 0}, "num_inference_steps", "1"),
         ({"num_inference_steps": 151}, "num_inference_steps", "at most 150"),
         ({"timesteps": [3.0] * 151, "num_inference_steps": None}, "timesteps", "at most 150"),
+        ({"guidance_interval": [0.5, 0.2]}, "guidance_interval", "ends before it starts"),
+        ({"guidance_interval": [0.5]}, "guidance_interval", "at least 2 items"),
+        ({"guidance_reuse": 2}, "guidance_reuse", "less than or equal to 1"),
         ({"guidance_scale": -1}, "guidance_scale", "greater than or equal to 0"),
         ({"sampler": "euler_z"}, "sampler", "not known"),
         ({"eta": 2}, "eta", "less than or equal to 1"),
@@ -110,6 +115,17 @@ def test_fields_of_edits(http: httpx2.Client, fields: dict[str, Any], param: str
         assert response.status_code == 400, response.text
         error = error_of(response)
         assert error["param"] == param and said in error["message"], error
+
+
+LEFT_OUT = {"height", "width", "num_images_per_prompt", "denoising_start", "denoising_end"}
+"""Fields of a request that have other names here, or start from latents."""
+
+
+def test_every_field_of_a_request_can_be_asked_for() -> None:
+    of_sizes = {name for name in GenerationRequest.model_fields if name.endswith(("_size", "_top_left", "_score"))}
+    assert set(GenerationRequest.model_fields) - LEFT_OUT - of_sizes == set(PASSED) & set(
+        GenerationRequest.model_fields
+    ) | {"prompt"}
 
 
 def test_a_request_of_too_much_work() -> None:
