@@ -221,7 +221,7 @@ def test_a_binding_that_fails_half_way_gives_back_what_it_made(
         if what == "memory":
             failing(patch, driver, "cuMemAlloc", at=2)  # two outputs that nobody wants
         else:
-            patch.setattr(engine._loaded, "context", lambda: engine._loaded.device.activate().cuMemFree(1))
+            patch.setattr(engine._loaded, "context", lambda profile: engine._loaded.device.activate().cuMemFree(1))
         with pytest.raises(EngineError):
             engine.bind({"x": x})
     assert held(driver) == before
