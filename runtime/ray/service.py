@@ -170,7 +170,8 @@ class RemoteService(Service):
                 error = UnavailableError("the call was ended", "replica_lost")
             if job.is_over:
                 return None
-            if isinstance(error, QueueFullError) and tries and left > 0:  # it was taken once: no reason to send it away
+            taken = tries or job.state != "loading"  # once: no reason to send it away
+            if isinstance(error, QueueFullError) and taken and left > 0:
                 await asyncio.sleep(BUSY_SECONDS)
             elif isinstance(error, UnavailableError):
                 tries += 1
