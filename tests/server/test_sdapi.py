@@ -143,6 +143,8 @@ def test_what_is_not_masked_stays_as_it_is(http: httpx2.Client, full: bool) -> N
         sharp = moved(mask_blur=0, inpainting_fill=fill)
         assert sharp[:32].max() == 0 and sharp[32:].min() > 16
     assert moved(mask_blur=0, inpainting_mask_invert=1)[32:].max() == 0
+    around, there = (moved(inpainting_fill=fill, denoising_strength=0.5) for fill in (0, 1))
+    assert (around != there).any()
     soft = moved()
     assert soft[:16].max() == 0 and soft[28:32].max() > 0 and soft[36:].min() > 16
 
