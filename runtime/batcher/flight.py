@@ -166,9 +166,9 @@ class Flight:
         """Enqueue a step of all images, a second time when it failed; raises `StepFailed` when it fails again."""
         for slot, image in self.images.items():
             assert image.prepared is not None
-            drawn = image.prepared.draws[image.done]
-            if drawn is not None and image.prepared.noise is not None:
-                self.slots.write_noise(slot, image.prepared.noise[drawn])
+            noise = image.prepared.noise.at(image.done, self.slots.fit.latents)
+            if noise is not None:
+                self.slots.write_noise(slot, noise)
         stream, used = self._shared.session.stream, self.slots.used
         bucket = self._times.bucket(used)
         before = stream.record()

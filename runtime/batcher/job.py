@@ -13,7 +13,7 @@ from typing import Any
 from ...engines.errors import RequestError
 from ..batches import Arrays, Batch
 from ..call import Call
-from ..loop.inputs import InitialImage
+from ..loop.inputs import InitialImage, go_on
 from ..pipeline import Pipeline
 from ..prompt.conditioning import WeightedPrompts
 from ..prompt.embeddings import Conditioning
@@ -23,7 +23,7 @@ from .deliver import Box
 from .events import Event, Listener
 from .future import BatchFuture, JobProgress
 from .policy import Candidate
-from .prepared import Fit, Prepared, fit_of, prepared, region, table_names
+from .prepared import Fit, Prepared, StepNoise, fit_of, prepared, region, table_names, without_draws
 from .slots import Parked
 
 MOST_PREVIEWS = 3
@@ -194,19 +194,22 @@ class Job:
         self._ready = True  # once: generators of a caller go on from where they were left
         batches = copy.copy(self.pipe._batches)  # it remembers noise that is drawn for a whole request
         call, tables = self.call, None
+        seeded = not call.noise.shared and all(isinstance(source, int) for source in call.noise.sources)
+        table = without_draws(self.table) if seeded else self.table  # seeds are drawn from step by step
         for image in self.images:
             inputs, arrays = batches.arrays(
                 call.request,
                 Batch(image.index, [call.request.images[image.index]], 1, self._lengths),
-                self.table,
+                table,
                 initial,
                 self.finished,
                 noise=call.noise,
                 latents=call.latents,
                 conditioning=conditioning,
             )
+            source = go_on() if seeded and self.table.draw_count else arrays["noise"][0, : self.table.draw_count].copy()
             tables = tables or region(arrays, table_names(self.pipe.bundle), len(self.table) + 1, self.fit)
-            image.prepared = prepared(inputs, arrays, self.table, tables)
+            image.prepared = prepared(inputs, arrays, StepNoise(self.table.draws, source), tables)
 
 
 def _given(arguments: Mapping[str, Any]) -> dict[str, Any]:

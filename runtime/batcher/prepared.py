@@ -7,8 +7,9 @@ first with weight 0.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from ...engines.device import Array
 from ...engines.engine import shape_of, solve_sizes
 from ...engines.errors import BundleError, RequestError
 from ..loop.denoise import STATE
+from ..sampling.noise import Generator
 from ..sampling.step_table import StepTable
 
 BRANCHES = 2
@@ -38,6 +40,31 @@ class Fit:
     history: int
 
 
+class StepNoise:
+    """What the steps of an image draw, one after the other: hundreds of megabytes, were it drawn while images wait."""
+
+    def __init__(self, draws: Sequence[int], source: Array | Generator) -> None:
+        """`draws` says how many tensors each step draws, of which it uses the last.
+
+        `source` is what was drawn, [K, C, h, w], or what draws them.
+        """
+        self._draws = tuple(map(int, draws))
+        self._source, self._last = source, np.cumsum(self._draws) - 1
+        self._step = -1
+        self._values: Array | None = None
+
+    def at(self, step: int, shape: Sequence[int]) -> Array | None:
+        """Return what a step uses [C, h, w], None where it draws nothing; again for the same step, or for the next."""
+        if not self._draws[step]:
+            return None
+        if not isinstance(self._source, Generator):
+            return self._source[self._last[step]]
+        for _ in range(self._draws[step] if step != self._step else 0):
+            self._values = self._source.randn(shape)
+        self._step = step
+        return self._values
+
+
 @dataclass(frozen=True)
 class Prepared:
     """One image, ready for a slot: host arrays."""
@@ -50,10 +77,7 @@ class Prepared:
     """Its region of the tables, [T, ...]."""
     own: Mapping[str, Array]
     """`mask` [1, 1, h, w], and `original` [1, 2, C, h, w] where it is used."""
-    noise: Array | None
-    """What the steps draw, [K, C, h, w], or None."""
-    draws: tuple[int | None, ...]
-    """Which noise each step uses, None where it draws none."""
+    noise: StepNoise
 
 
 def table_names(bundle: Bundle) -> list[str]:
@@ -105,15 +129,23 @@ def region(arrays: Mapping[str, Array], names: Iterable[str], used: int, fit: Fi
 
 
 def prepared(
-    inputs: Mapping[str, Array], arrays: Mapping[str, Array], table: StepTable, tables: Mapping[str, Array]
+    inputs: Mapping[str, Array], arrays: Mapping[str, Array], noise: StepNoise, tables: Mapping[str, Array]
 ) -> Prepared:
     """Return one image of a batch of one; `tables` is its region."""
-    count = table.draw_count
-    noise = arrays["noise"][0, :count].copy() if count else None
-    which = np.cumsum(table.draws) - 1
-    draws = tuple(int(last) if drawn else None for last, drawn in zip(which, table.draws, strict=True))
     state = {"latents": arrays["latents"], "model_input": arrays["model_input"][:1], "timestep": arrays["timestep"][:1]}
     own = {"mask": arrays["mask"]}
     if not arrays["mask"].all():
         own["original"] = arrays["original"]
-    return Prepared(inputs, state, tables, own, noise, draws)
+    return Prepared(inputs, state, tables, own, noise)
+
+
+def without_draws(table: StepTable) -> StepTable:
+    """Return a table whose steps draw nothing, the same one each time: what is packed of it is kept."""
+    if not table.draw_count:
+        return table
+    if table not in _WITHOUT_DRAWS:
+        _WITHOUT_DRAWS[table] = replace(table, draws=np.zeros_like(table.draws))
+    return _WITHOUT_DRAWS[table]
+
+
+_WITHOUT_DRAWS: WeakKeyDictionary[StepTable, StepTable] = WeakKeyDictionary()

@@ -213,6 +213,13 @@ def loop_arrays(
     return arrays
 
 
+def go_on() -> Generator:
+    """Return a generator of its own that goes on where this thread's last draw ended."""
+    drawn, fresh = _generator(), Generator(0)
+    fresh.resume(drawn.seed, *drawn.state())
+    return fresh
+
+
 def _generator() -> Generator:
     """Return this thread's generator, to be restarted for each image: making one gathers entropy that nobody uses."""
     if not hasattr(_thread, "generator"):

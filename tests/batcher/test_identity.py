@@ -15,6 +15,7 @@ from latentrt.runtime import Pipeline
 from latentrt.runtime.batcher import Batcher
 from latentrt.runtime.batcher.policy import StepTimes
 from latentrt.runtime.batcher.slots import Slots
+from latentrt.runtime.sampling.noise import Generator
 from PIL import Image
 
 from .conftest import Gate
@@ -116,6 +117,8 @@ MASK = Image.fromarray(np.pad(np.full((32, 64), 255, np.uint8), ((0, 32), (0, 0)
         {"sampler": "ddim", "num_inference_steps": 130},
         {"sampler": "ddpm", "num_inference_steps": 6},
         {"sigmas": [10.0, 3.0, 1.0, 0.0], "sampler": "euler"},
+        {"num_inference_steps": 8, "guidance_interval": (0.2, 0.7)},
+        {"num_inference_steps": 8, "guidance_reuse": 0.5, "sampler": "euler_a"},
         {"latents": np.random.default_rng(1).standard_normal((1, 4, 8, 8)).astype(np.float32)},
         {"output_type": "latent"},
     ],
@@ -161,3 +164,16 @@ def test_a_generator_of_a_caller_is_left_where_the_drawing_ended(pipe: Pipeline,
         pictures = batcher.submit(**request, generator=one).result(300).images
     assert np.abs(pictures - pipe(**request, generator=other).images).max() <= 1 / 255
     assert torch.equal(one.get_state(), other.get_state())
+
+
+def test_noise_is_drawn_when_its_step_comes(pipe: Pipeline) -> None:
+    request = {**SMALL, "prompt": "a star", "seed": 5, "num_inference_steps": 50, "sampler": "euler_a"}
+    with Batcher(pipe, slots=1) as batcher:
+        job = batcher._job({**request, "num_images_per_prompt": 2})
+        job.prepare_early()
+    noise = job.images[1].prepared.noise  # type: ignore[union-attr]
+    drawn = [noise.at(step, (4, 8, 8)) for step in (0, 1, 1, 2)]
+    generator = Generator(6)
+    expected = [generator.randn((4, 8, 8)) for _ in range(4)][1:]  # the first one is where the image starts
+    for one, other in zip(drawn, (expected[0], expected[1], expected[1], expected[2]), strict=True):
+        np.testing.assert_array_equal(one, other)
