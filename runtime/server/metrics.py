@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from importlib import metadata
 from typing import Any
 
@@ -42,7 +42,6 @@ COUNTED: dict[str, tuple[str, tuple[str, ...]]] = {
     "http_requests": ("Answers by route and status; 499: the client went away.", ("method", "route", "status")),
 }
 NOTED: dict[str, tuple[str, tuple[str, ...]]] = {
-    "memory_bytes": ("Memory of the device at the end of a stage, the most so far.", ("model", "stage")),
     "model_load_seconds": ("Time that opening a bundle took, the last time.", ("model",)),
     "build_info": ("Which release this is.", ("version",)),
 }
@@ -66,7 +65,6 @@ class Metrics(ServiceObserver):
             name: Gauge(f"latentrt_{name}", text, labels, registry=registry) for name, (text, labels) in NOTED.items()
         }
         self._values["build_info"].labels(metadata.version("latentrt")).set(1)
-        self._most: dict[tuple[str, str], int] = {}
         self.open_connections = 0
         """Set by the server before every reading."""
         ProcessCollector(registry=self.registry)
@@ -106,12 +104,6 @@ class Metrics(ServiceObserver):
                 self._times["stage_seconds"].labels(job.model, stage).observe(timings[stage])
         if cut := sum("is longer than" in warning for warning in job.facts.get("warnings", ())):
             self._counts["prompts_cut"].labels(job.model).inc(cut)
-
-    def remembered(self, model: str, memory: Mapping[str, int]) -> None:
-        """Note the memory of the device in use at the end of stages."""
-        for stage, used in memory.items():
-            most = self._most[model, stage] = max(used, self._most.get((model, stage), 0))
-            self._values["memory_bytes"].labels(model, stage).set(most)
 
     def loaded(self, model: str, seconds: float | None) -> None:
         """Count a bundle that was opened in some seconds, or could not be."""

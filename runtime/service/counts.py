@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..batcher.stats import Stats
@@ -34,9 +33,6 @@ class ServiceObserver:
 
     def ended(self, job: Job) -> None:
         """A job is over."""
-
-    def remembered(self, model: str, memory: Mapping[str, int]) -> None:
-        """A request left so many bytes of the device in use at the end of its stages."""
 
     def loaded(self, model: str, seconds: float | None) -> None:
         """A bundle was opened in some seconds; None: it could not be."""

@@ -202,7 +202,6 @@ class Service:
             self._end(job, model, error)
             return
         job.end("succeeded", facts=facts)
-        self.models.observer.remembered(model.name, result.memory)
         self._over(job, model)
 
     def _facts(self, job: Job, model: Model, result: Any) -> dict[str, Any]:

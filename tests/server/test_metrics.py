@@ -110,9 +110,8 @@ def known(found: dict[Any, float]) -> set[str]:
 @pytest.mark.parametrize("file", ["grafana.json", "alerts.yml"])
 def test_every_metric_that_is_used_exists(busy: tuple[Served, httpx2.Client], file: str) -> None:
     found = metrics(busy[1])
-    of_memory = {"latentrt_memory_bytes"}  # has samples only where a backend says what its stages used
     used = names_in((MONITORING / file).read_text(encoding="utf-8"))
-    assert used and used - known(found) - of_memory == set()
+    assert used and used - known(found) == set()
 
 
 def test_labels_that_are_used_exist(busy: tuple[Served, httpx2.Client]) -> None:
