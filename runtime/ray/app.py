@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -37,12 +38,6 @@ class _Engines:
         return await self._described.remote()
 
 
-def _lost() -> tuple[type[BaseException], ...]:
-    """Return the errors of a replica that is gone; releases differ in which they have."""
-    named = (getattr(exceptions, name, None) for name in ("ReplicaUnavailableError",))
-    return (RayActorError, *(kind for kind in named if kind is not None))
-
-
 def _ingress(settings: RaySettings) -> Callable[[], Any]:
     """Return what makes the ASGI application, in the replica that serves it."""
 
@@ -50,9 +45,9 @@ def _ingress(settings: RaySettings) -> Callable[[], Any]:
         handle = serve.get_deployment_handle(ENGINE, app_name=serve.get_replica_context().app_name)
         errors = Errors(
             busy=(exceptions.BackPressureError,),
-            lost=_lost(),
+            lost=(RayActorError, getattr(exceptions, "ReplicaUnavailableError", RayActorError)),  # not in all releases
             unavailable=(exceptions.DeploymentUnavailableError,),
-            cancelled=(exceptions.RequestCancelledError, TaskCancelledError, Errors.cancelled[0]),
+            cancelled=(exceptions.RequestCancelledError, TaskCancelledError, asyncio.CancelledError),
         )
         metrics = Metrics()
         models = RemoteModels(

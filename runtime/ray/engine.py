@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from ...engines.errors import EngineError
 from ..service import Ended, Event, Job, Models, Pictured, Previewed, Service, Stepped, Work
 from ..service.models import named_bundles
 from .settings import RaySettings
-from .wire import Done, Drawn, Failed, Message, Preview, Progress, Taken
+from .wire import Done, Failed, Message, Progress, Taken
 
 STEP_SECONDS = 0.1
 """Between steps that are told: a message costs about as much as a step of a small model."""
@@ -83,7 +83,6 @@ class Engine:
 
 
 async def _messages(job: Job, heard: asyncio.Queue[Event]) -> AsyncIterator[Message]:
-    sent: set[int] = set()
     told = 0.0
     while True:
         try:
@@ -94,19 +93,11 @@ async def _messages(job: Job, heard: asyncio.Queue[Event]) -> AsyncIterator[Mess
         now = time.monotonic()
         if isinstance(event, Stepped) and (event.done == event.total or now - told >= STEP_SECONDS):
             told = now
-            yield Progress(job.progress, (event.index, event.done, event.total))
-        elif isinstance(event, Previewed):
-            yield Preview(event.index, event.number, event.picture)
-        elif isinstance(event, Pictured):
-            sent.add(event.index)
-            yield Drawn(event.index, event.picture)
+            yield Progress(job.progress, event)
+        elif isinstance(event, Previewed | Pictured):
+            yield event
         elif isinstance(event, Ended):
-            if event.error is not None:
-                yield Failed.of(event.error)
-                return
-            for index in sorted(set(job.pictures) - sent):  # those that were there before anybody listened
-                yield Drawn(index, job.pictures[index])
-            yield Done(job.facts)
+            yield Done(job.facts) if event.error is None else Failed.of(event.error)
             return
 
 
@@ -115,7 +106,7 @@ def _tell(loop: asyncio.AbstractEventLoop, heard: asyncio.Queue[Event], event: E
         loop.call_soon_threadsafe(heard.put_nowait, event)
 
 
-def _cancel(submitted: asyncio.Future[Job] | Future[Job]) -> None:
+def _cancel(submitted: asyncio.Future[Job]) -> None:
     """Cancel a job that was submitted when nobody wanted it any more."""
     if not submitted.cancelled() and submitted.exception() is None:
         submitted.result().cancel()

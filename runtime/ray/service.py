@@ -14,9 +14,9 @@ from typing import Any, Protocol
 
 from ...engines.errors import LatentRTError, QueueFullError
 from ..batcher import JobProgress
-from ..service import Ended, Event, Job, Limits, Model, Models, Service, Work
+from ..service import Ended, Event, Job, Limits, Model, Models, Pictured, Previewed, Service, Work
 from ..service.errors import UnavailableError
-from .wire import Done, Drawn, Failed, Message, Preview, Progress, Taken
+from .wire import Done, Failed, Message, Progress, Taken
 
 TRIES = 2
 """How often a request is drawn that its replica's end has cut short."""
@@ -206,10 +206,10 @@ class RemoteService(Service):
                 elif isinstance(message, Progress):
                     told.said = message.said
                     if message.step is not None:
-                        job.stepped(*message.step)
-                elif isinstance(message, Preview):
+                        job.stepped(message.step.index, message.step.done, message.step.total)
+                elif isinstance(message, Previewed):
                     job.previewed(message.index, message.number, message.picture)
-                elif isinstance(message, Drawn):
+                elif isinstance(message, Pictured):
                     job.pictured(message.index, message.picture)
                 elif isinstance(message, Done):
                     facts = message.facts

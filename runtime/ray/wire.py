@@ -1,4 +1,4 @@
-"""What engines tell the ingress of a request: plain values, and errors that arrive as they were raised.
+"""What engines tell the ingress of a request: a job's events, plain values, and errors that arrive as they were raised.
 
 An exception that a replica raises reaches the other side as Ray's, with a traceback for a text. And many of ours cannot
 be pickled: they take more than their message.
@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ..service.pictures import Picture
+from ..service import Pictured, Previewed, Stepped
 
 
 @dataclass(frozen=True)
@@ -24,25 +24,7 @@ class Progress:
     """How far the request is: what a service's job says of it, and the last step of one image."""
 
     said: dict[str, Any]
-    step: tuple[int, int, int] | None = None
-    """Which image, evaluations done, and of how many."""
-
-
-@dataclass(frozen=True)
-class Preview:
-    """A picture on its way."""
-
-    index: int
-    number: int
-    picture: Picture
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """A picture."""
-
-    index: int
-    picture: Picture
+    step: Stepped | None = None
 
 
 @dataclass(frozen=True)
@@ -74,4 +56,5 @@ class Failed:
         return error
 
 
-Message = Taken | Progress | Preview | Drawn | Done | Failed
+Message = Taken | Progress | Previewed | Pictured | Done | Failed
+"""Pictures come as the job's own events; steps with what the job says, and not each of them."""

@@ -21,8 +21,8 @@ from latentrt.runtime.batcher.pool import Pool
 from latentrt.runtime.ray.engine import Engine, QueuePolicy
 from latentrt.runtime.ray.service import RemoteModels, RemoteService
 from latentrt.runtime.ray.settings import RaySettings
-from latentrt.runtime.ray.wire import Done, Drawn, Failed, Progress, Taken
-from latentrt.runtime.service import Work
+from latentrt.runtime.ray.wire import Done, Failed, Progress, Taken
+from latentrt.runtime.service import Pictured, Stepped, Work
 from latentrt.runtime.service.errors import BusyError as ServiceBusyError
 from latentrt.runtime.service.errors import NotFoundError, RefusedError, UnavailableError
 from latentrt.runtime.service.models import named_bundles
@@ -273,8 +273,8 @@ def test_an_engine_yields_what_happens(engine: Engine) -> None:
     messages = asyncio.run(collected())
     assert messages[0] == Taken((64, 64)) and isinstance(messages[-1], Done)
     kinds = [type(message) for message in messages[1:-1]]
-    assert kinds[-1] is Drawn and set(kinds) == {Progress, Drawn}
-    assert messages[-3].step == (0, 3, 3), "the last step is always told"
+    assert kinds[-1] is Pictured and set(kinds) == {Progress, Pictured}
+    assert messages[-3].step == Stepped(0, 3, 3), "the last step is always told"
 
 
 def test_an_engine_that_nobody_listens_to_drops_its_job(engine: Engine, held: threading.Event) -> None:
