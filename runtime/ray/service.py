@@ -130,7 +130,7 @@ class RemoteService(Service):
         while True:
             try:
                 return await self._engines.described()
-            except (*self._errors.lost, *self._errors.busy) as error:
+            except (*self._errors.lost, *self._errors.busy, *self._errors.unavailable) as error:
                 log.warning("no engine answers yet: %s", type(error).__name__)
                 await asyncio.sleep(READY_SECONDS)
 

@@ -246,7 +246,7 @@ def test_the_ingress_waits_for_an_engine_and_refuses_other_bundles(engine: Engin
     settings = RaySettings(**SETTINGS)
     for described, state in ((None, "ready"), ({"embedded": ("another", None)}, "failed"), ({}, "failed")):
         engines = fake.Engines(engine)
-        engines.late, engines.described_as = [fake.LostError()], described
+        engines.late, engines.described_as = [fake.LostError(), fake.GoneError()], described
         models = RemoteModels(named_bundles(settings.bundles), settings.model)
         service = RemoteService(engines, fake.ERRORS, models)
         assert service.state == "loading"
