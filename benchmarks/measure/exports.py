@@ -50,7 +50,8 @@ else:
 for info in graphs:
     size = sum((out / file).stat().st_size for file in info.files)
     parity = info.parity and info.parity.model_dump(mode="json")
-    print(json.dumps({"graph": info.name, "bytes": size, "precision": info.precision, "parity": parity}))
+    told = {"graph": info.name, "bytes": size, "precision": info.precision, "parity": parity}
+    sys.stdout.write(json.dumps(told) + chr(10))
 """
 """A whole export, or some networks of a checkpoint alone; one line of JSON for each graph."""
 
