@@ -60,6 +60,7 @@ def serving_table(found: Found) -> Table:
     if first["engines"]["paced"]:
         scale = "" if curve["scale"] == 1 else f", at {curve['scale']:g} of its times, given back in its own"
         paced = f" No engine ran: steps slept as long as {curve['title']} ({curve['kind']}) takes{scale}."
+        paced += f" Of these, {curve['extrapolated']}." if curve["extrapolated"] else ""
     note = (
         f"Poisson arrivals {over}, {server['queue']} may wait, {server['slots']} slots, {server['rows']} rows. "
         f"`images/s`: at saturation; `×`: of the better of one at a time and static batches of equals, of which the "

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ...engines.errors import RequestError
+from ..contenders import ON_A_PROCESSOR
 from ..measure import machine
 from ..report.records import Record
 from . import load
@@ -139,13 +140,14 @@ class _Bench:
         seen = load.run(ask, arrivals, capacity=capacity(setup, self.mix))
         expected = simulate(policy, setup, self.mix, rate / scale, requests=count, seed=seed)
         figures = [_unscaled(outcome, scale, math.isinf(rate)) for outcome in (seen, expected)]
+        device = "paced" if place.paced else "cpu" if place.backend in ON_A_PROCESSOR else "cuda"
         at = "saturation" if math.isinf(rate) else f"{rate:.3g} images/s"
         self._say(f"{self.mix.name}, {policy}, {at}: {_said(figures[0])}; simulated: {_said(figures[1])}")
         return {
             "kind": "serving",
             "run": self.run_id,
-            **machine.stamp(watch, self.options.command, "paced" if place.paced else "cpu", place.threads),
-            "curve": setup.curve.as_record(),
+            **machine.stamp(watch, self.options.command, device, place.threads),
+            "curve": setup.curve.as_record(setup.rows),
             "mix": {"name": self.mix.name} if self.mix == MIXES.get(self.mix.name) else self.mix.model_dump(),
             "policy": policy,
             "point": "saturation" if math.isinf(rate) else "load",

@@ -71,9 +71,18 @@ class Curve:
         encode, decode = factor * self.encode, factor * self.decode
         return replace(self, known=known, encode=encode, decode=decode, scale=factor * self.scale)
 
-    def as_record(self) -> dict[str, Any]:
-        """Return what a record says of the curve: name, kind and scale, so that no line passes for a measurement."""
-        return {"name": self.name, "kind": self.kind, "title": self.title, "scale": self.scale}
+    def extrapolated(self, most: int) -> str | None:
+        """Say which steps of up to `most` rows are beyond the source; None when none is, or it is a line itself."""
+        parts = [f"fewer than {first}"] if (first := min(self.known)) > 1 else []
+        parts += [f"more than {last}"] if (last := max(self.known)) < most else []
+        if not parts or self.kind == "model":
+            return None
+        return f"steps of {' or '.join(parts)} rows are extrapolated, not {self.kind}"
+
+    def as_record(self, most: int) -> dict[str, Any]:
+        """Return what a record of up to `most` rows says of the curve, so that no line passes for a measurement."""
+        about = {"name": self.name, "kind": self.kind, "title": self.title, "scale": self.scale}
+        return about | {"extrapolated": self.extrapolated(most)}
 
 
 def names() -> list[str]:

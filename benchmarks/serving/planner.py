@@ -131,12 +131,13 @@ def text(found: Plan, setup: Setup, mix: Mix, rate: float, p99: float) -> str:
         ("", ""),
         ("curve", f"{curve.name}, {_KINDS[curve.kind]}: {curve.title}"),
         ("", curve.source),
+        *([("", beyond)] if (beyond := curve.extrapolated(setup.rows)) else []),
         (
             "simulated",
             f"{len(outcome.entries)} requests of the mix {mix.name} on each device, Poisson arrivals of "
             f"{rate:g} images/s spread at random; {setup.slots} slots, {setup.rows} rows, {setup.queue} may wait",
         ),
-        ("left out", "HTTP, PNG and network: a few milliseconds; devices that fail; load that is not steady"),
+        ("left out", "HTTP, PNG and network; devices that fail; load that is not steady"),
     ]
     return "\n".join(f"{name:<10} {said}".rstrip() for name, said in lines)
 

@@ -45,7 +45,9 @@ def latency(setup: Setup, mix: Mix, *, rate: float | None = None, p99: float | N
     axes.set_xlim(0, None)
     axes.set_xlabel("requests a second that one device gets")
     axes.set_ylabel("99 % are answered within, seconds")
-    axes.set_title(f"Simulated on {setup.curve.name} ({setup.curve.kind}), mix {mix.name}", fontsize=10, loc="left")
+    beyond = setup.curve.extrapolated(setup.rows)
+    title = f"Simulated on {setup.curve.name} ({setup.curve.kind}), mix {mix.name}"
+    axes.set_title("\n".join([title, *([beyond] if beyond else [])]), fontsize=10, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#e4e7eb", linewidth=0.8)
     axes.legend(fontsize=9, frameon=False)

@@ -48,7 +48,8 @@ def plan(
     setup, asked = Setup(named(curve), slots, rows, queue), mixes.mix(mix)
     found = planner.plan(setup, asked, rate, p99, seed=seed)
     if as_json:
-        typer.echo(json.dumps(found.as_record() | {"curve": setup.curve.as_record(), "mix": asked.name}, indent=2))
+        about = {"curve": setup.curve.as_record(rows), "mix": asked.name}
+        typer.echo(json.dumps(found.as_record() | about, indent=2))
     else:
         typer.echo(planner.text(found, setup, asked, rate, p99))
     if plot is not None:

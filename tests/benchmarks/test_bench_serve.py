@@ -42,6 +42,7 @@ def test_every_point_is_a_record_that_says_what_it_is(monkeypatch: pytest.Monkey
     ]
     for record in made:
         said = {"name": "a100-sd15", "kind": "published", "scale": 0.001}
+        assert record["conditions"]["device"] == "paced"
         assert {name: record["curve"][name] for name in said} == said
         assert record["engines"]["paced"] and record["over"] == "in process" and record["server"]["queue"] == 32
         assert record["mix"]["steps"] == {2: 1, 4: 1}
@@ -51,6 +52,7 @@ def test_every_point_is_a_record_that_says_what_it_is(monkeypatch: pytest.Monkey
     assert [record["rate"] for record in made[3:5]] == pytest.approx([0.7 * best, 0.9 * best])
     text = page.text(made)
     assert "Serving: paced by the curve a100-sd15 (published), mix short" in text
+    assert "Of these, steps of fewer than 2 rows are extrapolated, not published." in text
     assert "No engine ran" in text and "32 may wait" in text and "**in flight**" in text
 
 
@@ -68,7 +70,7 @@ def test_tables_hold_the_newest_of_each_point_apart_by_device() -> None:
             "system": "Linux",
         },
         "conditions": {"device": "paced", "threads": 2, "quiet": True},
-        "curve": {"name": "c", "kind": "model", "title": "C", "scale": 1.0},
+        "curve": {"name": "c", "kind": "model", "title": "C", "scale": 1.0, "extrapolated": None},
         "mix": {"name": "m"},
         "over": "http",
         "server": {"slots": 4, "rows": 8, "queue": 32},
@@ -143,6 +145,7 @@ def test_plans_are_made_from_the_command_line(
     assert cli.run([*words, "--json", "--plot", str(tmp_path / "p.png")]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["devices"] >= 2 and found["latency"]["p99"] <= 8 and found["curve"]["kind"] == "published"
+    assert found["curve"]["extrapolated"] == "steps of fewer than 2 rows are extrapolated, not published"
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
     for more, message in (
         (["--p99", "0.5"], "idle device"),

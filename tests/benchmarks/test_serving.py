@@ -49,6 +49,10 @@ def test_every_curve_says_what_it_is() -> None:
         "h200-sd15": "model",
         "h200-sdxl": "model",
     }
+    beyond = {name: curve(name).extrapolated(16) for name in names()}
+    published = "steps of fewer than 2 rows are extrapolated, not published"
+    assert beyond == {name: published if kind == "published" else None for name, kind in kinds.items()}
+    assert curve("cpu-embedded").extrapolated(32) == "steps of more than 16 rows are extrapolated, not measured"
     assert all("no measurement" in curve(name).source.lower() for name, kind in kinds.items() if kind == "model")
 
 

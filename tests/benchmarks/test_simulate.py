@@ -125,6 +125,7 @@ def test_a_plan_meets_its_latency_and_one_device_less_does_not() -> None:
     worse = simulate.simulate("in-flight", setup, TYPICAL, 6 / (found.devices - 1), requests=1500)
     assert worse.latency(99) > 4.0
     said = planner.text(found, setup, TYPICAL, 6.0, 4.0)
+    assert "fewer than 2 rows are extrapolated, not published" in said
     assert "published by others, not measured here" in said and "Poisson" in said
     assert found.as_record()["devices"] == found.devices
 
