@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -87,12 +87,10 @@ class Outcome:
     steps: int = 0
     rows_used: int = 0
     rows_run: int = 0
-    swaps: int = 0
     busy: float = 0.0
     """Seconds in which the device ran steps, encoders or decoders."""
     span: float = 0.0
     """Seconds from the first arrival to the last end."""
-    extra: dict[str, Any] = field(default_factory=dict)
 
     def step(self, used: int, run: int, seconds: float, times: int = 1) -> None:
         """Note a step, or several equal ones, that took so many seconds in all."""
@@ -144,7 +142,6 @@ class Outcome:
             "occupancy": self.rows_used / self.rows_run if self.rows_run else None,
             "rows_per_step": self.rows_used / self.steps if self.steps else None,
             "busy_share": self.busy / self.span if self.span else None,
-            **self.extra,
         }
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -88,8 +88,3 @@ def mix(given: str) -> Mix:
         raise RequestError(f"mix {given}: {where}: {first['msg'][0].lower()}{first['msg'][1:]}") from error
     except (ValueError, TypeError) as error:
         raise RequestError(f"mix {given} is no JSON object ({error}): give steps, samplers, guided") from error
-
-
-def as_record(work: Work) -> dict[str, Any]:
-    """Return a request as a record holds it."""
-    return asdict(work)

@@ -98,6 +98,7 @@ class ServerProcess:
             said, _ = self._process.communicate(timeout=STOP_SECONDS)
         except subprocess.TimeoutExpired:
             self._process.kill()
+            self._process.communicate()
             raise EngineError(f"the server did not end within {STOP_SECONDS:g} s of SIGTERM: it was killed") from None
         except ValueError:  # its output was taken before
             return

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, get_args
 
-from ...runtime.batcher.batcher import BUCKETS
-from ...runtime.batcher.policy import Candidate, decide
+from ...runtime.batcher.policy import BUCKETS, Candidate, decide
 from .arrivals import Arrivals, Entry, Outcome, mean_alone
 from .curve import Curve
 from .mixes import Mix
@@ -35,7 +34,7 @@ class Setup:
 
     @property
     def buckets(self) -> tuple[int, ...]:
-        """The row counts of a batcher that is opened so."""
+        """The row counts of a batcher that is opened so, on a backend whose engines take any number of rows."""
         return (*(bucket for bucket in BUCKETS if bucket < self.rows), self.rows)
 
     @cached_property
@@ -75,7 +74,6 @@ def _in_flight(setup: Setup, arrivals: Arrivals, outcome: Outcome) -> float:
         for index in sorted(decision.admit, reverse=True):
             del waiting[index]
         waiting += [running[index] for index in decision.swap_out]
-        outcome.swaps += len(decision.swap_out)
         for index in sorted(decision.swap_out, reverse=True):
             del running[index]
         for entry in chosen:
@@ -111,14 +109,7 @@ def _end(entries: Sequence[Entry], curve: Curve, outcome: Outcome, now: float) -
     return now
 
 
-def _static(
-    setup: Setup,
-    arrivals: Arrivals,
-    outcome: Outcome,
-    group: Group,
-    *,
-    leave: bool,
-) -> float:
+def _static(setup: Setup, arrivals: Arrivals, outcome: Outcome, group: Group, *, leave: bool) -> float:
     """Run a group from its first step to its last before the next one; with `leave` images end when they are done."""
     curve, waiting, now = setup.curve, list[Entry](), 0.0
     times = curve.times(setup.buckets)
