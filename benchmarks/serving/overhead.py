@@ -10,15 +10,15 @@ import argparse
 import http.client
 import json
 import re
+import shlex
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any
 
-import numpy as np
-
+from ...engines.errors import EngineError, LatentRTError
 from ...export.embedded import ensure_bundle
 from ...runtime import Pipeline
 from ...runtime.pictures.png import encode_png
@@ -27,7 +27,7 @@ from ..measure.statistics import summarize
 from ..report.records import Record, append, default_file
 
 WARM_UP = 5
-START_SECONDS = 120.0
+ANSWER_SECONDS = 120.0
 
 
 @contextmanager
@@ -37,12 +37,12 @@ def server(size: int, threads: int) -> Iterator[http.client.HTTPConnection]:
     command += ["--backend", "onnxruntime-cpu", "--threads", str(threads), "--no-access-log"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         try:
-            assert process.stderr is not None
-            for line in process.stderr:
+            for line in process.stderr or ():
                 if found := re.search(r"serving .* on http://([\d.]+):(\d+)", line):
-                    yield http.client.HTTPConnection(found[1], int(found[2]), timeout=START_SECONDS)
+                    with closing(http.client.HTTPConnection(found[1], int(found[2]), timeout=ANSWER_SECONDS)) as opened:
+                        yield opened
                     return
-            raise RuntimeError("the server did not start")
+            raise EngineError(f"the server did not start: try {shlex.join(command)}")
         finally:
             process.terminate()
 
@@ -62,7 +62,8 @@ def measure(size: int, steps: int, rounds: int, threads: int) -> dict[str, list[
             connection.request(method, path, body, {"content-type": "application/json"})
             answer = connection.getresponse()
             text = answer.read()
-            assert answer.status == 200, text
+            if answer.status != 200:
+                raise EngineError(f"the server answered {answer.status}: {text[:200]!r}")
 
         calls: dict[str, Callable[[], object]] = {
             "pipeline": lambda: encode_png(pipe(**request, height=size, width=size).images[0]),
@@ -89,14 +90,18 @@ def main() -> None:
     parser.add_argument("--keep", action="store_true", help="add the record to those of this machine")
     options = parser.parse_args()
     watch = machine.LoadWatch()
-    seconds = measure(options.size, options.steps, options.rounds, options.threads)
+    try:
+        seconds = measure(options.size, options.steps, options.rounds, options.threads)
+    except LatentRTError as error:
+        sys.exit(f"error: {error}")
     over = [one - other for one, other in zip(seconds["http"], seconds["pipeline"], strict=True)]
+    command = f"python -m latentrt.benchmarks.serving.overhead {shlex.join(sys.argv[1:])}".strip()
     record: Record = {
         "kind": "overhead",
-        **machine.stamp(watch, f"overhead {' '.join(sys.argv[1:])}".strip(), "cpu", options.threads),
+        **machine.stamp(watch, command, "cpu", options.threads),
         "work": {"size": options.size, "steps": options.steps, "bundle": "embedded"},
         "seconds": {name: summarize(values) for name, values in seconds.items()},
-        "overhead_seconds": {"p50_of_pairs": float(np.median(over)), **summarize(over)},
+        "overhead_seconds": summarize(over),
     }
     if options.keep:
         append(default_file(record["machine"]), [record])
