@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Annotated, Any, TypedDict
+from typing import Annotated, Any, NamedTuple, TypedDict
 
 from pydantic import (
     BaseModel,
@@ -194,11 +194,9 @@ class GenerationRequest(BaseModel):
         try:
             return cls(**fields)
         except ValidationError as error:
-            first = error.errors()[0]
-            name = ".".join(str(part) for part in first["loc"])
-            message = first["msg"].removeprefix("Value error, ")
-            given = f"{name} is {_short(first['input'])}: " if name else ""
-            raise RequestError(f"{given}{message[0].lower() + message[1:]}") from error
+            first = problem_of(error)
+            name = ".".join(first.where)
+            raise RequestError(f"{name} is {first.given}: {first.text}" if name else first.text) from error
 
     def with_defaults(
         self, manifest: Manifest, picture_size: tuple[int, int] | None = None, *, from_picture: bool = False
@@ -268,6 +266,34 @@ class GenerationRequest(BaseModel):
         return [(prompt, negative, (self.seed + i) % (MAX_SEED + 1)) for i, (prompt, negative) in enumerate(pairs)]
 
 
-def _short(value: Any) -> str:
+class Problem(NamedTuple):
+    """The first thing wrong with some fields: pydantic's kind of it, the field, what was given, what is allowed."""
+
+    kind: str
+    where: tuple[str, ...]
+    given: str
+    text: str
+
+
+def problem_of(error: ValidationError) -> Problem:
+    """Return the first problem that a validation found; how many values there may be is said in our own words."""
+    found = error.errors(include_url=False)
+    first, given = found[0], found[0]["input"]
+    kind, where, about = first["type"], first["loc"], first.get("ctx", {})
+    text = first["msg"].removeprefix("Value error, ")
+    text = text[:1].lower() + text[1:]
+    if kind == "missing" and isinstance(given, list | tuple):  # of so many, one is told for each that is not there
+        last = max(int(each["loc"][-1]) for each in found if each["type"] == kind and each["loc"][:-1] == where[:-1])
+        kind, where, text = "too_short", where[:-1], f"give {last + 1}, not {len(given)}"
+    elif kind in ("too_short", "too_long"):
+        bound = about.get("min_length", about.get("max_length"))
+        text = f"give at {'least' if kind == 'too_short' else 'most'} {bound}, not {about['actual_length']}"
+    elif kind in ("tuple_type", "list_type") and where:
+        text = "give a text, or a list" if where[-1] in TEXTS else "give a list"
+    return Problem(kind, tuple(map(str, where)), short(given), text)
+
+
+def short(value: Any) -> str:
+    """Return the beginning of a value as Python writes it."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."

@@ -6,6 +6,7 @@ import importlib.util
 import logging
 import os
 import re
+import threading
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,6 +40,31 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LATENTRT_HOME", str(tmp_path_factory.mktemp("home")))
         yield
+
+
+@contextmanager
+def turns_held() -> Iterator[threading.Event]:
+    """Hold the turns of all batchers until the event is set, or the block ends."""
+    from latentrt.runtime.batcher.pool import Pool
+
+    turn, free = Pool.turn, threading.Event()
+
+    def waiting(pool: Pool) -> None:
+        assert free.wait(120)
+        turn(pool)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Pool, "turn", waiting)
+        try:
+            yield free
+        finally:
+            free.set()
+
+
+@pytest.fixture
+def held() -> Iterator[threading.Event]:
+    with turns_held() as free:
+        yield free
 
 
 @contextmanager

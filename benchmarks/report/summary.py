@@ -92,16 +92,27 @@ def summary(records: Iterable[Record]) -> str:
     found = {name: group for name in WORKLOADS if (group := chosen(records, name))}
     if not found:
         raise RequestError(f"no fp32 record of latentrt on a processor: run `latentrt bench {WORKLOADS[0]}` first")
+    marks = _marks(found.values())
     names = list(dict.fromkeys(record["contender"]["name"] for group in found.values() for record in group))
     rows = []
     for name in names:
         entries = [next((r for r in group if r["contender"]["name"] == name), None) for group in found.values()]
         cells = zip(*(DASHES if entry is None else _cells(entry) for entry in entries), strict=True)
-        title = next(title_of(entry) for entry in entries if entry is not None)
+        mark = "".join(marks.get((r["workload"]["name"], r["run"]), "") for r in entries if r is not None)
+        title = next(title_of(entry) for entry in entries if entry is not None) + mark
         rows.append([title, *(column[0] if len(set(column)) == 1 else " / ".join(column) for column in cells)])
     in_bf16 = any(precision_of(record) == "bf16" for group in found.values() for record in group)
     note = _note([group[0] for group in found.values()], NOT_EXACT if in_bf16 else BF16)
+    dates = {record["run"]: record["date"][:10] for group in found.values() for record in group}
+    note += "".join(f" {mark} `{work}`: another run, {dates[run]}." for (work, run), mark in marks.items())
     return Table("", HEAD, rows, note).markdown()
+
+
+def _marks(groups: Iterable[Sequence[Record]]) -> dict[tuple[str, str], str]:
+    """Return a mark for each work and run of which there are rows beside those of the first row's run."""
+    runs = dict.fromkeys((r["workload"]["name"], r["run"]) for g in groups for r in g if r["run"] != g[0]["run"])
+    raised = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
+    return {run: str(number).translate(raised) for number, run in enumerate(runs, 1)}
 
 
 HEAD = ("", "ran in", "request p50", "step", "peak memory", "shell to PNG", "pixels")

@@ -65,7 +65,7 @@ def _sections_of_machine(records: Sequence[Record]) -> list[Section]:
         missing = [f"{r['contender']['title']}: {r['reason']}" for r in absent if r["contender"]["name"] not in names]
         makers = (latency_table, start_table, roofline_table, scenario_table)
         tables = [table for make in makers if (table := make(group)).rows]
-        out.append(Section(work_title(first), conditions(first), tables, missing, group))
+        out.append(Section(work_title(first), conditions(first) + _other_runs(group), tables, missing, group))
     return out
 
 
@@ -92,8 +92,24 @@ def conditions(record: Record) -> str:
         parts.append(f"{rounds} rounds after {state['warmup']} warm-up requests, by turns: {state['turns']}")
     if not state["quiet"]:
         parts.append(f"NOT QUIET: others used {state['others_share']:.0%} of the machine")
-    command = " ".join(MOVED.get(word, word) for word in record["command"].split(" "))
-    return "; ".join([*parts, f"{record['date'][:10]}; `{command}`"])
+    return "; ".join([*parts, f"{record['date'][:10]}; `{_command(record)}`"])
+
+
+def _command(record: Record) -> str:
+    return " ".join(MOVED.get(word, word) for word in record["command"].split(" "))
+
+
+def _other_runs(group: Sequence[Record]) -> str:
+    """Say which rows are not of the first one's run, and how each was made; nothing where all are."""
+    runs: dict[str, list[Record]] = {}
+    for record in group:
+        if record["run"] != group[0]["run"]:
+            runs.setdefault(record["run"], []).append(record)
+    said = []
+    for records in runs.values():
+        titles = ", ".join(record["contender"]["title"] for record in records)
+        said.append(f". Of another run ({records[0]['date'][:10]}; `{_command(records[0])}`): {titles}")
+    return "".join(said)
 
 
 def latency_table(group: Sequence[Record]) -> Table:
@@ -118,8 +134,8 @@ def latency_table(group: Sequence[Record]) -> Table:
         )
     head = ["", "request p50", "p90", "p99", "encode", "denoise", "decode", "step", "time ×", "memory", "pixels"]
     note = (
-        "Milliseconds from prompt to PNG bytes; `time ×`: median over rounds, against the first row; `memory`: peak "
-        "resident; `pixels`: largest difference, of 255, to diffusers in fp32 with the same noise."
+        "Milliseconds from prompt to PNG bytes; `time ×`: median over rounds, against the first row in the same run; "
+        "`memory`: peak resident; `pixels`: largest difference, of 255, to diffusers in fp32 with the same noise."
     )
     return Table("Latency", head, rows, note)
 

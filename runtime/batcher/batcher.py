@@ -199,11 +199,7 @@ class Batcher:
                     self._check_open()
                     pool = self._queue.pool(job.fit)
                     self._queue.warm.add(job.fit)
-                try:
-                    warm_up(pool, job, self._encoder, pictures, progress)
-                except BaseException:
-                    pool.close()
-                    raise
+                warm_up(pool, job, self._encoder, pictures, progress)
 
     def _check_engines(self, job: Job) -> None:
         """Raise `RequestError` for a request whose engines are not there, where none may be built for it."""

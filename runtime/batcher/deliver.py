@@ -45,8 +45,12 @@ class Deliverer:
             self._ready.append(box)
             if len(self._ready) > self._idle and len(self._threads) < MOST:
                 thread = threading.Thread(target=self._run, name="latentrt finisher", daemon=True)
-                self._threads.add(thread)
-                thread.start()
+                try:
+                    thread.start()
+                except RuntimeError as error:  # there are too many, or the interpreter ends
+                    log.warning("a thread for results did not start: %s", error)
+                else:
+                    self._threads.add(thread)
             self._changed.notify()
 
     def owns(self, thread: threading.Thread) -> bool:

@@ -32,7 +32,8 @@ class Pool:
     @property
     def live(self) -> int:
         """Images that wait or are in flight."""
-        return len(self.waiting) + (len(self._flight.images) if self._flight else 0)
+        flight = self._flight  # another thread may close it meanwhile
+        return len(self.waiting) + (len(flight.images) if flight else 0)
 
     def turn(self) -> None:
         """Drop what nobody wants any more, admit who is next, run a step of all, and finish who is done."""
@@ -58,9 +59,17 @@ class Pool:
         return self._flight
 
     def at_rest(self) -> Flight:
-        """Return the buffers with nothing in flight: what was there waits to go on."""
+        """Return the buffers with nothing in flight: what was there waits to go on.
+
+        Raises `EngineError` where there is no memory for that, and what is in flight stays there.
+        """
         flight = self.opened()
-        if flight.images and not self._park(flight, list(flight.images)):
+        try:
+            parked = not flight.images or self._park(flight, list(flight.images))
+        except Exception as error:
+            self.fail(error)
+            raise
+        if not parked:
             raise EngineError("images are in flight, and there is no memory beside their slots: warm up when none are")
         return flight
 

@@ -30,20 +30,24 @@ def warm_up(pool: Pool, job: Job, encoder: Encoder, pictures: bool, progress: Pr
     report = partial(_report, progress, f"{request.width}x{request.height}", 2 + len(buckets))
     report("prompt and decoder", 0)
     flight = pool.at_rest()
-    job.prepare_early()
-    job.prepare()
-    image = job.images[0]
-    assert image.prepared is not None
-    encoder.conditioning(image.prepared.inputs)
-    encoder.decode(np.zeros((1, *pool.fit.latents), np.float32))
-    report("encoder of pictures", 1)
-    if pictures and session.bundle.has_graph("image_encoder"):
-        session.encode_picture(np.zeros((1, request.height or 0, request.width or 0, 3), np.uint8))
-    flight.keep()
-    for number, bucket in enumerate(reversed(buckets)):  # the largest first: memory that it needs serves all
-        report(f"steps of {bucket} rows", 2 + number)
-        flight.time_bucket(bucket, UNSETTLED, TIMED)
-    report("ready", 2 + len(buckets))
+    try:
+        job.prepare_early()
+        job.prepare()
+        image = job.images[0]
+        assert image.prepared is not None
+        encoder.conditioning(image.prepared.inputs)
+        encoder.decode(np.zeros((1, *pool.fit.latents), np.float32))
+        report("encoder of pictures", 1)
+        if pictures and session.bundle.has_graph("image_encoder"):
+            session.encode_picture(np.zeros((1, request.height or 0, request.width or 0, 3), np.uint8))
+        flight.keep()
+        for number, bucket in enumerate(reversed(buckets)):  # the largest first: memory that it needs serves all
+            report(f"steps of {bucket} rows", 2 + number)
+            flight.time_bucket(bucket, UNSETTLED, TIMED)
+        report("ready", 2 + len(buckets))
+    except BaseException:
+        pool.close()  # nothing is in flight
+        raise
 
 
 def _report(progress: Progress, size: str, total: int, what: str, done: int) -> None:

@@ -112,11 +112,12 @@ def numbers(option: str, text: str | None, kind: Callable[[str], Number]) -> lis
 def _value(name: str, text: str, kind: Any) -> Any:
     from pydantic import TypeAdapter, ValidationError
 
+    from ..request import problem_of
+
     if size := SIZE.fullmatch(text.strip()):
         unit = (1024 if size[3] else 1000) ** ("KMG".index(size[2].upper()) + 1)
         text = str(int(float(size[1]) * unit))
     try:
         return TypeAdapter(kind).validate_python(text)
     except ValidationError as error:
-        reason = error.errors()[0]["msg"]
-        raise RequestError(f"option {name} is {text!r}: {reason[0].lower()}{reason[1:]}") from error
+        raise RequestError(f"option {name} is {text!r}: {problem_of(error).text}") from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
+from functools import cache
 from importlib import metadata
 from typing import Any
 
@@ -110,6 +111,7 @@ def _quoted(value: Any) -> str:
     return json.dumps(text, ensure_ascii=False) if any(mark in text for mark in ",:\n") else text
 
 
+@cache  # half a millisecond, for every picture, on the event loop
 def _version() -> str:
     return f"latentrt {metadata.version('latentrt')}"
 

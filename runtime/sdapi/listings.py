@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import os
-from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, Body, Request
 
+from ...engines.host import HostDevice
 from ..server.body import context_of
 from ..service import Service
 from .samplers import listed, schedulers
@@ -83,7 +83,7 @@ def add_listings(routes: APIRouter, service: Service, board: Board) -> None:
     async def memory() -> Any:
         """Say how much memory this process has in use, in bytes."""
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        used = _resident()
+        used = HostDevice().bytes_taken()
         return {"ram": {"free": total - used, "used": used, "total": total}, "cuda": {"error": "see /metrics"}}
 
     def empty(name: str) -> None:
@@ -94,12 +94,3 @@ def add_listings(routes: APIRouter, service: Service, board: Board) -> None:
 
     for name in EMPTY:
         empty(name)
-
-
-def _resident() -> int:
-    """Return the bytes of memory that this process uses, 0 where the system does not say."""
-    try:
-        pages = Path("/proc/self/statm").read_text(encoding="ascii").split()[1]
-    except OSError:
-        return 0
-    return int(pages) * os.sysconf("SC_PAGE_SIZE")

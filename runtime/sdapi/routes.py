@@ -51,7 +51,7 @@ def _add_drawing(routes: APIRouter, service: Service, workers: Workers, board: B
         drawing = await workers.run(lambda: drawing_of(body, service, board.settings(owner), **context))
         if not body.override_settings_restore_afterwards:
             board.set(owner, drawing.settings)
-        job = await workers.run(service.submit, drawing.work)
+        job = await workers.run(lambda: service.submit(drawing.work, steps=drawing.work.previews > 0))
         asked, dropped = Asked(job, body.images, body.force_task_id), False
         board.add(whose, asked)
         try:
@@ -92,7 +92,7 @@ async def _over(request: Request, asked: Asked) -> tuple[Ended, dict[int, Pictur
 
     with Events(asked.job) as events:
         ended = await unless_gone(request, asyncio.ensure_future(watch(events)))
-    return ended, {**pictures, **asked.job.pictures}
+    return ended, pictures
 
 
 def whose_is(request: Request) -> str:

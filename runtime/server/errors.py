@@ -24,6 +24,7 @@ from ...engines.errors import (
     is_out_of_memory,
     reason,
 )
+from ..request import problem_of, short
 from ..service.errors import BusyError, NotFoundError, RefusedError, UnavailableError
 
 MOST_SECONDS = 120.0
@@ -154,29 +155,21 @@ def param_of(message: str) -> str | None:
 
 def validation_error(error: ValidationError) -> ApiError:
     """Return the answer to fields of the wrong kind: the first of them, what was given, and what is allowed."""
-    first = error.errors(include_url=False, include_context=False)[0]
-    kind, where = first["type"], [str(part) for part in first["loc"]]
+    kind, where, given, text = problem_of(error)
     param = where[0] if where else None
-    text = first["msg"].removeprefix("Value error, ")
-    text = text[0].lower() + text[1:]
     if kind == "json_invalid":
         return ApiError(400, f"the body is no JSON: {text.removeprefix('invalid JSON: ')}", "invalid_request")
     if kind == "extra_forbidden":
         return ApiError(
             400,
-            f"{_short(param)} is no field of this request: leave it out; /openapi.json lists those there are",
+            f"{short(param)} is no field of this request: leave it out; /openapi.json lists those there are",
             "unknown_field",
             param=param,
         )
     if param is None:
         return ApiError(400, f"the body is no object of fields: {text}", "invalid_request")
-    given = "" if kind == "missing" else f" is {_short(first['input'])}"
-    return ApiError(400, f"{param}{given}: {text}", "invalid_request", param=param)
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    said = param if kind == "missing" else f"{param} is {given}"
+    return ApiError(400, f"{said}: {text}", "invalid_request", param=param)
 
 
 def add_handlers(app: FastAPI) -> None:

@@ -109,7 +109,8 @@ class Serving:
             return
         wanted = wanted_of(inputs, request_id=request.request_id(), timeout=request.timeout() / 1e6 or None)
         names = frozenset(request.requested_output_names())
-        exchange = Exchange(sender, names, wanted, self.service.submit(wanted.work))
+        steps = wanted.progress or wanted.work.previews > 0
+        exchange = Exchange(sender, names, wanted, self.service.submit(wanted.work, steps=steps))
         with self._lock:
             self._exchanges.add(exchange)
         exchange.job.listen(lambda event: self._heard(exchange, event))

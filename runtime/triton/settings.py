@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from ...engines.errors import RequestError
+from ..request import problem_of
 from ..service import Limits, ModelSettings
 
 
@@ -89,5 +90,5 @@ def settings_of(parameters: Mapping[str, str]) -> TritonSettings:
     try:
         return _ADAPTER.validate_python(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        raise RequestError(f"parameter {first['loc'][0]} is {first['input']!r}: {first['msg'].lower()}") from error
+        first = problem_of(error)
+        raise RequestError(f"parameter {first.where[0]} is {first.given}: {first.text}") from error

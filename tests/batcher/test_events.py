@@ -284,6 +284,16 @@ def test_of_one_key_only_the_last_is_kept_and_order_is_that_of_posting() -> None
     assert heard == ["preview", "step 99", "end"]
 
 
+def test_a_thread_that_does_not_start_is_started_with_what_comes_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    deliverer, heard = Deliverer(), list[int]()
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", lambda _: (_ for _ in ()).throw(RuntimeError("no new thread")))
+        deliverer.post(Box(), "first", lambda: heard.append(1))
+    deliverer.post(Box(), "second", lambda: heard.append(2))
+    deliverer.close(60)
+    assert heard == [1, 2]
+
+
 def test_a_deadline_that_cannot_be_met_is_refused_at_once(pipe: Pipeline, gate: Gate) -> None:
     with Batcher(pipe, slots=1, rows=2) as batcher:
         assert not batcher.submit(**SMALL, timeout=1e-3).done()  # nothing is known of steps yet

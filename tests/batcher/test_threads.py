@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import CancelledError, ThreadPoolExecutor
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,9 @@ from latentrt.engines.onnxruntime.session import OnnxRuntimeEngine
 from latentrt.runtime import Pipeline
 from latentrt.runtime.batcher import Batcher
 from latentrt.runtime.batcher.slots import Slots
+from latentrt.runtime.loop.session import Session
+
+from .conftest import Gate
 
 TINY: dict[str, Any] = {"height": 32, "width": 32, "output_type": "latent", "prompt": "a star"}
 
@@ -189,6 +193,41 @@ def test_a_failing_warm_up_leaves_nothing_behind(pipe: Pipeline, monkeypatch: py
         assert pipe.backend.device.tensor_bytes() == held
         with pytest.raises(RequestError, match="height is 33"):
             batcher.warm_up([(32, 33)])
+        assert batcher.submit(**TINY, num_inference_steps=2).result(300)
+
+
+@pytest.mark.parametrize("what", ["memory", "progress"])
+def test_a_warm_up_that_cannot_be_leaves_images_in_flight(
+    pipe: Pipeline, gate: Gate, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    def fail(*_: Any) -> Any:
+        raise EngineError("there is none left")
+
+    with Batcher(pipe, slots=1) as batcher:
+        future = batcher.submit(**TINY, num_inference_steps=4)
+        gate.run(2)
+        message = "no memory beside their slots" if what == "memory" else "there is none left"
+        with monkeypatch.context() as patch, pytest.raises(EngineError, match=message):
+            patch.setattr(Session, "request", lambda _: nullcontext())  # the next turn has it, and waits at the gate
+            patch.setattr(Slots, "parking", fail)
+            batcher.warm_up([(32, 32)], progress=fail if what == "progress" else lambda *_: None)
+        assert batcher.running == 1 and future.progress().done == 2
+        gate.open()
+        assert len(future.result(300).images) == 1
+
+
+def test_a_warm_up_that_cannot_copy_images_out_ends_their_requests(
+    pipe: Pipeline, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Batcher(pipe, slots=1) as batcher:
+        future = batcher.submit(**TINY, num_inference_steps=4)
+        gate.run(2)
+        with monkeypatch.context() as patch, pytest.raises(EngineError, match="a copy failed"):
+            patch.setattr(Session, "request", lambda _: nullcontext())  # the next turn has it, and waits at the gate
+            patch.setattr(Slots, "park", lambda *_: (_ for _ in ()).throw(EngineError("a copy failed")))
+            batcher.warm_up([(32, 32)])
+        assert isinstance(future.exception(300), EngineError)
+        gate.open()
         assert batcher.submit(**TINY, num_inference_steps=2).result(300)
 
 

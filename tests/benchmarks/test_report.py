@@ -19,10 +19,9 @@ from .made_records import STAGES, latency_record, missing_record, scaling_record
 
 @pytest.fixture
 def some_records() -> list[dict[str, Any]]:
-    whole = latency_record(
-        4, contender="latentrt/onnxruntime-cpu/request", title="latentrt, whole", factors={"encode": 0}
-    )
-    theirs = latency_record(5, contender="diffusers/eager", title="diffusers", ratio_to_first=2.5)
+    name = "latentrt/onnxruntime-cpu/request"
+    whole = latency_record(4, contender=name, title="latentrt, whole", factors={"encode": 0}, run="run1")
+    theirs = latency_record(5, contender="diffusers/eager", title="diffusers", ratio_to_first=2.5, run="run1")
     return [latency_record(1), whole, theirs, missing_record(1), scaling_record("steps"), scaling_record("pixels")]
 
 
@@ -62,7 +61,8 @@ def test_the_summary_shows_what_may_stand_in_place_of_the_first_mode_and_no_loss
 ) -> None:
     readme = tmp_path / "README.md"
     readme.write_text(f"{report.SUMMARY_BEGIN}\n{report.SUMMARY_END}\n")
-    ours = latency_record(8, contender="latentrt/openvino-bf16/step", title="latentrt (openvino, bf16, step)")
+    title = "latentrt (openvino, bf16, step)"
+    ours = latency_record(8, contender="latentrt/openvino-bf16/step", title=title, run="run1")
     ours["contender"]["options"] = {"precision": "bf16"}
     name = "latentrt/onnxruntime-cpu/step"
     longer = workload("embedded").but(steps=30).as_request()
@@ -83,7 +83,7 @@ def test_the_summary_shows_what_may_stand_in_place_of_the_first_mode_and_no_loss
 def test_the_summary_is_one_table_of_both_workloads(tmp_path: Path, some_records: list[dict[str, Any]]) -> None:
     readme = tmp_path / "README.md"
     readme.write_text(f"{report.SUMMARY_BEGIN}\n{report.SUMMARY_END}\n")
-    openvino = latency_record(6, contender="openvino", title="OpenVINO in diffusers")
+    openvino = latency_record(6, contender="openvino", title="OpenVINO in diffusers", run="run1")
     openvino["contender"]["options"] = {"inference_precision": "bf16", "precision": "fp32"}
     large = latency_record(
         7,
@@ -103,6 +103,17 @@ def test_the_summary_is_one_table_of_both_workloads(tmp_path: Path, some_records
     text = readme.read_text()
     assert "`ran in`: what networks computed in. Rows in bf16 round more" in text
     assert "Test CPU, 2 cores, 2026-01-02: `latentrt bench embedded` / `latentrt bench sd15-512 --steps 2`." in text
+
+
+def test_rows_of_another_run_are_told_apart(some_records: list[dict[str, Any]]) -> None:
+    assert "another run" not in report.text(some_records) + summary.summary(some_records)
+    early = {"run": "before", "date": "2026-01-01T00:00:00+00:00", "command": "latentrt bench embedded --quick"}
+    some_records[2] |= early
+    said = "Of another run (2026-01-01; `latentrt bench embedded --quick`): diffusers.\n"
+    assert f"`latentrt bench embedded`. {said}" in report.text(some_records)
+    text = summary.summary(some_records)
+    assert re.search(r"^\| diffusers¹ ", text, re.MULTILINE) and re.search(r"^\| latentrt  ", text, re.MULTILINE)
+    assert text.endswith(" ¹ `embedded`: another run, 2026-01-01.")
 
 
 def test_commands_of_older_records_are_shown_as_they_can_be_given_now() -> None:

@@ -17,7 +17,6 @@ import pytest
 from latentrt.engines.errors import DeadlineError, EngineError, QueueFullError, RequestError
 from latentrt.export.embedded import ensure_bundle
 from latentrt.runtime import Pipeline
-from latentrt.runtime.batcher.pool import Pool
 from latentrt.runtime.ray.engine import Engine, QueuePolicy
 from latentrt.runtime.ray.service import RemoteModels, RemoteService
 from latentrt.runtime.ray.settings import RaySettings
@@ -94,20 +93,6 @@ def remote(engine: Engine) -> Iterator[Remote]:
     yield remote
     remote.service.close()
     until(lambda: not engine.service.unfinished)
-
-
-@pytest.fixture
-def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
-    """Hold the turns of batchers until the event is set."""
-    turn, free = Pool.turn, threading.Event()
-
-    def waiting(pool: Pool) -> None:
-        assert free.wait(120)
-        turn(pool)
-
-    monkeypatch.setattr(Pool, "turn", waiting)
-    yield free
-    free.set()
 
 
 def image_of(answer: Any, number: int = 0) -> np.ndarray[Any, Any]:

@@ -150,6 +150,10 @@ def test_a_forecast_and_a_part_go_together(pipe: Pipeline) -> None:
     [
         ({"guidance_interval": (0.5, 0.5)}, "guidance_interval ends before it starts: give two shares"),
         ({"guidance_interval": (-0.1, 0.5)}, "guidance_interval.0 is -0.1"),
+        ({"guidance_interval": (0.1, 0.2, 0.5)}, r"guidance_interval is \(0.1, 0.2, 0.5\): give at most 2, not 3$"),
+        ({"guidance_interval": (0.1,)}, r"guidance_interval is \(0.1,\): give 2, not 1$"),
+        ({"guidance_interval": ()}, r"guidance_interval is \(\): give 2, not 0$"),
+        ({"guidance_interval": 0.5}, "guidance_interval is 0.5: give a list$"),
         ({"guidance_reuse": 2}, "guidance_reuse is 2"),
     ],
 )

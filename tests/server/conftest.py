@@ -7,7 +7,6 @@ import io
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import httpx2
@@ -16,17 +15,19 @@ import pytest
 import uvicorn
 from latentrt.engines.bundle import Bundle
 from latentrt.export.embedded import ensure_bundle
-from latentrt.runtime.batcher.pool import Pool
 from latentrt.runtime.server import HttpSettings, Metrics, create_app
 from latentrt.runtime.server.guard import protocol_of
 from latentrt.runtime.server.lifecycle import LifeSettings, Server, bound
 from latentrt.runtime.service import Limits, Models, ModelSettings, Service
 from PIL import Image
 
+from ..conftest import turns_held
+
 pytest.importorskip("onnxruntime")
 
 FEW: dict[str, Any] = {"num_inference_steps": 4, "seed": 7}
 """Fields of ours for requests that are quick."""
+held = turns_held
 
 
 class Served:
@@ -116,23 +117,6 @@ def client(served: Served) -> Iterator[openai.OpenAI]:
 def http(served: Served) -> Iterator[httpx2.Client]:
     with served.http() as client:
         yield client
-
-
-@contextmanager
-def held() -> Iterator[threading.Event]:
-    """Hold the turns of all batchers until the event is set, or the block ends."""
-    turn, free = Pool.turn, threading.Event()
-
-    def waiting(pool: Pool) -> None:
-        assert free.wait(120)
-        turn(pool)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Pool, "turn", waiting)
-        try:
-            yield free
-        finally:
-            free.set()
 
 
 def picture(text: str | None) -> Image.Image:

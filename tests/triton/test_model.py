@@ -22,7 +22,6 @@ from latentrt.engines.bundle import Bundle
 from latentrt.engines.errors import DeadlineError, EngineError, QueueFullError, RequestError
 from latentrt.export.embedded import ensure_bundle
 from latentrt.runtime import Pipeline
-from latentrt.runtime.batcher.pool import Pool
 from latentrt.runtime.service.errors import UnavailableError
 from latentrt.runtime.triton.fields import DTYPES, INPUTS, OUTPUTS
 from latentrt.runtime.triton.repository import write_repository
@@ -264,20 +263,6 @@ def test_every_kind_of_error_has_a_code() -> None:
     assert {code: code_of(error) for code, error in kinds.items()} == {code: code for code in kinds}
     assert code_of(DeadlineError("x")) == code_of(UnavailableError("x", "y")) == "UNAVAILABLE"
     assert code_of(ZeroDivisionError()) == "INTERNAL"
-
-
-@pytest.fixture
-def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
-    """Hold the turns of batchers until the event is set."""
-    turn, free = Pool.turn, threading.Event()
-
-    def waiting(pool: Pool) -> None:
-        assert free.wait(120)
-        turn(pool)
-
-    monkeypatch.setattr(Pool, "turn", waiting)
-    yield free
-    free.set()
 
 
 def test_a_client_that_is_gone_frees_its_place(loaded: Loaded, held: threading.Event) -> None:
