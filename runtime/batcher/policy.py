@@ -11,9 +11,9 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-BUCKETS: tuple[int, ...] = (2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+BUCKETS: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128)
 """Numbers of network rows that a step may compute, below the most."""
-STATIC_BUCKETS: tuple[int, ...] = (2, 4, 8, 16, 32, 64, 128)
+STATIC_BUCKETS: tuple[int, ...] = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 """The same where each costs an engine of its own, or a plan a profile."""
 SLACK = 4.0
 """An image is due when it has been there for so many times what it takes alone: short ones overtake long ones."""
@@ -99,7 +99,7 @@ class StepTimes:
         bucket = self.bucket(rows)
         if bucket in self.seconds or not self.seconds:
             return self.seconds.get(bucket, 0.0)
-        near = min(self.seconds, key=lambda known: abs(known - bucket))
+        near = min(tuple(self.seconds), key=lambda known: abs(known - bucket))
         return self.seconds[near] * bucket / near
 
     def knee(self) -> int:
@@ -111,11 +111,15 @@ class StepTimes:
         return self._fewest(FULL if wanted >= MUCH * self.buckets[-1] else GOOD)
 
     def _fewest(self, part: float) -> int:
-        """Return the fewest rows with a part of the best throughput, or a wider bucket that has no time yet."""
-        pace = {bucket: bucket / self.seconds[bucket] for bucket in self.buckets if self.seconds.get(bucket)}
+        """Return the fewest rows with a part of the best throughput, or a wider bucket that has no time yet.
+
+        Of odd numbers only one, and the most there are: a row of another would be of no use to images with guidance.
+        """
+        wide = [bucket for bucket in self.buckets if bucket % 2 == 0 or bucket in (1, self.buckets[-1])]
+        pace = {bucket: bucket / self.seconds[bucket] for bucket in wide if self.seconds.get(bucket)}
         best = max(pace.values(), default=0.0)
         fewest = next((bucket for bucket in pace if pace[bucket] >= part * best), 0)
-        return next((bucket for bucket in self.buckets if bucket > fewest and bucket not in self.seconds), fewest)
+        return next((bucket for bucket in wide if bucket > fewest and bucket not in self.seconds), fewest)
 
     def wait(self, work: float) -> float | None:
         """Return the seconds that rows times evaluations of work take at the knee, None before any step was timed."""

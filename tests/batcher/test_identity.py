@@ -84,7 +84,7 @@ def test_buckets_that_change_give_the_pipeline_s_pictures(pipe: Pipeline, batche
     requests = mixed(8, most_steps=5, seed=5)
     for request, future in zip(requests, [batcher.submit(**each) for each in requests], strict=True):
         assert np.abs(future.result(300).images - pipe(**request).images).max() <= 1 / 255
-    assert {4, 6} <= set(buckets)
+    assert len(set(buckets)) > 1 and max(buckets) > 3
 
 
 def test_idle_slots_read_rows_that_every_bucket_has(

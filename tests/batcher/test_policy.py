@@ -268,3 +268,9 @@ def test_everyone_is_served_and_short_ones_wait_less(curve: StepTimes) -> None:
 def test_an_overload_does_not_move_images_about(load: float) -> None:
     day = Day(FLAT, seed=2, load=load * FLAT.knee() / FLAT.of(8) / (1.7 * 24.7))
     assert day.swaps < len(day.arrivals)
+
+
+def test_the_knee_leaves_no_row_that_a_crowd_with_guidance_cannot_use() -> None:
+    times = StepTimes((1, 2, 3, 4, 5, 6), {rows: 1 + 0.1 * rows for rows in range(1, 5)} | {5: 1.5, 6: 1.85})
+    assert times.knee() == 6
+    assert StepTimes((1, 2, 3), {1: 1.0, 2: 1.9, 3: 2.4}).knee() == 3

@@ -146,17 +146,16 @@ def test_warm_up_leaves_a_first_request_nothing_to_open_or_bind(
     told: list[tuple[str, int, int]] = []
     with Batcher(pipe, slots=2, rows=4) as batcher:
         batcher.warm_up([(32, 32)], progress=lambda *what: told.append(what))
-        assert batcher.stats().curve.keys() == {2, 4} and min(batcher.stats().curve.values()) > 0
+        assert batcher.stats().curve.keys() == {1, 2, 3, 4} and min(batcher.stats().curve.values()) > 0
         assert batcher.stats().steps == {}
         monkeypatch.setattr(OnnxRuntimeEngine, "bind", lambda *_: pytest.fail("an engine was bound"))
         picture = np.full((32, 32, 3), 0.5, np.float32)
         futures = [batcher.submit(**TINY, num_inference_steps=3, image=image) for image in (None, picture, picture)]
         assert all(len(future.result(300).images) == 1 for future in futures)
-    assert [done for _, done, _ in told] == list(range(5)) and {total for *_, total in told} == {4}
-    assert [what for what, *_ in told] == [
-        f"32x32: {what}"
-        for what in ("prompt and decoder", "encoder of pictures", "steps of 4 rows", "steps of 2 rows", "ready")
-    ]
+    assert [done for _, done, _ in told] == list(range(7)) and {total for *_, total in told} == {6}
+    steps = [f"steps of {rows} rows" for rows in (4, 3, 2, 1)]
+    stages = ("prompt and decoder", "encoder of pictures", *steps, "ready")
+    assert [what for what, *_ in told] == [f"32x32: {what}" for what in stages]
 
 
 def test_warm_up_beside_images_in_flight_does_not_touch_them(pipe: Pipeline) -> None:
