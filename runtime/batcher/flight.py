@@ -26,8 +26,8 @@ from .events import Admitted, Stepped
 from .finish import draw, hear, output_of, preview
 from .job import Image, Job
 from .policy import StepTimes
-from .prepared import Fit
-from .slots import Parked, Slots
+from .prepared import Fit, Parked
+from .slots import Slots
 from .stats import Tally
 
 RUN_AHEAD = 2
@@ -113,7 +113,7 @@ class Flight:
             return False
         job.finished.timings.encode += time.perf_counter() - began
         try:
-            self.images[self.slots.admit(image.prepared, conditioning)] = image
+            self.images[self.slots.admit(image.prepared, conditioning, image.now.width)] = image
         except Exception as error:
             shared.end(job, error)
             raise
@@ -200,12 +200,31 @@ class Flight:
             self._shared.tally.stepped(bucket, used, seconds)
 
     def harvest(self) -> None:
-        """Finish the images that have had all of their steps, and show those that are to be seen on their way."""
+        """Finish the images that have had all of their steps, and show those that are to be seen on their way.
+
+        The others then have the network rows of their next step.
+        """
         for slot, image in list(self.images.items()):
             if image.done == image.candidate.evaluations:
                 self._finish(slot)
             elif image.done in image.job.previews:
                 self._preview(slot, image)
+        in_part = [(slot, image) for slot, image in self.images.items() if image.candidate.guided is not None]
+        for slot, image in in_part:
+            if image.now.width < self.slots.width(slot):
+                self.slots.narrow(slot)
+        for slot, image in in_part:  # into rows that were kept for them, or others have left
+            if image.now.width > self.slots.width(slot):
+                self._widen(slot, image)
+
+    def _widen(self, slot: int, image: Image) -> None:
+        assert image.prepared is not None
+        try:
+            conditioning = self._shared.encoder.conditioning(image.prepared.inputs)
+        except Exception as error:  # of this request alone
+            self._shared.end(image.job, error)
+        else:
+            self.slots.widen(slot, conditioning)
 
     def _preview(self, slot: int, image: Image) -> None:
         job, latents = image.job, self.slots.latents(slot)

@@ -13,6 +13,7 @@ from typing import Any
 from ...engines.errors import RequestError
 from ..batches import Arrays, Batch
 from ..call import Call
+from ..loop.guidance import guided_rows
 from ..loop.inputs import InitialImage, go_on
 from ..pipeline import Pipeline
 from ..prompt.conditioning import WeightedPrompts
@@ -23,8 +24,7 @@ from .deliver import Box
 from .events import Event, Listener
 from .future import BatchFuture, JobProgress
 from .policy import Candidate
-from .prepared import Fit, Prepared, StepNoise, fit_of, prepared, region, table_names, without_draws
-from .slots import Parked
+from .prepared import Fit, Parked, Prepared, StepNoise, fit_of, prepared, region, table_names, without_draws
 
 MOST_PREVIEWS = 3
 
@@ -137,7 +137,8 @@ class Job:
         job = cls(pipe, call, table, fit, finished, began, due, listener=listener, _prompts=prompts, _lengths=lengths)
         job.future = BatchFuture(request, finished.seeds, lambda: progress(job))
         rows = len(request.weights(pipe._manifest.guidance))
-        job.images = [Image(job, i, Candidate(began, rows, len(table))) for i in range(len(request.images))]
+        candidate = Candidate(began, rows, len(table), guided=guided_rows(table))
+        job.images = [Image(job, index, candidate) for index in range(len(request.images))]
         if listener is not None:
             steps = [round(len(table) * number / (previews + 1)) for number in range(1, previews + 1)]
             job.previews = {step: number for number, step in enumerate(steps, 1) if 0 < step < len(table)}
@@ -175,7 +176,7 @@ class Job:
     @property
     def work(self) -> int:
         """Network rows times evaluations that are still to be run."""
-        return 0 if self.over else sum(i.candidate.rows * (i.candidate.evaluations - i.done) for i in self.images)
+        return 0 if self.over else sum(image.now.work for image in self.images)
 
     def prepare(self) -> None:
         """Encode pictures and prompts that need it, and prepare the images; on the thread that holds the session."""

@@ -37,18 +37,46 @@ FADING = 0.2
 class Candidate:
     """An image: when it came (seconds), its network rows, and how often it has the network evaluated.
 
-    `done` evaluations are behind it: of an image that waits, those it had before it left its slot to another.
+    `done` evaluations are behind it: of an image that waits, those it had before it left its slot to another. Those of
+    `guided` take all of its rows, and the others one; None: all do.
     """
 
     arrived: float
     rows: int
     evaluations: int
     done: int = 0
+    guided: range | None = None
 
     @property
     def left(self) -> int:
         """Evaluations that are still to come."""
         return self.evaluations - self.done
+
+    @property
+    def width(self) -> int:
+        """Network rows of its next evaluation."""
+        return self.rows if self.guided is None or self.done in self.guided else 1
+
+    @property
+    def held(self) -> int:
+        """The most network rows that it is still to have: they are kept for it, so that no image waits in its run."""
+        return self.rows if self.guided is None or self.done < self.guided.stop else 1
+
+    @property
+    def work(self) -> int:
+        """Network rows times evaluations that are still to come."""
+        wide = self._wide(self.done)
+        return wide * self.rows + self.left - wide
+
+    def alone(self, times: StepTimes, since: int = 0) -> float:
+        """Return the seconds of its evaluations from one on, were it drawn by itself."""
+        wide = self._wide(since)
+        return wide * times.of(self.rows) + (self.evaluations - since - wide) * times.of(1)
+
+    def _wide(self, since: int) -> int:
+        """Return how many evaluations from one on take all rows."""
+        guided = range(self.evaluations) if self.guided is None else self.guided
+        return len(range(max(since, guided.start), guided.stop))
 
 
 @dataclass(frozen=True)
@@ -135,19 +163,17 @@ def until_done(own: Sequence[Candidate], before: float, others: Sequence[float],
     `before` is the work, rows times evaluations, of images of their size that are due earlier, and `others` are the
     seconds of work of other sizes: those take as much time meanwhile, as far as they have something to do.
     """
-    work = before + sum(candidate.rows * candidate.left for candidate in own)
+    work = before + sum(candidate.work for candidate in own)
     shared = times.wait(work)
     if shared is None:
         return None
-    alone = max((candidate.left * times.of(candidate.rows) for candidate in own), default=0.0)
-    seconds = max(shared, alone)
+    seconds = max([shared, *(candidate.alone(times, candidate.done) for candidate in own)])
     return seconds + sum(min(other, seconds) for other in others)
 
 
 def due(candidate: Candidate, times: StepTimes) -> float:
     """Return when an image is due, in the seconds of its arrival."""
-    alone = candidate.evaluations * times.of(candidate.rows)
-    return candidate.arrived + min(SLACK * alone, PATIENCE * times.of(2))
+    return candidate.arrived + min(SLACK * candidate.alone(times), PATIENCE * times.of(2))
 
 
 def decide(
@@ -164,38 +190,46 @@ def decide(
     `now` is in the seconds of arrivals. Where there is no room, running images that are due later leave their slots, as
     long as no more than `parking` images (default: as many as slots) wait to go on. Behind an image that does not fit
     only narrower ones are admitted, into the rows that it cannot use, and only while one runs whose end makes room for
-    it. One image always runs, however wide.
+    it. One image always runs, however wide. Rows that an image is to have later are kept for it.
     """
-    used, free = sum(candidate.rows for candidate in running), slots - len(running)
+    used, free = sum(candidate.held for candidate in running), slots - len(running)
+    run = sum(candidate.width for candidate in running)
     if not waiting:
-        return Decision((), (), times.bucket(used) if used else 0)
-    most, widest = times.most(used + sum(candidate.rows for candidate in waiting)), times.buckets[-1]
+        return Decision((), (), times.bucket(run) if run else 0)
+    most, widest = times.most(used + sum(candidate.held for candidate in waiting)), times.buckets[-1]
     places = (slots if parking is None else parking) - sum(candidate.done > 0 for candidate in waiting)
-    spared = SPARED * times.of(used) if used else 0.0
+    spared = SPARED * times.of(run) if run else 0.0
     dues = [due(candidate, times) for candidate in waiting]
     last = sorted((due(each, times), index) for index, each in enumerate(running) if each.left > SPARED)
     admit: list[int] = []
     leave: list[int] = []
     blocked = widest + 1  # rows of the first image that does not fit
     for index in sorted(range(len(waiting)), key=dues.__getitem__):
-        rows, gone, left = waiting[index].rows, 0, 0
+        rows, gone, left = waiting[index].held, 0, 0
         if rows >= blocked:
             continue
         while free + gone < 1 or used - left + rows > (most if used > left else widest):
             if blocked <= widest or gone >= min(places, len(last)) or last[-1 - gone][0] - dues[index] <= spared:
                 break
             gone += 1
-            left += running[last[-gone][1]].rows
+            left += running[last[-gone][1]].held
         else:
             leave += [last.pop()[1] for _ in range(gone)]
             admit.append(index)
             free, used, places = free + gone - 1, used - left + rows, places - gone
             continue
-        here = [each for place, each in enumerate(running) if place not in leave] + [waiting[place] for place in admit]
-        if free < 1 or used >= most or not any(each.rows >= rows for each in here):
+        if free < 1 or used >= most or not any(each.held >= rows for each in _there(waiting, running, admit, leave)):
             break
         blocked = min(blocked, rows)
-    return Decision(tuple(leave), tuple(admit), times.bucket(used))
+    run = sum(each.width for each in _there(waiting, running, admit, leave))
+    return Decision(tuple(leave), tuple(admit), times.bucket(run))
+
+
+def _there(
+    waiting: Sequence[Candidate], running: Sequence[Candidate], admit: Sequence[int], leave: Sequence[int]
+) -> list[Candidate]:
+    """Return who runs then."""
+    return [each for place, each in enumerate(running) if place not in leave] + [waiting[place] for place in admit]
 
 
 Key = TypeVar("Key", bound=Hashable)

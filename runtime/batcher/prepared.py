@@ -1,5 +1,7 @@
 """What an image brings to a slot, made while it waits: its table region, first latents, noise and the network's rows.
 
+And what it has when it has left its slot, to go on later.
+
 An image's region of the tables has the same shape whatever its sampler: T rows, two branches and H history slots, with
 zeros where it needs less. An image without guidance has one network row, which stands for both of its branches, the
 first with weight 0.
@@ -8,16 +10,18 @@ first with weight 0.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from weakref import WeakKeyDictionary
 
 import numpy as np
+import numpy.typing as npt
 
 from ...engines.bundle import Bundle
-from ...engines.device import Array
+from ...engines.device import Array, Device, Tensor
 from ...engines.engine import shape_of, solve_sizes
 from ...engines.errors import BundleError, RequestError
-from ..loop.denoise import STATE
+from ..loop.denoise import STATE, allocate
 from ..sampling.noise import Generator
 from ..sampling.step_table import StepTable
 
@@ -78,6 +82,26 @@ class Prepared:
     own: Mapping[str, Array]
     """`mask` [1, 1, h, w], and `original` [1, 2, C, h, w] where it is used."""
     noise: StepNoise
+
+
+class Parked:
+    """What an image that left its slot has come to, beside the slots on the device: a place for one image."""
+
+    def __init__(self, device: Device, shapes: Mapping[str, tuple[Sequence[int], npt.DTypeLike]]) -> None:
+        """Allocate tensors of these shapes and types; those of network rows have two."""
+        self.branches: tuple[int, ...] = ()
+        """Of the image's network rows."""
+        with ExitStack() as memory:
+            self.tensors = {name: allocate(device, shape, dtype, memory) for name, (shape, dtype) in shapes.items()}
+            self._memory = memory.pop_all()
+
+    def part(self, name: str, branch: int) -> Tensor:
+        """Return what belongs to one network row."""
+        return self.tensors[name].rows(branch, 1)
+
+    def close(self) -> None:
+        """Free the memory; calling it again does nothing."""
+        self._memory.close()
 
 
 def table_names(bundle: Bundle) -> list[str]:

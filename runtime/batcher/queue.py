@@ -60,7 +60,7 @@ class Queue:
 
     def check(self, job: Job) -> None:
         """Raise for a request that has no room, would wait too long, or has no engines."""
-        if (least := job.images[0].candidate.rows) > self.shared.buckets[-1]:
+        if (least := job.images[0].candidate.held) > self.shared.buckets[-1]:
             raise RequestError(f"an image of this request needs {least} rows: open the batcher with more")
         if len(job.images) > self.max_waiting:
             raise RequestError(f"the request has {len(job.images)} images: at most max_waiting={self.max_waiting} wait")
@@ -115,7 +115,7 @@ class Queue:
     def waiting_seconds(self) -> float:
         """Return the seconds of steps that what waits takes."""
         busy = [pool for pool in self.pools.values() if pool.waiting]
-        return sum(pool.times.wait(sum(i.candidate.rows * i.now.left for i in pool.waiting)) or 0.0 for pool in busy)
+        return sum(pool.times.wait(sum(image.now.work for image in pool.waiting)) or 0.0 for pool in busy)
 
     def estimate(self, job: Job) -> float | None:
         """Return about how many seconds it takes until a request is done, which is there or comes now."""

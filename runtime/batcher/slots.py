@@ -10,43 +10,23 @@ company, as long as the bucket is the same.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from ...engines.bundle import Bundle
 from ...engines.device import Array, Device, Stream, Tensor
 from ...engines.engine import BoundEngine
 from ..loop.denoise import CapturedWork, Mode, OpenEngine, allocate, allocate_like, shapes_of
 from ..loop.workspace import allocate_outputs
-from .prepared import BRANCHES, Fit, Prepared, table_names
+from .prepared import BRANCHES, Fit, Parked, Prepared, table_names
 
 OF_ROWS = ("model_input", "timestep", "image_of_row", "prediction")
 """The step graph's tensors that a bucket has a prefix of."""
-
-
-class Parked:
-    """What an image that left its slot has come to, beside the slots on the device: a place for one image."""
-
-    def __init__(self, device: Device, shapes: Mapping[str, tuple[Sequence[int], npt.DTypeLike]]) -> None:
-        """Allocate tensors of these shapes and types; those of network rows have two."""
-        self.rows = 0
-        """Network rows of the image."""
-        with ExitStack() as memory:
-            self.tensors = {name: allocate(device, shape, dtype, memory) for name, (shape, dtype) in shapes.items()}
-            self._memory = memory.pop_all()
-
-    def part(self, name: str, branch: int) -> Tensor:
-        """Return what belongs to one network row."""
-        return self.tensors[name].rows(branch, 1)
-
-    def close(self) -> None:
-        """Free the memory; calling it again does nothing."""
-        self._memory.close()
 
 
 class Slots:
@@ -71,7 +51,7 @@ class Slots:
         self._tables = table_names(bundle)
         self._of_rows = (*(name for name, _ in fit.conditioning), "model_input", "timestep")
         self._rows: list[tuple[int, int]] = []  # slot and branch of every row in use
-        self._of_slot: dict[int, int] = {}  # rows of every slot in use
+        self._taken: set[int] = set()  # slots in use
         self._rows_of_image = np.zeros((slots, BRANCHES), np.int64)
         self._parity = 0
         self._bound: dict[tuple[int, int], tuple[BoundEngine, BoundEngine]] = {}
@@ -138,41 +118,62 @@ class Slots:
         """Network rows in use."""
         return len(self._rows)
 
-    @property
-    def free(self) -> int:
-        """Slots without an image."""
-        return self.slots - len(self._of_slot)
+    def width(self, slot: int) -> int:
+        """Return how many network rows a slot has."""
+        return len(self._rows_of(slot))
 
-    def admit(self, image: Prepared, conditioning: Mapping[str, Array]) -> int:
-        """Write an image and its rows of conditioning [n, ...] to a free slot, and return that."""
-        slot, rows = self._occupy(image, len(next(iter(conditioning.values()))), 0)
+    def _rows_of(self, slot: int) -> list[tuple[int, int]]:
+        """Return the rows of a slot, each with its branch."""
+        return [(row, branch) for row, (owner, branch) in enumerate(self._rows) if owner == slot]
+
+    def admit(self, image: Prepared, conditioning: Mapping[str, Array], width: int) -> int:
+        """Write an image and the last `width` of its rows of conditioning [n, ...] to a free slot, and return that."""
+        count = len(next(iter(conditioning.values())))
+        slot = self._occupy(image, range(count - width, count), 0)
         here, stream = self._parity, self._stream
         self._part("latents", slot, 1, here).write(image.state["latents"], stream)
         self._part("history", slot, 1, here).copy(self._still, stream)  # weights of 0 do not silence what is not finite
-        for branch, row in enumerate(rows):
-            for name, array in conditioning.items():
-                self._part(name, row, 1).write(array[branch : branch + 1], stream)
+        for row, branch in self._rows_of(slot):
+            self._condition(row, branch, conditioning)
             for name in ("model_input", "timestep"):
                 self._part(name, row, 1, here).write(image.state[name], stream)
         return slot
 
+    def _condition(self, row: int, branch: int, conditioning: Mapping[str, Array]) -> None:
+        for name, array in conditioning.items():
+            self._part(name, row, 1).write(array[branch : branch + 1], self._stream)
+
+    def widen(self, slot: int, conditioning: Mapping[str, Array]) -> None:
+        """Give an image that has the prompt's row alone that of its first branch, of its conditioning [2, ...]."""
+        ((source, _),), row = self._rows_of(slot), self.used
+        self._rows.append((slot, 0))
+        self._condition(row, 0, conditioning)
+        for name in ("model_input", "timestep"):  # they are the same in all rows of an image
+            self._part(name, row, 1, self._parity).copy(self._part(name, source, 1, self._parity), self._stream)
+        self._connect()
+
+    def narrow(self, slot: int) -> None:
+        """Let an image go on with the row of the prompt alone, which is that of the last branch."""
+        self._let_go([row for row, branch in self._rows_of(slot) if branch < BRANCHES - 1])
+
     def resume(self, image: Prepared, parked: Parked, done: int) -> int:
         """Let a parked image go on, after `done` steps, in a free slot, and return that; `parked` stays as it is."""
-        slot, rows = self._occupy(image, parked.rows, done)
+        slot = self._occupy(image, parked.branches, done)
         for name in ("latents", "history"):
             self._part(name, slot, 1, self._parity).copy(parked.tensors[name], self._stream)
-        for branch, row in enumerate(rows):
+        for row, branch in self._rows_of(slot):
             for name in self._of_rows:
                 self._part(name, row, 1, self._parity).copy(parked.part(name, branch), self._stream)
         return slot
 
     def park(self, slot: int, parked: Parked) -> None:
         """Copy what an image has come to, after the steps so far, out of its slot; the slot stays as it is."""
-        parked.rows = self._of_slot[slot]
+        rows = self._rows_of(slot)
+        parked.branches = tuple(branch for _, branch in rows)
         for name in ("latents", "history"):
             parked.tensors[name].copy(self._part(name, slot, 1, self._parity), self._stream)
-        for row, (owner, branch) in enumerate(self._rows):
-            for name in self._of_rows if owner == slot else ():
+        for row, branch in rows:
+            for name in self._of_rows:
                 parked.part(name, branch).copy(self._part(name, row, 1, self._parity), self._stream)
 
     def parking(self) -> Parked:
@@ -186,46 +187,47 @@ class Slots:
             shapes[name] = (BRANCHES, *tensor.shape[1:]), tensor.dtype
         return Parked(self._device, shapes)
 
-    def _occupy(self, image: Prepared, count: int, done: int) -> tuple[int, list[int]]:
-        """Take a slot and rows for an image, write what stays the same in all of its steps, and return them."""
-        slot = next(slot for slot in range(self.slots) if slot not in self._of_slot)
+    def _occupy(self, image: Prepared, branches: Sequence[int], done: int) -> int:
+        """Take a slot and a row for each branch, write what stays the same in all steps of an image, and return it."""
+        slot = next(slot for slot in range(self.slots) if slot not in self._taken)
         first, stream = slot * self.fit.table_rows, self._stream
         for name, array in (*image.tables.items(), *image.own.items()):
             if name == "next_rows":
                 array = array + first
             self._part(name, slot * len(array), len(array)).write(array, stream)
         self._part("row", slot, 1, self._parity).write(np.array([first + done], np.int64), stream)
-        rows = list(range(self.used, self.used + count))
-        self._rows += [(slot, branch) for branch in range(count)]
-        self._of_slot[slot] = count
+        self._rows += [(slot, branch) for branch in branches]
+        self._taken.add(slot)
         self._connect()
-        return slot, rows
+        return slot
 
     def release(self, slot: int) -> None:
         """Free a slot and its rows, and park it on a row of the table that holds."""
-        del self._of_slot[slot]
+        self._taken.remove(slot)
         self._part("row", slot, 1, self._parity).write(
             np.array([(slot + 1) * self.fit.table_rows - 1], np.int64), self._stream
         )
-        for row in reversed([row for row, (owner, _) in enumerate(self._rows) if owner == slot]):
+        self._let_go([row for row, _ in self._rows_of(slot)])
+
+    def _let_go(self, rows: Sequence[int]) -> None:
+        """Free rows, in increasing order: the last ones in use take their places."""
+        for row in reversed(rows):
             moved = self._rows.pop()
             if row < self.used:
-                self._move(self.used, row)
+                for name in self._of_rows:
+                    here, last = (self._part(name, each, 1, self._parity) for each in (row, self.used))
+                    here.copy(last, self._stream)
                 self._rows[row] = moved
         self._connect()
-
-    def _move(self, source: int, target: int) -> None:
-        """Copy what the network reads in one row to another."""
-        for name in self._of_rows:
-            self._part(name, target, 1, self._parity).copy(self._part(name, source, 1, self._parity), self._stream)
 
     def _connect(self) -> None:
         """Write which rows belong to which slots."""
         images = np.zeros(self.buckets[-1], np.int64)
         self._rows_of_image[:] = 0
+        counts = Counter(slot for slot, _ in self._rows)
         for row, (slot, branch) in enumerate(self._rows):
             images[row] = slot
-            branches = branch if self._of_slot[slot] == BRANCHES else slice(None)  # one row is that of both branches
+            branches = branch if counts[slot] == BRANCHES else slice(None)  # one row is that of both branches
             self._rows_of_image[slot, branches] = row
         self._constants["rows_of_image"].write(self._rows_of_image, self._stream)
         self._constants["image_of_row"].write(images, self._stream)

@@ -17,7 +17,7 @@ import numpy as np
 from ...engines.errors import RequestError
 from ..sampling.step_table import HISTORY, Guided, StepTable
 
-__all__ = ["ALL", "GuidedPart", "guided_in_part"]
+__all__ = ["ALL", "GuidedPart", "guided_in_part", "guided_rows"]
 
 GuidedPart = tuple[float, float, float]
 """Shares of the run: where guidance starts, where it stops, and from where on it is reused."""
@@ -43,6 +43,14 @@ def guided_in_part(table: StepTable, part: GuidedPart) -> StepTable:
         if any(table.clip_limits[row] > 0 for row, guided in enumerate(found) if guided is Guided.AS_BEFORE):
             raise RequestError("guidance_reuse is given, and this sampler clips latents: leave one out")
     return table if set(found) <= {Guided.FULLY} else replace(table, guided=tuple(found))
+
+
+def guided_rows(table: StepTable) -> range | None:
+    """Return the rows that are guided fully, which are one after the other; None: all."""
+    if not table.guided:
+        return None
+    rows = [row for row, guided in enumerate(table.guided) if guided is Guided.FULLY]
+    return range(rows[0], rows[-1] + 1) if rows else range(0)
 
 
 def _with_slot(table: StepTable) -> StepTable:

@@ -14,13 +14,14 @@ from PIL import Image
 
 PROMPTS = ("a red circle on a blue background", "two green stars", "a small yellow cross", "", "a big square")
 SMALL: dict[str, Any] = {"height": 64, "width": 64, "output_type": "np"}
+IN_PART: tuple[dict[str, Any], ...] = ({}, {"guidance_interval": (0.3, 0.7)}, {"guidance_interval": (0.0, 0.4)})
 PICTURES = [Image.new("RGB", (64, 64), color) for color in ("orange", "green")]
 MASK = Image.fromarray(np.pad(np.full((32, 64), 255, np.uint8), ((0, 32), (0, 0))))
 
 
 def mixed(count: int, most_steps: int, seed: int, *, pictures: bool = False) -> list[dict[str, Any]]:
     """Return unlike requests; with `pictures` some start from one, repaint a part of it, or are for several images."""
-    choose = random.Random(seed)
+    choose, part = random.Random(seed), random.Random(seed)
     found = []
     for _ in range(count):
         request = {
@@ -32,6 +33,8 @@ def mixed(count: int, most_steps: int, seed: int, *, pictures: bool = False) -> 
             "guidance_scale": choose.choice((1.0, 2.0, 4.0, 7.5)),
             "seed": choose.randrange(2**32),
         }
+        if request["guidance_scale"] > 1:
+            request |= part.choice(IN_PART)
         kind = choose.random() if pictures else 1.0
         if kind < 0.3:
             request |= {"image": choose.choice(PICTURES), "strength": choose.choice((0.5, 0.8))}

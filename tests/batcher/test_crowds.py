@@ -46,11 +46,11 @@ class Trouble:
         occupy, release, enqueue = Slots._occupy, Slots.release, Slots._enqueue
         guilty = set[tuple[int, int]]()  # slots of the request that breaks every step, by the buffers they are in
 
-        def occupied(slots: Slots, image: Prepared, *arguments: Any) -> tuple[int, list[int]]:
-            slot, rows = occupy(slots, image, *arguments)
+        def occupied(slots: Slots, image: Prepared, *arguments: Any) -> int:
+            slot = occupy(slots, image, *arguments)
             if (image.inputs["token_ids"][-1] == self.token_ids).all():
                 guilty.add((id(slots), slot))
-            return slot, rows
+            return slot
 
         def released(slots: Slots, slot: int) -> None:
             guilty.discard((id(slots), slot))
@@ -60,7 +60,7 @@ class Trouble:
             return any(buffers == id(slots) for buffers, _ in guilty)
 
         def step(slots: Slots, bucket: int, step: Any = Slots.step) -> None:
-            most = min(2, len(slots._of_slot))  # of an image that is alone two failures would be its end
+            most = min(2, len(slots._taken))  # of an image that is alone two failures would be its end
             if not self.again:
                 self.left = min(most, self.choose.choices((0, 1, 2), (90, 6, 4))[0])
             self.again = not self.again and (self.left > 0 or marked(slots))

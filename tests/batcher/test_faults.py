@@ -39,6 +39,26 @@ def expected(pipe: Pipeline) -> list[Array]:
         return [batcher.submit(**request).result(300).images for request in (ONE, OTHER)]
 
 
+def test_a_prompt_that_cannot_be_encoded_again_ends_its_request_alone(
+    batcher: Batcher, expected: list[Array], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, conditioning = list[int](), Encoder.conditioning
+
+    def failing(encoder: Encoder, inputs: dict[str, Array]) -> dict[str, Array]:
+        calls.append(len(inputs["token_ids"]))
+        if len(calls) == 2:
+            raise EngineError("the encoder is gone")
+        return conditioning(encoder, inputs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Encoder, "conditioning", failing)
+        future = batcher.submit(**ONE, guidance_interval=(0.5, 1.0))
+        with pytest.raises(EngineError, match="the encoder is gone"):
+            future.result(300)
+    assert future.progress().done == 2
+    assert_well(batcher, expected)
+
+
 def assert_well(batcher: Batcher, expected: list[Array]) -> None:
     for future, images in zip([batcher.submit(**request) for request in (ONE, OTHER)], expected, strict=True):
         np.testing.assert_array_equal(future.result(300).images, images)

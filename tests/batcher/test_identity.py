@@ -98,6 +98,26 @@ def test_idle_slots_read_rows_that_every_bucket_has(
     assert buckets == [6, 6, 2, 2, 2]
 
 
+@pytest.mark.parametrize(
+    ("part", "rows"),
+    [
+        ({"guidance_interval": (0.25, 0.75)}, [1, 1, 2, 2, 2, 2, 1, 1]),
+        ({"guidance_reuse": 0.5}, [2, 2, 2, 2, 1, 1, 1, 1]),
+        ({"guidance_interval": (0.0, 0.01)}, [1] * 8),
+        ({"guidance_interval": (0.25, 0.75), "guidance_scale": 1.0}, [1] * 8),
+    ],
+    ids=str,
+)
+def test_an_image_that_is_guided_in_part_has_two_rows_there(
+    pipe: Pipeline, batcher: Batcher, part: dict[str, Any], rows: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used, step = list[int](), Slots.step
+    monkeypatch.setattr(Slots, "step", lambda slots, bucket: (used.append(slots.used), step(slots, bucket))[1])
+    request = {**SMALL, "prompt": "a star", "seed": 1, "sampler": "euler_a", "num_inference_steps": 8, **part}
+    assert np.abs(batcher.submit(**request).result(300).images - pipe(**request).images).max() <= 1 / 255
+    assert used == rows
+
+
 PICTURE = Image.new("RGB", (64, 64), "orange")
 MASK = Image.fromarray(np.pad(np.full((32, 64), 255, np.uint8), ((0, 32), (0, 0))))
 

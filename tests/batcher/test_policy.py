@@ -111,6 +111,31 @@ def test_narrow_images_take_the_rows_that_the_next_one_cannot_use() -> None:
     assert decide([guided(0.0), guided(1.0), narrow], running[1:], FLAT, 5.0, slots=9) == Decision((), (0, 2), 8)
 
 
+def in_part(done: int = 0) -> Candidate:
+    """An image with two rows in 4 evaluations of 10."""
+    return Candidate(0.0, 2, 10, done, range(3, 7))
+
+
+def test_an_image_that_is_guided_in_part_costs_what_it_has() -> None:
+    plan = [2 if number in range(3, 7) else 1 for number in range(10)]
+    times = StepTimes((1, 2), {1: 1.0, 2: 3.0})
+    for done in range(10):
+        now = in_part(done)
+        assert (now.width, now.held, now.work) == (plan[done], max(plan[done:]), sum(plan[done:]))
+        assert now.alone(times, done) == sum({1: 1.0, 2: 3.0}[rows] for rows in plan[done:])
+    assert due(in_part(), times) == SLACK * (6 * 1.0 + 4 * 3.0)
+    assert until_done([in_part(6)], 0.0, [], times) == 3.0 + 3 * 1.0
+    assert Candidate(0.0, 2, 10, 4, range(0)).held == Candidate(0.0, 1, 10, 4, range(3, 7)).held == 1
+
+
+def test_rows_are_kept_for_who_is_to_have_them_and_free_from_then_on() -> None:
+    others = [under_way(guided(0.0), 3)] * 3
+    assert decide([guided(0.0)], [*others, in_part(1)], FLAT, 5.0, slots=9) == Decision((), (), 8)
+    assert decide([Candidate(0.0, 1, 20)], [*others, in_part(7)], FLAT, 5.0, slots=9) == Decision((), (0,), 8)
+    assert decide([], [in_part(1), in_part(7)], FLAT, 5.0, slots=9).bucket == 2
+    assert decide([in_part()], [in_part(1)], FLAT, 5.0, slots=9) == Decision((), (0,), 2)
+
+
 @pytest.mark.parametrize(("used", "free", "count"), [(0, 8, 4), (0, 3, 3), (4, 8, 2), (8, 8, 0), (0, 0, 0)])
 def test_rows_and_slots_bound_what_is_admitted(used: int, free: int, count: int) -> None:
     assert admitted([guided(i) for i in range(9)], used, free, FLAT) == list(range(count))
