@@ -2,17 +2,71 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 from ..engines.bundle import Manifest
 from ..engines.errors import RequestError
+from .prompt.syntax import PromptSyntax
+from .request import GenerationRequest
 
 EVERY = ("text", "image", "inpaint")
 
 STEP_TENSORS = ("latents",)
 """What callbacks of steps may look at and replace."""
+
+
+class RequestArguments(TypedDict, total=False):
+    """The keyword arguments of `Pipeline.__call__` that do not change the type of its result."""
+
+    height: int | None
+    width: int | None
+    num_inference_steps: int | None
+    timesteps: Sequence[float] | None
+    sigmas: Sequence[float] | None
+    guidance_scale: float | None
+    num_images_per_prompt: int
+    seed: int | Sequence[int] | None
+    generator: Any
+    latents: Any
+    prompt_embeds: Any
+    negative_prompt_embeds: Any
+    prompt_2: str | Sequence[str] | None
+    prompt_3: str | Sequence[str] | None
+    negative_prompt_2: str | Sequence[str] | None
+    negative_prompt_3: str | Sequence[str] | None
+    pooled_prompt_embeds: Any
+    negative_pooled_prompt_embeds: Any
+    original_size: tuple[int, int] | None
+    crops_coords_top_left: tuple[int, int]
+    target_size: tuple[int, int] | None
+    negative_original_size: tuple[int, int] | None
+    negative_crops_coords_top_left: tuple[int, int]
+    negative_target_size: tuple[int, int] | None
+    aesthetic_score: float
+    negative_aesthetic_score: float
+    true_cfg_scale: float
+    denoising_start: float | None
+    denoising_end: float | None
+    max_sequence_length: int | None
+    prompt_syntax: PromptSyntax | None
+    sampler: str | None
+    eta: float
+    forecast: str | None
+    guidance_interval: tuple[float, float] | None
+    guidance_reuse: float | None
+    image: Any
+    mask_image: Any
+    padding_mask_crop: int | None
+    strength: float | None
+    callback_on_step_end: Callable[[Any, int, float, dict[str, Any]], dict[str, Any] | None] | None
+    callback_on_step_end_tensor_inputs: Sequence[str]
+    callback: Callable[[int, float, Any], Any] | None
+    callback_steps: int | None
+    on_batch: Callable[[GenerationRequest, int, Sequence[Any]], None] | None
+    keep_images: bool
+    progress: Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)

@@ -85,6 +85,19 @@ class Drawing(DiffusersHabits):
         self._manifest = manifest
         self._table = lru_cache(MAX_TABLES)(partial(self._table_of, manifest))
 
+    def _table_for(self, request: GenerationRequest, chosen: bool) -> StepTable:
+        """Return the step table; a scheduler that cannot be one is the request's fault when the request chose it."""
+        size = (request.width or 0, request.height or 0) if self._manifest.schedule else None
+        try:
+            chosen_by = {"sampler": request.sampler, "strength": request.strength, "eta": request.eta}
+            custom: dict[str, Any] = {"timesteps": request.timesteps, "sigmas": request.sigmas}
+            steps = None if any(custom.values()) else request.num_inference_steps
+            share = (request.denoising_start or 0.0, request.denoising_end or 1.0)
+            custom |= {"forecast": request.forecast, "guided": request.guided_part(self._manifest.guidance)}
+            return self._table(steps, size=size, share=share, **custom, **chosen_by)
+        except SchedulerError as error:
+            raise (RequestError(str(error)) if chosen else error) from error
+
     def _table_of(
         self,
         manifest: Manifest,

@@ -18,8 +18,9 @@ from typing_extensions import Unpack
 from ..engines.backends import Backend, open_backend
 from ..engines.bundle import Bundle
 from ..engines.device import Array
-from ..engines.errors import RequestError, SchedulerError
+from ..engines.errors import RequestError
 from ..engines.progress import Progress, silent
+from .arguments import RequestArguments
 from .batches import Batches
 from .call import Call, OutputType, calls_of_a_step, legacy_callback
 from .callbacks import BatchCallback, LegacyCallback, Listeners, StepCallback
@@ -28,10 +29,8 @@ from .loop.denoise import Mode
 from .loop.session import Session
 from .pretrained import bundle_of
 from .prompt.syntax import PromptSyntax
-from .request import GenerationRequest, RequestArguments
 from .result import GenerationResult
 from .sampling import takes_eta
-from .sampling.step_table import StepTable
 from .warm_up import warm_up
 
 
@@ -272,19 +271,6 @@ class Pipeline(Drawing):
         arguments = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, "sampler": sampler}
         arguments |= {"eta": eta, "forecast": forecast, "strength": strength}
         warm_up(self, sizes or [(latent.default_width, latent.default_height)], batches, pictures, arguments)
-
-    def _table_for(self, request: GenerationRequest, chosen: bool) -> StepTable:
-        """Return the step table; a scheduler that cannot be one is the request's fault when the request chose it."""
-        size = (request.width or 0, request.height or 0) if self._manifest.schedule else None
-        try:
-            chosen_by = {"sampler": request.sampler, "strength": request.strength, "eta": request.eta}
-            custom: dict[str, Any] = {"timesteps": request.timesteps, "sigmas": request.sigmas}
-            steps = None if any(custom.values()) else request.num_inference_steps
-            share = (request.denoising_start or 0.0, request.denoising_end or 1.0)
-            custom |= {"forecast": request.forecast, "guided": request.guided_part(self._manifest.guidance)}
-            return self._table(steps, size=size, share=share, **custom, **chosen_by)
-        except SchedulerError as error:
-            raise (RequestError(str(error)) if chosen else error) from error
 
     def close(self) -> None:
         """Free all engines and memory, once a request of another thread is done; calling it again does nothing."""

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Annotated, Any, NamedTuple, TypedDict
+from typing import Annotated, Any, NamedTuple
 
 from pydantic import (
     BaseModel,
@@ -35,58 +34,6 @@ Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 """A part of a run's steps."""
 
 _SEED = TypeAdapter(Annotated[int, Field(ge=0, le=MAX_SEED)])
-
-
-class RequestArguments(TypedDict, total=False):
-    """The keyword arguments of `Pipeline.__call__` that do not change the type of its result."""
-
-    height: int | None
-    width: int | None
-    num_inference_steps: int | None
-    timesteps: Sequence[float] | None
-    sigmas: Sequence[float] | None
-    guidance_scale: float | None
-    num_images_per_prompt: int
-    seed: int | Sequence[int] | None
-    generator: Any
-    latents: Any
-    prompt_embeds: Any
-    negative_prompt_embeds: Any
-    prompt_2: str | Sequence[str] | None
-    prompt_3: str | Sequence[str] | None
-    negative_prompt_2: str | Sequence[str] | None
-    negative_prompt_3: str | Sequence[str] | None
-    pooled_prompt_embeds: Any
-    negative_pooled_prompt_embeds: Any
-    original_size: tuple[int, int] | None
-    crops_coords_top_left: tuple[int, int]
-    target_size: tuple[int, int] | None
-    negative_original_size: tuple[int, int] | None
-    negative_crops_coords_top_left: tuple[int, int]
-    negative_target_size: tuple[int, int] | None
-    aesthetic_score: float
-    negative_aesthetic_score: float
-    true_cfg_scale: float
-    denoising_start: float | None
-    denoising_end: float | None
-    max_sequence_length: int | None
-    prompt_syntax: PromptSyntax | None
-    sampler: str | None
-    eta: float
-    forecast: str | None
-    guidance_interval: tuple[float, float] | None
-    guidance_reuse: float | None
-    image: Any
-    mask_image: Any
-    padding_mask_crop: int | None
-    strength: float | None
-    callback_on_step_end: Callable[[Any, int, float, dict[str, Any]], dict[str, Any] | None] | None
-    callback_on_step_end_tensor_inputs: Sequence[str]
-    callback: Callable[[int, float, Any], Any] | None
-    callback_steps: int | None
-    on_batch: Callable[[GenerationRequest, int, Sequence[Any]], None] | None
-    keep_images: bool
-    progress: Callable[[str, int, int], None]
 
 
 class GenerationRequest(BaseModel):

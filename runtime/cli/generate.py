@@ -19,7 +19,7 @@ from .options import BackendOptions, backend_options, bytes_of, numbers, opened_
 from .progress import progress_bar
 
 if TYPE_CHECKING:
-    from ..request import RequestArguments
+    from ..arguments import RequestArguments
     from ..result import GenerationResult
     from .pictures import PictureWriter, Target
 

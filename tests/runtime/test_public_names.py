@@ -9,8 +9,7 @@ from pathlib import Path
 import latentrt.runtime
 import pytest
 from latentrt.runtime import Pipeline
-from latentrt.runtime.arguments import READ_BY_SOME
-from latentrt.runtime.request import RequestArguments
+from latentrt.runtime.arguments import READ_BY_SOME, RequestArguments
 
 
 def test_every_public_name_is_there_and_sorted() -> None:
