@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -112,6 +115,13 @@ class ServerProcess:
         self.close()
 
 
+def _end_with(parent: int) -> None:
+    """End this process soon after the one that started it, however that ended."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 def main(arguments: list[str]) -> None:
     """Serve until SIGTERM, and write a line of figures to standard output."""
     from ...runtime.server import HttpSettings, create_app
@@ -119,6 +129,7 @@ def main(arguments: list[str]) -> None:
     from ...runtime.server.metrics import Metrics
     from ...runtime.service import Limits, Models, ModelSettings, Service
 
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     place, port = Place(**json.loads(arguments[0])), int(arguments[1])
     with place.pipeline() as (pipe, paced):
         http, metrics = HttpSettings(), Metrics()

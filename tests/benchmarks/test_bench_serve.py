@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from latentrt.benchmarks.report import page, records
 from latentrt.benchmarks.report.serving_tables import serving_sections
@@ -109,6 +112,21 @@ def test_load_goes_over_http_to_a_server_of_its_own() -> None:
         assert server.resident_bytes > 2**20
     used = sum(entry.rows * entry.work.steps for entry in outcome.entries if entry.ended == entry.ended)
     assert server.stats["device_seconds"] >= used * 0.5 * 0.138 / 16, "steps were skipped"
+
+
+def test_a_server_ends_with_the_process_that_started_it() -> None:
+    pytest.importorskip("fastapi")
+    start = (
+        "from latentrt.benchmarks.serving.process import Place, ServerProcess\n"
+        "server = ServerProcess(Place('in-flight', 'a100-sd15', slots=1, rows=2))\n"
+        "print(server._process.pid, flush=True)\n"
+        "import time; time.sleep(600)"
+    )
+    with subprocess.Popen([sys.executable, "-c", start], stdout=subprocess.PIPE) as starter:
+        assert starter.stdout is not None
+        server = psutil.Process(int(starter.stdout.readline()))
+        starter.kill()
+        server.wait(60)
 
 
 def test_a_server_that_does_not_start_is_an_error(capfd: pytest.CaptureFixture[str]) -> None:
