@@ -30,6 +30,8 @@ class Entry:
     ended: float = math.nan
     done: int = 0
     """Evaluations that have been run."""
+    foreseen: float = math.nan
+    """Seconds that it was said to take when it came."""
 
     @property
     def rows(self) -> int:

@@ -63,7 +63,9 @@ class Curve:
     def times(self, buckets: Iterable[int]) -> StepTimes:
         """Return what a batcher knows of its steps once every bucket was timed."""
         chosen = tuple(buckets)
-        return StepTimes(chosen, {bucket: self.step(bucket) for bucket in chosen})
+        times = StepTimes(chosen, {bucket: self.step(bucket) for bucket in chosen})
+        times.beside |= {"encode": self.encode, "decode": self.decode}
+        return times
 
     def scaled(self, factor: float) -> Curve:
         """Return the curve of a device on which everything takes `factor` times as long."""

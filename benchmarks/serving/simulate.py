@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, get_args
 
-from ...runtime.batcher.policy import BUCKETS, Candidate, decide
+from ...runtime.batcher.policy import BUCKETS, Candidate, decide, until_done
 from .arrivals import Arrivals, Entry, Outcome, mean_alone
 from .curve import Curve
 from .mixes import Mix
@@ -43,26 +43,36 @@ class Setup:
         return self.curve.times(self.buckets).knee()
 
 
-def simulate(policy: Policy, setup: Setup, mix: Mix, rate: float, *, requests: int, seed: int = 0) -> Outcome:
-    """Return what becomes of requests that arrive at a rate; at rate infinity there is always one more to take."""
+def simulate(
+    policy: Policy, setup: Setup, mix: Mix, rate: float, *, requests: int, seed: int = 0, foresee: bool = False
+) -> Outcome:
+    """Return what becomes of requests that arrive at a rate; at rate infinity there is always one more to take.
+
+    With `foresee`, in flight, each is also told how long the batcher would say that it takes.
+    """
     arrivals = Arrivals(mix.draw(requests, seed), setup.curve, rate, queue=setup.queue, seed=seed)
     outcome = Outcome(arrivals.entries)
     if policy == "in-flight":
-        end = _in_flight(setup, arrivals, outcome)
+        end = _in_flight(setup, arrivals, outcome, foresee)
     else:
         end = _static(setup, arrivals, outcome, GROUPS[policy], leave=policy == "static unlike")
     outcome.span = end - arrivals.entries[0].arrived
     return outcome
 
 
-def _in_flight(setup: Setup, arrivals: Arrivals, outcome: Outcome) -> float:
+def _in_flight(setup: Setup, arrivals: Arrivals, outcome: Outcome, foresee: bool) -> float:
     """Let images come and go between steps, as the batcher's policy decides; a swap is taken to cost nothing."""
     curve, times = setup.curve, setup.curve.times(setup.buckets)
     waiting: list[Entry] = []
     running: list[Entry] = []
     now = 0.0
     while True:
-        waiting += arrivals.take(now, len(waiting))
+        for entry in arrivals.take(now, len(waiting)):
+            if foresee:
+                there = [_seen(each) for each in (*waiting, *running)]
+                seconds = until_done([_seen(entry)], there, (), times, setup.slots)
+                entry.foreseen = now + (seconds or 0.0) - entry.arrived
+            waiting.append(entry)
         if not waiting and not running:
             if (following := arrivals.following) is None:
                 return now
@@ -83,6 +93,7 @@ def _in_flight(setup: Setup, arrivals: Arrivals, outcome: Outcome) -> float:
                 outcome.busy += curve.encode
             running.append(entry)
         seconds = curve.step(decision.bucket)
+        times.add(decision.bucket, seconds)
         now += seconds
         outcome.step(sum(entry.rows for entry in running), decision.bucket, seconds)
         over = []

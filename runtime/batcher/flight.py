@@ -13,7 +13,7 @@ from functools import partial
 from ...engines.bundle import GraphInfo
 from ...engines.device import Event
 from ...engines.engine import Shapes
-from ...engines.errors import EngineError
+from ...engines.errors import EngineError, LatentRTError
 from ...engines.host import HostDevice
 from ..drawing import PICTURES
 from ..loop.denoise import Mode
@@ -111,7 +111,9 @@ class Flight:
         except Exception as error:  # of this request alone
             shared.end(job, error)
             return False
-        job.finished.timings.encode += time.perf_counter() - began
+        seconds = time.perf_counter() - began
+        job.finished.timings.encode += seconds
+        self._times.note("encode", seconds)
         try:
             self.images[self.slots.admit(image.prepared, conditioning, image.now.width)] = image
         except Exception as error:
@@ -232,7 +234,7 @@ class Flight:
             return
         try:
             output = self._shared.encoder.decode(latents)[PICTURES["pil"]][0]
-        except EngineError as error:
+        except LatentRTError as error:
             log.warning("a preview was left out: %s", str(error))
             return
         number = job.previews[image.done]
@@ -241,13 +243,14 @@ class Flight:
 
     def _finish(self, slot: int) -> None:
         latents, shared = self.slots.latents(slot), self._shared
-        image = self.release(slot)
+        image, began = self.release(slot), time.perf_counter()
         job = image.job
         try:
             output = output_of(job, latents, shared.encoder, shared.tally)
         except Exception as error:  # of this image alone
             shared.end(job, error)
             return
+        self._times.note("decode", time.perf_counter() - began)
         job.finished_images.add(image.index)
         shared.deliverer.post(job.box, ("drawn", image.index), partial(draw, job, image.index, output))
         if len(job.finished_images) == len(job.images):

@@ -7,9 +7,10 @@ waits that the last few per cent count. The numbers were chosen by simulation, o
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Generic, TypeVar
+import math
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 BUCKETS: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128)
 """Numbers of network rows that a step may compute, below the most."""
@@ -30,7 +31,11 @@ UNSETTLED = 4
 SPARED = 2
 """An image with no more evaluations left keeps its slot, and none leaves it for one that is due fewer steps earlier."""
 FADING = 0.2
-"""Share of the newest time in a bucket's mean."""
+"""Share of the newest time in a mean."""
+LATELY = 0.02
+"""The same in the mean of what steps of any width took: about the last fifty."""
+NEAR = 256
+"""Images that an estimate follows one by one: of those before them it counts the work alone."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,12 @@ class Candidate:
     def width(self) -> int:
         """Network rows of its next evaluation."""
         return self.rows if self.guided is None or self.done in self.guided else 1
+
+    @property
+    def alike(self) -> int:
+        """Evaluations that are to come before one of another width."""
+        borders = () if self.guided is None else (self.guided.start, self.guided.stop)
+        return next((border for border in borders if border > self.done), self.evaluations) - self.done
 
     @property
     def held(self) -> int:
@@ -100,6 +111,10 @@ class StepTimes:
         """Take increasing buckets, and times where they are known."""
         self.buckets = tuple(buckets)
         self.seconds: dict[int, float] = dict(seconds or {})
+        self.beside = {"encode": 0.0, "decode": 0.0}
+        """Seconds for which steps wait for an image, before its first one and behind its last one."""
+        self.lately = 0.0
+        """Seconds of steps of late, however wide."""
         self._runs: dict[int, int] = {}
 
     def add(self, bucket: int, seconds: float) -> None:
@@ -108,6 +123,12 @@ class StepTimes:
         if runs > UNSETTLED:
             before = self.seconds.get(bucket, seconds)
             self.seconds[bucket] = before + FADING * (seconds - before)
+            self.lately += (LATELY if self.lately else 1.0) * (seconds - self.lately)
+
+    def note(self, stage: str, seconds: float) -> None:
+        """Take note of what encoding or decoding an image took."""
+        before = self.beside[stage] or seconds
+        self.beside[stage] = before + FADING * (seconds - before)
 
     def restart(self) -> None:
         """Expect first runs again: the steps of new buffers."""
@@ -157,18 +178,65 @@ class StepTimes:
         return work / knee * self.of(knee)
 
 
-def until_done(own: Sequence[Candidate], before: float, others: Sequence[float], times: StepTimes) -> float | None:
+def outlook(
+    candidates: Sequence[Candidate], times: StepTimes, slots: int, own: int = 0
+) -> tuple[list[float], list[float]]:
+    """Return when images of one size begin and end, in seconds from now.
+
+    The earliest due have the slots. None comes after them, but a step takes longer than its rows where steps did of
+    late, half of the difference: others will come, and share it. Ends once the first `own` images are over, or with
+    none once all are: what has not happened by then is infinite.
+    """
+    begins, ends = ([math.inf] * len(candidates) for _ in range(2))
+    seen = list(candidates)
+    line = deque(sorted(range(len(seen)), key=lambda index: due(seen[index], times)))
+    behind = sum(candidate.held for candidate in seen)  # the rows of those in the line
+    awaited = set(range(own or len(seen)))
+    running: list[int] = []
+    now = 0.0
+    while awaited:
+        held = sum(seen[index].held for index in running)
+        most = times.most(held + behind) if line else 0
+        while line and len(running) < slots and (not running or held + seen[line[0]].held <= most):
+            running.append(index := line.popleft())
+            begins[index] = now
+            now += 0.0 if seen[index].done else times.beside["encode"]
+            held, behind = held + seen[index].held, behind - seen[index].held
+        steps = min(seen[index].alike for index in running)
+        step = times.of(sum(seen[index].width for index in running))
+        now += steps * max(step, (step + times.lately) / 2)
+        for index in running.copy():
+            seen[index] = replace(seen[index], done=seen[index].done + steps)
+            if not seen[index].left:
+                now += times.beside["decode"]
+                ends[index] = now
+                running.remove(index)
+                awaited.discard(index)
+    return begins, ends
+
+
+def until_done(
+    own: Sequence[Candidate], others: Sequence[Candidate], elsewhere: Sequence[float], times: StepTimes, slots: int
+) -> float | None:
     """Return about how many seconds it takes until images of one request are done, None before any step was timed.
 
-    `before` is the work, rows times evaluations, of images of their size that are due earlier, and `others` are the
-    seconds of work of other sizes: those take as much time meanwhile, as far as they have something to do.
+    `others` are all other images of their size, and `elsewhere` the seconds of work of other sizes: those take as much
+    time meanwhile, as far as they have something to do.
     """
-    work = before + sum(candidate.work for candidate in own)
-    shared = times.wait(work)
-    if shared is None:
+    if not times.seconds:
         return None
-    seconds = max([shared, *(candidate.alone(times, candidate.done) for candidate in own)])
-    return seconds + sum(min(other, seconds) for other in others)
+    last = max((due(each, times) for each in own), default=0.0)
+    line = sorted(others, key=lambda each: due(each, times))
+    before = sum(due(each, times) <= last for each in line)
+    far = max(0, before - NEAR)
+    seconds = times.wait(sum(each.work for each in line[:far])) or 0.0
+    _, ends = outlook([*own, *line[far : before + slots]], times, slots, len(own))
+    return shared(seconds + max(ends[: len(own)], default=0.0), elsewhere)
+
+
+def shared(seconds: float, elsewhere: Sequence[float]) -> float:
+    """Return how long takes what takes so many seconds alone, beside the work of other sizes in seconds."""
+    return seconds + sum(min(other, seconds) for other in elsewhere)
 
 
 def due(candidate: Candidate, times: StepTimes) -> float:
@@ -230,35 +298,3 @@ def _there(
 ) -> list[Candidate]:
     """Return who runs then."""
     return [each for place, each in enumerate(running) if place not in leave] + [waiting[place] for place in admit]
-
-
-Key = TypeVar("Key", bound=Hashable)
-
-
-class Turns(Generic[Key]):
-    """Whose turn it is among sizes: that of which the device has done least while it had something to do."""
-
-    def __init__(self) -> None:
-        """Nobody has had anything."""
-        self._spent: dict[Key, float] = {}
-        self._busy: set[Key] = set()
-
-    def next(self, busy: Sequence[Key]) -> Key:
-        """Return whose turn it is of those that have something to do; who comes back has no claim for its absence."""
-        here, before = [self._spent[key] for key in busy if key in self._busy], self._busy
-        least = min(here, default=0.0)
-        for key in busy:
-            if key not in before:
-                self._spent[key] = max(least, self._spent.get(key, least))
-        self._busy = set(busy)
-        return min(busy, key=lambda key: (self._spent[key], key in before))
-
-    def spend(self, key: Key, seconds: float) -> None:
-        """Take note of the time that a turn took."""
-        if key in self._spent:
-            self._spent[key] += seconds
-
-    def forget(self, key: Key) -> None:
-        """Drop a size."""
-        self._spent.pop(key, None)
-        self._busy.discard(key)

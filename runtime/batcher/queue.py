@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
 from ...engines.errors import DeadlineError, QueueFullError, RequestError
 from .flight import Shared
 from .future import JobProgress, State
-from .job import Job
-from .policy import Turns, due, until_done
+from .job import Image, Job
+from .policy import due, outlook, shared, until_done
 from .pool import Pool
 from .prepared import Fit
 from .stats import SizeStats, Stats
@@ -31,6 +33,38 @@ def check_numbers(slots: int, rows: int, max_waiting: int, max_wait: float | Non
             raise RequestError(f"{name} is {value!r}: give a whole number from {least} to {most}")
     if max_wait is not None and not max_wait > 0:
         raise RequestError(f"max_wait is {max_wait!r}: give seconds, more than 0, or leave it out")
+
+
+Key = TypeVar("Key", bound=Hashable)
+
+
+class Turns(Generic[Key]):
+    """Whose turn it is among sizes: that of which the device has done least while it had something to do."""
+
+    def __init__(self) -> None:
+        """Nobody has had anything."""
+        self._spent: dict[Key, float] = {}
+        self._busy: set[Key] = set()
+
+    def next(self, busy: Sequence[Key]) -> Key:
+        """Return whose turn it is of those that have something to do; who comes back has no claim for its absence."""
+        here, before = [self._spent[key] for key in busy if key in self._busy], self._busy
+        least = min(here, default=0.0)
+        for key in busy:
+            if key not in before:
+                self._spent[key] = max(least, self._spent.get(key, least))
+        self._busy = set(busy)
+        return min(busy, key=lambda key: (self._spent[key], key in before))
+
+    def spend(self, key: Key, seconds: float) -> None:
+        """Take note of the time that a turn took."""
+        if key in self._spent:
+            self._spent[key] += seconds
+
+    def forget(self, key: Key) -> None:
+        """Drop a size."""
+        self._spent.pop(key, None)
+        self._busy.discard(key)
 
 
 @dataclass
@@ -66,15 +100,15 @@ class Queue:
             raise RequestError(f"the request has {len(job.images)} images: at most max_waiting={self.max_waiting} wait")
         pool = self.pools.get(job.fit)
         waiting = 0 if pool is None else sum(not image.admitted for image in pool.waiting)
-        if pool is not None and waiting + len(job.images) > self.max_waiting:
-            seconds = pool.times.wait(self.work(pool))
-            after = "" if seconds is None else f", and take about {seconds:.1f} s"
+        if pool is not None and (excess := waiting + len(job.images) - self.max_waiting) > 0:
+            seconds = self.until_room(pool, excess)
+            after = "" if seconds is None else f", and there is room in about {seconds:.1f} s"
             raise QueueFullError(
                 f"{waiting} images of this size wait{after}: at most {self.max_waiting} may; try later", seconds
             )
-        if self.max_wait is not None and (seconds := self.waiting_seconds()) > self.max_wait:
+        if self.max_wait is not None and (wait := self.waiting_seconds()) > self.max_wait:
             raise QueueFullError(
-                f"what waits takes about {seconds:.1f} s: at most {self.max_wait:g} s may; try later", seconds
+                f"what waits takes about {wait:.1f} s: at most {self.max_wait:g} s may; try later", wait - self.max_wait
             )
         needed = None if job.due is None else self.estimate(job)
         if job.due is not None and needed is not None and needed > (left := job.due - time.monotonic()):
@@ -117,17 +151,33 @@ class Queue:
         busy = [pool for pool in self.pools.values() if pool.waiting]
         return sum(pool.times.wait(sum(image.now.work for image in pool.waiting)) or 0.0 for pool in busy)
 
+    def elsewhere(self, pool: Pool) -> list[float]:
+        """Return the seconds of work of each other size."""
+        return [each.times.wait(self.work(each)) or 0.0 for each in self.pools.values() if each is not pool]
+
+    def images(self, pool: Pool) -> Iterator[Image]:
+        """Yield the images of a size that are not drawn."""
+        for job in self.jobs.values():
+            if job.fit == pool.fit and not job.over:
+                yield from (image for image in job.images if image.now.left > 0)
+
+    def until_room(self, pool: Pool, excess: int) -> float | None:
+        """Return the seconds until so many images of a size have got their first slot, None where nothing was timed."""
+        if not pool.times.seconds:
+            return None
+        images = list(self.images(pool))
+        begins, _ = outlook([image.now for image in images], pool.times, self.shared.slots)
+        waits = sorted(begin for image, begin in zip(images, begins, strict=True) if not image.admitted)
+        return shared(waits[min(excess, len(waits)) - 1] if waits else 0.0, self.elsewhere(pool))
+
     def estimate(self, job: Job) -> float | None:
         """Return about how many seconds it takes until a request is done, which is there or comes now."""
         pool = self.pools.get(job.fit)
         if pool is None:
             return None
         own = [image.now for image in job.images if image.index not in job.finished_images]
-        last = max((due(each, pool.times) for each in own), default=0.0)
-        others = [other for other in self.jobs.values() if other is not job and other.fit == job.fit]
-        before = sum(other.work for other in others if due(other.images[0].candidate, pool.times) <= last)
-        seconds = [each.times.wait(self.work(each)) or 0.0 for each in self.pools.values() if each is not pool]
-        return until_done(own, before, seconds, pool.times)
+        others = [image.now for image in self.images(pool) if image.job is not job]
+        return until_done(own, others, self.elsewhere(pool), pool.times, self.shared.slots)
 
     def progress(self, job: Job) -> JobProgress:
         """Return how far a request has come."""

@@ -302,13 +302,14 @@ def test_a_deadline_that_cannot_be_met_is_refused_at_once(pipe: Pipeline, gate: 
         long = {**SMALL, "num_inference_steps": 100}
         running = batcher.submit(**long)
         gate.run(12)
-        step = batcher.stats().curve[2]
+        step, (pool,) = batcher.stats().curve[2], batcher._queue.pools.values()
+        encode, pool.times.lately = pool.times.beside["encode"], 0.0
         with pytest.raises(DeadlineError, match=r"the request takes about \d+\.\d s from now, .* and has 0\.") as alone:
             batcher.submit(**SMALL, timeout=3 * step)
-        assert alone.value.seconds == pytest.approx(6 * step)
+        assert alone.value.seconds == pytest.approx(6 * step + encode)
         with pytest.raises(DeadlineError) as behind:
             batcher.submit(**long, timeout=120 * step)
-        assert behind.value.seconds == pytest.approx(188 * step)
+        assert behind.value.seconds == pytest.approx(188 * step + encode)
         assert batcher.stats().rejected == 2
         last = batcher.submit(**SMALL, timeout=1000.0)
         gate.open()
@@ -324,7 +325,7 @@ def test_too_much_work_in_the_queue_is_refused_in_seconds(pipe: Pipeline, gate: 
         assert seconds == pytest.approx(30 * batcher.stats().curve[2])
         with pytest.raises(QueueFullError, match=r"what waits takes about .* s: at most 1e-06 s may") as full:
             batcher.submit(**SMALL)
-        assert full.value.seconds == pytest.approx(seconds)
+        assert full.value.seconds == pytest.approx(seconds - 1e-6)  # until no more waits than may
         gate.open()
         assert running.result(300) and waiting.result(300)
     with pytest.raises(RequestError, match="max_wait is 0: give seconds, more than 0"):

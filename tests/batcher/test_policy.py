@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import replace
 
@@ -14,11 +15,12 @@ from latentrt.runtime.batcher.policy import (
     Candidate,
     Decision,
     StepTimes,
-    Turns,
     decide,
     due,
+    outlook,
     until_done,
 )
+from latentrt.runtime.batcher.queue import Turns
 
 FLAT = StepTimes((2, 4, 8), {2: 1.0, 4: 1.1, 8: 1.2})
 """A device on which a wide step costs little more."""
@@ -124,7 +126,7 @@ def test_an_image_that_is_guided_in_part_costs_what_it_has() -> None:
         assert (now.width, now.held, now.work) == (plan[done], max(plan[done:]), sum(plan[done:]))
         assert now.alone(times, done) == sum({1: 1.0, 2: 3.0}[rows] for rows in plan[done:])
     assert due(in_part(), times) == SLACK * (6 * 1.0 + 4 * 3.0)
-    assert until_done([in_part(6)], 0.0, [], times) == 3.0 + 3 * 1.0
+    assert until_done([in_part(6)], (), (), times, 4) == 3.0 + 3 * 1.0
     assert Candidate(0.0, 2, 10, 4, range(0)).held == Candidate(0.0, 1, 10, 4, range(3, 7)).held == 1
 
 
@@ -210,14 +212,42 @@ def test_nothing_to_do_is_no_step() -> None:
     assert decide([], [guided(0.0)] * 2, FLAT, 0.0, slots=4) == Decision((), (), 4)
 
 
-def test_an_estimate_counts_what_comes_before_and_what_others_take_meanwhile() -> None:
+def test_an_estimate_follows_the_steps_that_images_share() -> None:
     own = [guided(0.0, 10)]
-    assert until_done(own, 0.0, (), FLAT) == 10.0  # alone
-    assert until_done([under_way(own[0], 4)], 0.0, (), FLAT) == 6.0
-    assert until_done(own, 80.0, (), FLAT) == pytest.approx((80 + 20) / 8 * 1.2)
-    assert until_done(own, 0.0, (3.0, 100.0), FLAT) == 10.0 + 3.0 + 10.0
-    assert until_done(own * 16, 0.0, (), FLAT) == pytest.approx(16 * 20 / 8 * 1.2)
-    assert until_done(own, 0.0, (), StepTimes((2,))) is None
+    assert until_done(own, (), (), FLAT, 4) == 10.0  # alone
+    assert until_done([under_way(own[0], 4)], (), (), FLAT, 4) == 6.0
+    assert until_done(own, [guided(9.0)] * 3, (), FLAT, 4) == pytest.approx(10 * 1.2)  # all have a slot
+    assert until_done(own, [guided(-99.0, 10)] * 8, (), FLAT, 4) == pytest.approx(2 * 10 * 1.2 + 10)
+    assert until_done(own, [guided(-99.0, 10)] * 400, (), FLAT, 4) == pytest.approx(100 * 10 * 1.2 + 10)
+    assert until_done(own * 16, (), (), FLAT, 4) == pytest.approx(4 * 10 * 1.2)
+    assert until_done(own, (), (3.0, 100.0), FLAT, 4) == 10.0 + 3.0 + 10.0
+    assert until_done(own, (), (), StepTimes((2,)), 4) is None
+
+
+def test_an_estimate_expects_company_where_there_was_some() -> None:
+    times = StepTimes((2, 4, 8), FLAT.seconds)
+    for _ in range(UNSETTLED + 1):
+        times.add(8, 1.2)
+    assert until_done([guided(0.0, 10)], (), (), times, 4) == pytest.approx(10 * 1.1)
+    for _ in range(500):
+        times.add(2, 1.0)
+    assert times.lately == pytest.approx(1.0, rel=1e-4)
+
+
+def test_an_estimate_counts_what_steps_wait_for() -> None:
+    times = StepTimes((2, 4, 8), FLAT.seconds)
+    for seconds in (0.5, 0.5):
+        times.note("encode", seconds)
+    times.note("decode", 2.0)
+    assert until_done([guided(0.0, 10)], (), (), times, 1) == pytest.approx(0.5 + 10 + 2)
+    assert until_done([guided(0.0, 10)], [under_way(guided(-99.0, 10), 7)], (), times, 1) == pytest.approx(5 + 12.5)
+
+
+def test_room_is_when_those_that_wait_have_got_slots() -> None:
+    running, waiting = [under_way(guided(-99.0, 10), 7)] * 2, [guided(float(place), 10) for place in range(3)]
+    begins, ends = outlook([*running, *waiting], FLAT, 2)
+    assert begins == pytest.approx([0, 0, 3.3, 3.3, 14.3]) and ends == pytest.approx([3.3, 3.3, 14.3, 14.3, 24.3])
+    assert outlook([*running, *waiting], FLAT, 2, own=2)[1][2:] == [math.inf] * 3
 
 
 def test_sizes_get_equal_shares_of_the_time() -> None:

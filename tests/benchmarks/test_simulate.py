@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
-from statistics import mean
+from statistics import mean, median
 
 import pytest
 from latentrt.benchmarks.serving import planner, simulate
@@ -152,3 +152,14 @@ def test_the_same_seed_gives_the_same_requests_at_every_rate() -> None:
     )
     assert [entry.arrived for entry in slow] == pytest.approx([2 * entry.arrived for entry in fast])
     assert all(later.arrived >= earlier.arrived for earlier, later in pairwise(slow))
+
+
+@pytest.mark.parametrize("load", [0.3, 0.7, 0.95, 1.5])
+@pytest.mark.parametrize("name", ["a100-sd15", "cpu-embedded", "h200-qwen512"])
+def test_the_batcher_says_about_how_long_a_request_takes(name: str, load: float) -> None:
+    for mix, slots in ((DRAFT, 8), (TYPICAL, 16), (EQUAL, 16)):
+        setup = Setup(curve(name), slots, 16)
+        rate = load * simulate.saturation("in-flight", setup, mix, requests=200).throughput()
+        outcome = simulate.simulate("in-flight", setup, mix, rate, requests=300, foresee=True)
+        ratios = [entry.foreseen / entry.latency for entry in outcome.counted if math.isfinite(entry.latency)]
+        assert 0.8 <= median(ratios) <= 1.25, (mix.name, slots)
