@@ -30,7 +30,7 @@ class Bundle:
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self.path = path
         self.manifest = manifest
-        self._checked: set[str] = set()
+        self._checked: dict[str, tuple[int, ...]] = {}
 
     @classmethod
     def open(cls, path: str | Path) -> Bundle:
@@ -77,17 +77,23 @@ class Bundle:
         """Return one SHA-256 over the hashes of a graph's files: what an engine of it is keyed by."""
         return hashlib.sha256("".join(self.manifest.files[f].sha256 for f in graph.files).encode()).hexdigest()
 
+    def nbytes(self, graph: GraphInfo) -> int:
+        """Return the bytes of a graph's files."""
+        return sum(self.manifest.files[name].size for name in graph.files)
+
     def file(self, name: str) -> Path:
-        """Return the path of a listed file after checking its size and hash (once per opened bundle).
+        """Return the path of a listed file after checking its size and hash, which is done anew once it was changed.
 
         A link is followed: what counts is the hash. Raises `BundleError` when the file is missing or was changed.
         """
         path = self.path / name
-        if name in self._checked:
+        stamp = _stamp(path)  # before the hash: what is written meanwhile is found the next time
+        if stamp is not None and self._checked.get(name) == stamp:
             return path
         if problem := self._problem(name):
             raise BundleError(f"{path} {problem}: export the checkpoint again or restore the file")
-        self._checked.add(name)
+        if stamp is not None:
+            self._checked[name] = stamp
         return path
 
     def _problem(self, name: str) -> str | None:
@@ -113,6 +119,15 @@ class Bundle:
             if problem := self._problem(name):
                 found[name] = problem
         return found
+
+
+def _stamp(path: Path) -> tuple[int, ...] | None:
+    """Return what changes when a file is written, copied or restored; None for one that cannot be reached."""
+    try:
+        info = path.stat()
+    except OSError:
+        return None
+    return info.st_size, info.st_mtime_ns, info.st_ctime_ns, info.st_ino
 
 
 def _read(path: Path) -> Any:

@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Sequence
 
-from ...engines.errors import DeadlineError, EngineError
+from ...engines.errors import BundleError, DeadlineError, EngineError, StorageError
 from .flight import Flight, Shared, StepFailed
 from .job import Image, Job
 from .policy import StepTimes, decide
@@ -173,7 +173,8 @@ class Pool:
             gone = [*(self._flight.images.values() if self._flight else ()), *(self.waiting if waiting else ())]
             self.waiting = [] if waiting else self.waiting
         log.warning("%d images of a batcher failed: %s", len(gone), str(error))
-        self._shared.tally.failed_turn()
+        if not isinstance(error, (BundleError, StorageError)):  # of files, which another process would not mend
+            self._shared.tally.failed_turn()
         for image in gone:
             self._shared.end(image.job, error)
         try:

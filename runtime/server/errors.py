@@ -16,11 +16,13 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from ...engines.errors import (
+    BundleError,
     DeadlineError,
     EngineError,
     LatentRTError,
     QueueFullError,
     RequestError,
+    StorageError,
     is_out_of_memory,
     reason,
 )
@@ -30,6 +32,8 @@ from ..service.errors import BusyError, NotFoundError, RefusedError, Unavailable
 MOST_SECONDS = 120.0
 """OpenAI's client does not try again at all when it is told to wait longer."""
 GUESS_SECONDS = 1.0
+STORAGE_SECONDS = 30.0
+"""When to try again where somebody has to make room on a disk."""
 
 FIELDS = {"width": "size", "height": "size", "mask_image": "mask", "num_images_per_prompt": "n"}
 """Arguments of a pipeline's call, and the fields that set them."""
@@ -138,6 +142,12 @@ def _server_error(error: BaseException) -> ApiError:
         return ApiError(500, str(error), "engine_error")
     if is_out_of_memory(error):
         return ApiError(500, "out of memory: ask for a smaller size or fewer pictures", "out_of_memory")
+    if isinstance(error, StorageError):  # whose text names folders
+        said = "the server's disk is full, or a folder cannot be written: try later; its log says which"
+        return ApiError(503, said, "storage", headers=retry_headers(STORAGE_SECONDS))
+    if isinstance(error, BundleError):
+        said = "a file of this model is missing or was changed on the server: its log says which"
+        return ApiError(500, said, "bundle_damaged", headers={"x-should-retry": "false"})
     if isinstance(error, LatentRTError):
         return ApiError(500, reason(error), "server_error")
     return ApiError(500, "the server failed, which is a bug: its log has the traceback", "internal_error")

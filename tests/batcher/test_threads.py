@@ -13,7 +13,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from latentrt.engines.errors import DeadlineError, EngineError, QueueFullError, RequestError
+from latentrt.engines.errors import (
+    BundleError,
+    DeadlineError,
+    EngineError,
+    QueueFullError,
+    RequestError,
+    StorageError,
+)
 from latentrt.engines.onnxruntime.session import OnnxRuntimeEngine
 from latentrt.runtime import Pipeline
 from latentrt.runtime.batcher import Batcher
@@ -293,5 +300,10 @@ def test_failures_in_a_row_are_counted_until_a_step_works(pipe: Pipeline, monkey
             for number in (1, 2, 3):
                 assert isinstance(batcher.submit(**TINY, num_inference_steps=2).exception(300), EngineError)
                 assert batcher.failures_in_a_row == batcher.stats().failures_in_a_row == number
+        for error in (StorageError("the disk is full"), BundleError("a file was changed")):  # no fault of the device
+            with monkeypatch.context() as patch:
+                patch.setattr(Slots, "step", lambda *_, error=error: (_ for _ in ()).throw(error))
+                assert batcher.submit(**TINY, num_inference_steps=2).exception(300) is error
+                assert batcher.failures_in_a_row == 3
         assert batcher.submit(**TINY, num_inference_steps=2).result(300)
         assert batcher.failures_in_a_row == 0

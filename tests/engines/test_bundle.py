@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
-from latentrt.engines.bundle import Bundle, GraphInfo, TensorInfo, describe_files, write_manifest
+from latentrt.engines.bundle import Bundle, GraphInfo, TensorInfo, describe_files, reader, write_manifest
 from latentrt.engines.errors import BundleError
+from latentrt.engines.files import sha256_of
 
 from .small_bundles import manifest_of
 
@@ -140,6 +142,27 @@ def test_changed_missing_and_linked_files_are_found(bundle: Path, tmp_path: Path
     (tmp_path / "outside").write_bytes(b"shame")
     with pytest.raises(BundleError, match="SHA-256"):
         Bundle.open(bundle).file("denoiser.onnx")
+
+
+def test_a_file_is_hashed_once_and_again_when_it_was_changed(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed: list[Path] = []
+
+    def noted(path: Path) -> str:
+        hashed.append(path)
+        return sha256_of(path)
+
+    monkeypatch.setattr(reader, "sha256_of", noted)
+    opened, file = Bundle.open(bundle), bundle / "denoiser.onnx"
+    for _ in range(3):
+        assert opened.file("denoiser.onnx").read_bytes() == b"graph"
+    assert hashed == [file]
+    times = file.stat()
+    file.write_bytes(b"GRAPH")
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))  # which copying tools restore
+    with pytest.raises(BundleError, match="SHA-256"):
+        opened.file("denoiser.onnx")
+    file.write_bytes(b"graph")
+    assert opened.file("denoiser.onnx") == file and len(hashed) == 3
 
 
 def test_an_unknown_graph_is_named(bundle: Path) -> None:
