@@ -42,6 +42,10 @@ class Engine(Protocol):
     def outputs(self) -> Mapping[str, TensorInfo]:
         """The graph's outputs by name."""
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its weights, as files have them; its part of those that it shares with other engines."""
+
     def bind(self, tensors: Mapping[str, Tensor]) -> BoundEngine:
         """Bind all inputs and the wanted outputs; addresses are fixed from here on.
 

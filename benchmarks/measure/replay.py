@@ -38,6 +38,8 @@ log = logging.getLogger(__name__)
 class NullEngine:
     """Stands where a network would; binds anything."""
 
+    nbytes = 0
+
     def __init__(self, device: Device) -> None:
         self.name = "null"
         self.inputs: Mapping[str, TensorInfo] = {}

@@ -85,6 +85,8 @@ class PacedDevice(HostDevice):
 class PacedEngine:
     """One graph: bound, its outputs are zeros, and a run takes `seconds(rows)`."""
 
+    nbytes = 0
+
     def __init__(self, graph: GraphInfo, clock: Clock, seconds: Callable[[int], float]) -> None:
         self.name = graph.name
         self.inputs = {spec.name: spec for spec in graph.inputs}

@@ -70,7 +70,7 @@ class OnnxRuntimeCpu:
         """Open one graph of a bundle, building its engine first when the cache has none, and check a new engine."""
         _check_precision(graph)
         folder, session = self._loaded(bundle, graph)
-        engine = OnnxRuntimeEngine(graph, session, OnnxRuntimeBinding)
+        engine = OnnxRuntimeEngine(graph, session, OnnxRuntimeBinding, bundle.nbytes(graph))
         with self.lock:
             accept(engine, bundle, graph, Place(self.name, self.device, {}, folder))
         return engine

@@ -93,7 +93,7 @@ class OnnxRuntimeCuda:
 
     def open(self, bundle: Bundle, graph: GraphInfo, shapes: Shapes | None = None) -> OnnxRuntimeEngine:
         """Open one graph of a bundle, whose session serves every shape, and check it the first time on this GPU."""
-        engine = OnnxRuntimeEngine(graph, self._session(bundle, graph), self._bind)
+        engine = OnnxRuntimeEngine(graph, self._session(bundle, graph), self._bind, bundle.nbytes(graph))
         with self.lock:
             facts = {"gpu": self.device.name, "driver": self.device.driver_version}
             place = Place(self.name, self.device, facts, self._folder(bundle, graph), tf32=self.tf32)

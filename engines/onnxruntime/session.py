@@ -16,9 +16,9 @@ Bind = Callable[["OnnxRuntimeEngine", Mapping[str, Tensor]], BoundEngine]
 class OnnxRuntimeEngine:
     """One session; each binding keeps its own input and output addresses."""
 
-    def __init__(self, graph: GraphInfo, session: Any, bind: Bind) -> None:
-        """`bind` makes a binding of this engine from tensors that fit the graph."""
-        self.name = graph.name
+    def __init__(self, graph: GraphInfo, session: Any, bind: Bind, nbytes: int = 0) -> None:
+        """`bind` makes a binding of this engine from tensors that fit the graph; `nbytes` are those of its weights."""
+        self.name, self.nbytes = graph.name, nbytes
         self.inputs = {t.name: t for t in graph.inputs}
         self.outputs = {t.name: t for t in graph.outputs}
         self._session = session

@@ -116,11 +116,12 @@ class OpenVino:
         Given shapes, or where there is one model for all of them, this is done here.
         """
         weights = self._weights(bundle, graph)
-        most = max(FEWEST, min(MOST, FIXED_BYTES // max(1, weights.stat().st_size))) if self.fixed else 0
+        nbytes = weights.stat().st_size
+        most = max(FEWEST, min(MOST, FIXED_BYTES // max(1, nbytes))) if self.fixed else 0
         models = CompiledModels(most, lambda wanted: self._checked(bundle, graph, wanted))
         if shapes or not self.fixed:
             models.take(shapes or {})
-        return OpenVinoEngine(graph, models)
+        return OpenVinoEngine(graph, models, nbytes)
 
     def find(self, bundle: Bundle, graph: GraphInfo, shapes: Shapes) -> Path | None:
         """Return the folder of the compiled model for input shapes in the cache, or None where it has none."""

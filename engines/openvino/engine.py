@@ -16,8 +16,9 @@ from .models import CompiledModels
 class OpenVinoEngine:
     """A graph's compiled models; each binding has a request of its own, on its own memory."""
 
-    def __init__(self, graph: GraphInfo, models: CompiledModels) -> None:
-        self.name = graph.name
+    def __init__(self, graph: GraphInfo, models: CompiledModels, nbytes: int = 0) -> None:
+        """`nbytes` are those of the weights, which each compiled model packs for itself."""
+        self.name, self.nbytes = graph.name, nbytes
         self.inputs = {t.name: t for t in graph.inputs}
         self.outputs = {t.name: t for t in graph.outputs}
         self._models: CompiledModels | None = models

@@ -63,6 +63,7 @@ class LoadedPlan:
         self.arena = arena
         self.streams_weights = weights_on_gpu is not None
         self.users = 0
+        self.nbytes = plan.path.stat().st_size
         self.bindings: weakref.WeakSet[TensorRtBinding] = weakref.WeakSet()
         self._runtime, self._engine = parts
         if weights_on_gpu is not None:
@@ -131,6 +132,11 @@ class TensorRtEngine:
         self.outputs = {t.name: t for t in graph.outputs}
         self._loaded: LoadedPlan | None = loaded
         self._release = release
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its plan, its part where several engines stand on one."""
+        return 0 if self._loaded is None else self._loaded.nbytes // self._loaded.users
 
     def bind(self, tensors: Mapping[str, Tensor]) -> TensorRtBinding:
         """Bind inputs and outputs to GPU memory; see `Engine.bind`."""

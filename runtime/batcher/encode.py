@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
@@ -61,6 +61,10 @@ class Encoder:
                 self._bound.popitem(last=False)[1].close()
         self._bound.move_to_end(key)
         return self._bound[key].run(inputs, self._stream)
+
+    def memory(self) -> Iterator[tuple[str, int]]:
+        """Yield graphs, several times perhaps, with the bytes of their buffers; on any thread."""
+        return ((name, bound.nbytes) for (name, _), bound in list(self._bound.items()))
 
     def close(self) -> None:
         """Free bindings and memory; calling it again does nothing."""

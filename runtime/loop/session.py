@@ -58,6 +58,7 @@ class Session:
         self.evictions = 0
         """Workspaces that were let go of for others or for the memory budget."""
         self.stream = backend.device.stream()
+        self._taken_before = backend.device.bytes_taken()
         self._workspaces: OrderedDict[Key, Workspace] = OrderedDict()
         self._shared = SharedEngines(bundle, backend, self._used)
         self._wanted: set[Key] = set()  # by the running request, before a workspace answers for it
@@ -109,6 +110,11 @@ class Session:
     def open_graphs(self) -> set[str]:
         """The graphs whose engines are open."""
         return {name for name, _ in self._shared.engines}
+
+    @property
+    def bytes_taken(self) -> int:
+        """Bytes of the device's memory that have gone to this process since the session was opened."""
+        return self.backend.device.bytes_taken() - self._taken_before
 
     def decode(self, latents: Array) -> Array:
         """Return the pictures [B, H, W, 3] of latents, on the decoder of a kept workspace where one takes them."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -14,6 +14,9 @@ from .workspace import BoundGraph
 
 Key = tuple[str, Any]
 """A graph and the input shapes that something was opened for; no shapes where one engine serves them all."""
+
+BOUND = "bound "
+"""Before the name of a graph in keys of bindings."""
 
 
 class SharedEngines:
@@ -40,11 +43,18 @@ class SharedEngines:
     def bound(self, graph: GraphInfo, inputs: Mapping[str, Array]) -> tuple[BoundGraph, set[Key]]:
         """Return a graph bound for the shapes of its inputs, and the keys that stand for its use."""
         shapes = {name: array.shape for name, array in inputs.items()}
-        key = (f"bound {graph.name}", _fixed(shapes))
+        key = (BOUND + graph.name, _fixed(shapes))
         if key not in self._bound:
             engine = self.engine(graph, shapes)
             self._bound[key] = BoundGraph(self._backend.device, engine, graph, inputs)
         return self._bound[key], {key, self.key(graph, shapes)}
+
+    def memory(self) -> Iterator[tuple[str, int, int]]:
+        """Yield graphs, several times perhaps, with bytes of weights and of buffers of their own; on any thread."""
+        for (name, _), engine in list(self.engines.items()):
+            yield name, engine.nbytes, 0
+        for (name, _), bound in list(self._bound.items()):
+            yield name.removeprefix(BOUND), 0, bound.nbytes
 
     def let_go(self) -> None:
         """Close what nobody uses; engines that serve every shape stay."""

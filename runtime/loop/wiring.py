@@ -14,6 +14,8 @@ from .workspace import Workspace
 class Notes:
     """An engine that runs nothing: it stands in where only shapes are wanted."""
 
+    nbytes = 0
+
     def __init__(self, graph: GraphInfo) -> None:
         self.name = graph.name
         self.inputs = {t.name: t for t in graph.inputs}

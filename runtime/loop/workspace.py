@@ -40,6 +40,11 @@ class BoundGraph:
             self._bound: BoundEngine | None = engine.bind(self._tensors)
             self._memory = memory.pop_all()
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its tensors."""
+        return sum(tensor.nbytes for tensor in self._tensors.values()) if self._bound is not None else 0
+
     def run(self, inputs: Mapping[str, Array], stream: Stream) -> dict[str, Array]:
         """Run the graph and return its outputs on the host."""
         if self._bound is None:

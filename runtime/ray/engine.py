@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import math
+import os
+import socket
 import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,12 +15,12 @@ from ...engines.errors import EngineError
 from ..service import Ended, Event, Job, Models, Pictured, Previewed, Service, Stepped, Work
 from ..service.models import named_bundles
 from .settings import RaySettings
-from .wire import Done, Failed, Message, Progress, Taken
+from .wire import Done, Failed, Message, Progress, Taken, Told
 
 STEP_SECONDS = 0.1
 """Between steps that are told: a message costs about as much as a step of a small model."""
 TELL_SECONDS = 1.0
-"""After which it is told where in the queue a request is."""
+"""After which it is told where in the queue a request is, and what the batchers are at."""
 MAX_FAILURES = 3
 """Turns of the loop that fail in a row, after which the replica is no good."""
 
@@ -28,6 +31,7 @@ class Engine:
     def __init__(self, settings: RaySettings) -> None:
         """Open the bundles and warm up; raises as `Service.open` does."""
         self._settings = settings
+        self._name = f"{socket.gethostname()}-{os.getpid()}"
         models = Models(named_bundles(settings.bundles), settings.model, aliases=settings.aliases)
         self.service = Service(models, settings.limits)
         self._threads = ThreadPoolExecutor(4, "latentrt requests")
@@ -52,11 +56,19 @@ class Engine:
         stop = job.listen(lambda event: _tell(loop, heard, event))
         try:
             yield Taken(job.size)
+            told = -math.inf
             async for message in _messages(job, heard):
+                if isinstance(message, Done | Failed) or time.monotonic() - told >= TELL_SECONDS:
+                    told = time.monotonic()
+                    yield self.told()
                 yield message
         finally:
             stop()
             job.cancel()  # does nothing to one that is over
+
+    def told(self) -> Told:
+        """Return what the batchers are at."""
+        return Told(self._name, {model.name: model.figures for model in self.service.models})
 
     def check_health(self) -> None:
         """Raise when the replica is no good any more: Ray starts another in its place."""

@@ -7,7 +7,7 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -15,8 +15,9 @@ from typing import Any, Protocol
 from ...engines.errors import LatentRTError, QueueFullError
 from ..batcher import JobProgress
 from ..service import Ended, Event, Job, Limits, Model, Models, Pictured, Previewed, Service, Work
+from ..service.counts import Figures
 from ..service.errors import UnavailableError
-from .wire import Done, Failed, Message, Progress, Taken
+from .wire import Done, Failed, Message, Progress, Taken, Told
 
 TRIES = 2
 """How often a request is drawn that its replica's end has cut short."""
@@ -25,6 +26,10 @@ RETRY_SECONDS = 5.0
 BUSY_SECONDS = 0.5
 """After which it is tried again to place a request that was taken once."""
 CLOSE_SECONDS = 5.0
+SILENT_SECONDS = 10.0
+"""After which a replica that said nothing has no work: one that has tells every second."""
+FORGET_SECONDS = 3600.0
+"""After which the counts of a replica that said nothing are forgotten."""
 READY_SECONDS = 0.5
 """Between two questions whether the first engine is open."""
 
@@ -110,9 +115,18 @@ class RemoteService(Service):
         """Start the thread that follows requests."""
         super().__init__(models, limits)
         self._engines, self._errors = engines, errors
+        self._told: dict[str, tuple[float, Mapping[str, Figures]]] = {}
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="latentrt ray", daemon=True)
         self._thread.start()
+
+    @property
+    def replicas(self) -> Iterable[tuple[str, str, Figures]]:
+        """What each replica said last of its models: what it is at while it has work, and what it has counted."""
+        now = time.monotonic()
+        for replica, (when, models) in list(self._told.items()):
+            for name, figures in models.items() if now - when < FORGET_SECONDS else ():
+                yield replica, name, figures if now - when < SILENT_SECONDS else replace(figures, gauges={})
 
     def open(self) -> None:
         """Wait for the first engine; the service has failed when that serves other bundles."""
@@ -207,6 +221,8 @@ class RemoteService(Service):
                     told.said = message.said
                     if message.step is not None:
                         job.stepped(message.step.index, message.step.done, message.step.total)
+                elif isinstance(message, Told):
+                    self._told[message.replica] = time.monotonic(), message.figures
                 elif isinstance(message, Previewed):
                     job.previewed(message.index, message.number, message.picture)
                 elif isinstance(message, Pictured):

@@ -6,10 +6,12 @@ be pickled: they take more than their message.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ..service import Pictured, Previewed, Stepped
+from ..service.counts import Figures
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,14 @@ class Progress:
 
     said: dict[str, Any]
     step: Stepped | None = None
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a replica's batchers are at, by model: every second of a request, and at its end."""
+
+    replica: str
+    figures: Mapping[str, Figures]
 
 
 @dataclass(frozen=True)
@@ -56,5 +66,5 @@ class Failed:
         return error
 
 
-Message = Taken | Progress | Previewed | Pictured | Done | Failed
+Message = Taken | Progress | Told | Previewed | Pictured | Done | Failed
 """Pictures come as the job's own events; steps with what the job says, and not each of them."""

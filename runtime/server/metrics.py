@@ -12,9 +12,9 @@ from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
-from ..batcher.stats import Observer, Stats
+from ..batcher.stats import Observer
 from ..service import Job, Service
-from ..service.counts import ServiceObserver, counts_of
+from ..service.counts import Figures, ServiceObserver, memory_of
 
 TIMES = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 60.0, 120.0, 300.0)
 """Seconds of requests and of what they wait for."""
@@ -36,7 +36,7 @@ HISTOGRAMS: dict[str, tuple[str, tuple[str, ...], tuple[float, ...]]] = {
 COUNTED: dict[str, tuple[str, tuple[str, ...]]] = {
     "requests": ("Requests that are over, by how.", ("model", "task", "outcome")),
     "images": ("Pictures that were handed over.", ("model",)),
-    "prompts_cut": ("Prompts of which tokens were cut off.", ("model",)),
+    "tokens_cut": ("Tokens of prompts that were cut off.", ("model",)),
     "rejections": ("Requests that were not taken, by the code of the error.", ("reason",)),
     "model_loads": ("Times a bundle was opened, by how that ended.", ("model", "outcome")),
     "http_requests": ("Answers by route and status; 499: the client went away.", ("method", "route", "status")),
@@ -102,8 +102,7 @@ class Metrics(ServiceObserver):
         for stage in STAGES:
             if stage in timings:
                 self._times["stage_seconds"].labels(job.model, stage).observe(timings[stage])
-        if cut := sum("is longer than" in warning for warning in job.facts.get("warnings", ())):
-            self._counts["prompts_cut"].labels(job.model).inc(cut)
+        self._counts["tokens_cut"].labels(job.model).inc(job.facts.get("tokens_cut", 0))
 
     def loaded(self, model: str, seconds: float | None) -> None:
         """Count a bundle that was opened in some seconds, or could not be."""
@@ -175,18 +174,21 @@ class _States(Collector):
             found["model_loaded"].add_metric([model.name], float(model.batcher is not None))
             found["model_bytes"].add_metric([model.name], model.nbytes)
             found["model_requests"].add_metric([model.name], model.unfinished)
-            counts = dict(model.counted)
             if (batcher := model.batcher) is not None:
-                stats = batcher.stats()
-                for name, value in counts_of(stats).items():
-                    counts[name] = counts.get(name, 0) + value
-                for name, value in _gauges(stats).items():
-                    found[name].add_metric([model.name], value)
-                found["stuck_seconds"].add_metric([model.name], batcher.stuck_seconds)
-                found["tensor_bytes"].add_metric([model.name], batcher.pipe.backend.device.tensor_bytes())
-            for name in COUNTERS:
-                found[name].add_metric([model.name], counts.get(name, 0))
+                for kind, counted in memory_of(batcher).items():
+                    for graph, nbytes in counted.items():
+                        found["memory_bytes"].add_metric([model.name, graph, kind], nbytes)
+            self._add(found, model.figures, {"model": model.name})
+        for replica, name, figures in service.replicas:
+            self._add(found, figures, {"model": name, "replica": replica})
         return found.values()
+
+    @staticmethod
+    def _add(found: dict[str, Any], figures: Figures, labels: dict[str, str]) -> None:
+        for name, value in figures.gauges.items():
+            found[name].add_sample(f"latentrt_{name}", labels, value)
+        for name in COUNTERS:
+            found[name].add_sample(f"latentrt_{name}_total", labels, figures.counts.get(name, 0))
 
     @staticmethod
     def _families() -> dict[str, Any]:
@@ -204,22 +206,12 @@ class _States(Collector):
         found |= {name: GaugeMetricFamily(f"latentrt_{name}", text) for name, text in one.items()}
         of_model = {
             "model_loaded": "Whether a bundle is open.",
-            "model_bytes": "Bytes of a bundle's files, which its memory is reckoned by.",
+            "model_bytes": "Memory that a bundle is reckoned to take: its files', then what opening it took.",
             "model_requests": "Requests of a model that are not over.",
         }
         found |= {
             name: GaugeMetricFamily(f"latentrt_{name}", text, labels=["model"]) for name, text in of_model.items()
         }
+        text, labels = "Weights, as files have them, and buffers of a bundle's graphs.", ["model", "graph", "kind"]
+        found["memory_bytes"] = GaugeMetricFamily("latentrt_memory_bytes", text, labels=labels)
         return found | {"state": GaugeMetricFamily("latentrt_state", "Which state the server is in.", labels=["state"])}
-
-
-def _gauges(stats: Stats) -> dict[str, float]:
-    return {
-        "queue_images": stats.waiting,
-        "queue_oldest_seconds": stats.oldest_waiting_seconds,
-        "queue_work_seconds": stats.waiting_seconds,
-        "running_images": stats.running,
-        "slots": stats.slots,
-        "rows": stats.rows,
-        "failures_in_a_row": stats.failures_in_a_row,
-    }

@@ -1,13 +1,60 @@
-"""What a batcher has counted, also after it was closed, and who is told of what a service does."""
+"""What a batcher is at and has counted, also after it was closed, and who is told of what a service does."""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..batcher.stats import Stats
 
 if TYPE_CHECKING:
+    from ..batcher import Batcher
     from .job import Job
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What there is of a model at one moment, none while it is not open, and what has been since the start."""
+
+    gauges: Mapping[str, float]
+    counts: Mapping[str, float]
+
+
+def figures_of(batcher: Batcher | None, closed: Mapping[str, float]) -> Figures:
+    """Return the figures of a model; `closed` is what those of its batchers had counted that are closed."""
+    if batcher is None:
+        return Figures({}, closed)
+    stats = batcher.stats()
+    counts = {name: closed.get(name, 0) + value for name, value in counts_of(stats).items()}
+    gauges = {
+        "queue_images": stats.waiting,
+        "queue_oldest_seconds": stats.oldest_waiting_seconds,
+        "queue_work_seconds": stats.waiting_seconds,
+        "running_images": stats.running,
+        "slots": stats.slots,
+        "rows": stats.rows,
+        "failures_in_a_row": stats.failures_in_a_row,
+        "stuck_seconds": batcher.stuck_seconds,
+        "tensor_bytes": batcher.pipe.backend.device.tensor_bytes(),
+    }
+    return Figures(gauges, counts)
+
+
+def memory_of(batcher: Batcher) -> dict[str, Counter[str]]:
+    """Return the bytes of weights, as files have them, and of buffers, each by graph, at this moment.
+
+    The denoiser's buffers are those of the steps as well, and what scratch memory engines share.
+    """
+    weights, buffers = Counter[str](), Counter[str]()
+    for name, nbytes, own in batcher.pipe.session._shared.memory():
+        weights[name] += nbytes
+        buffers[name] += own
+    for name, own in batcher._encoder.memory():
+        buffers[name] += own
+    buffers["denoiser"] += max(0, batcher.pipe.backend.device.tensor_bytes() - buffers.total())
+    return {"weights": weights, "buffers": buffers}
 
 
 def counts_of(stats: Stats) -> dict[str, float]:

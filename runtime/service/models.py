@@ -6,7 +6,7 @@ import hashlib
 import logging
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +18,7 @@ from ...engines.errors import RequestError
 from ..batcher import Batcher
 from ..batcher.queue import MAX_POOLS
 from ..sizes import check_size
-from .counts import ServiceObserver, counts_of
+from .counts import Figures, ServiceObserver, counts_of, figures_of, memory_of
 from .errors import BusyError, NotFoundError
 from .work import Size
 
@@ -79,12 +79,18 @@ class Model:
         self.used = time.monotonic()
         self.load_seconds: float | None = None
         self.nbytes = sum(info.size for name, info in self.manifest.files.items() if _is_loaded(name))
+        """Bytes that it is reckoned to take: of its files, and from when it was opened of the device's memory."""
 
     @property
     def allowed(self) -> tuple[Size, ...] | None:
         """The only sizes that are drawn; None: any that the bundle can. Known for certain once it is open."""
         dynamic = self.batcher is None or self.batcher.pipe.backend.dynamic
         return self.sizes if self.sizes_only or not dynamic else None
+
+    @property
+    def figures(self) -> Figures:
+        """What its batcher is at, and what it and those before it have counted."""
+        return figures_of(self.batcher, self.counted)
 
     def open(self, settings: ModelSettings, **named: Any) -> None:
         """Open the batcher and warm it up for every size; raises as `Batcher` does."""
@@ -110,6 +116,8 @@ class Model:
             raise
         self.batcher, self.state, self.used = batcher, "ready", time.monotonic()
         self.load_seconds = time.perf_counter() - began
+        # more than was taken where others had left memory behind
+        self.nbytes = max(batcher.pipe.session.bytes_taken, sum(each.total() for each in memory_of(batcher).values()))
 
     def taken(self) -> Batcher | None:
         """Return the batcher, which is to be closed, and have none from now on."""
@@ -207,13 +215,24 @@ class Models:
                 self._opening[model.name] = self._thread.submit(self._open, model)
             return self._opening[model.name]
 
+    @property
+    def open_bytes(self) -> int:
+        """Bytes that all open models take."""
+        return sum(model.nbytes for model in self._models.values() if model.state == "ready")
+
     def _open(self, model: Model) -> None:
         try:
-            self._make_room(model)
+            if not self._make_room(model):
+                raise BusyError(
+                    f"model {model.name} is not open, and the others have work: try later",
+                    "model_not_loaded",
+                    BUSY_SECONDS,
+                )
             log.info("opening bundle %s", model.name)
             model.open(self._settings, observer=self.observer.observer(model.name))
             self.observer.loaded(model.name, model.load_seconds)
-            log.info("bundle %s is open after %.1f s", model.name, model.load_seconds)
+            log.info("bundle %s is open after %.1f s, %.2f GiB", model.name, model.load_seconds, model.nbytes / 2**30)
+            self._make_room(model)  # for what it takes in fact
         except BusyError:
             model.state = "cold"
             raise
@@ -225,26 +244,24 @@ class Models:
             with self._lock:
                 del self._opening[model.name]
 
-    def _make_room(self, wanted: Model) -> None:
-        """Close models without work, the longest idle first, until one more fits; raises `BusyError`."""
-        if self.budget is None:
-            return
-        while True:
+    def _make_room(self, wanted: Model) -> bool:
+        """Close other models without work, the longest idle first, until `wanted` fits beside the rest; tell whether.
+
+        One that takes more than the budget, as it turned out when it was opened, is open alone.
+        """
+        while self.budget is not None:
             with self._lock:
-                is_open = [model for model in self._models.values() if model.state == "ready"]
-                if sum(model.nbytes for model in is_open) + wanted.nbytes <= self.budget:
-                    return
-                idle = [model for model in is_open if not model.unfinished]
+                others = [model for model in self._models.values() if model.state == "ready" and model is not wanted]
+                if not others or sum(model.nbytes for model in others) + wanted.nbytes <= self.budget:
+                    break
+                idle = [model for model in others if not model.unfinished]
                 if not idle:
-                    raise BusyError(
-                        f"model {wanted.name} is not open, and the others have work: try later",
-                        "model_not_loaded",
-                        BUSY_SECONDS,
-                    )
+                    return False
                 oldest = min(idle, key=lambda model: model.used)
                 batcher = oldest.taken()
             log.info("closing bundle %s to make room for %s", oldest.name, wanted.name)
             oldest.close(batcher)
+        return True
 
     def close(self, *, cancel: bool = False) -> None:
         """Close all models, after their work or with `cancel` without it."""
@@ -253,10 +270,10 @@ class Models:
             model.close(model.taken(), cancel=cancel)
 
 
-def named_bundles(given: Sequence[str]) -> dict[str, Bundle]:
+def named_bundles(given: Sequence[str], opened: Callable[[Path], Bundle] = Bundle.open) -> dict[str, Bundle]:
     """Return bundles of `PATH` or `NAME=PATH` texts by name, that of the folder where none is given.
 
-    Raises `RequestError` for a name twice, `BundleError` for what is no bundle.
+    Raises `RequestError` for a name twice, and what `opened` raises: `BundleError` for what is no bundle.
     """
     bundles: dict[str, Bundle] = {}
     for text in given:
@@ -265,5 +282,5 @@ def named_bundles(given: Sequence[str]) -> dict[str, Bundle]:
             path, name = text, Path(text).absolute().name
         if name in bundles:
             raise RequestError(f"two bundles are called {name!r}: give NAME=PATH for one of them")
-        bundles[name] = Bundle.open(path)
+        bundles[name] = opened(Path(path))
     return bundles

@@ -7,12 +7,13 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from typing import Any, Literal
 
 from ...engines.errors import LatentRTError, RequestError, reason
 from ..batcher import events
+from .counts import Figures
 from .errors import BusyError, UnavailableError
 from .job import Job
 from .models import Model, Models
@@ -55,10 +56,9 @@ class Service:
 
     def open(self) -> None:
         """Open the first model, and further ones while there is room; raises what opening raises."""
-        total = 0
         for model in self.models:
-            total += model.nbytes
-            if self.models.budget is None or total <= self.models.budget:
+            taken = self.models.open_bytes
+            if self.models.budget is None or not taken or taken + model.nbytes <= self.models.budget:
                 self.models.opened(model).result()
         if self.state == "loading":
             self.state = "ready"
@@ -68,6 +68,11 @@ class Service:
         """The jobs that are not over."""
         with self._lock:
             return list(self._live.values())
+
+    @property
+    def replicas(self) -> Iterable[tuple[str, str, Figures]]:
+        """Figures of batchers elsewhere: the replica that has them, the model, and what it said last."""
+        return ()
 
     def submit(
         self, work: Work, *, keep: bool = False, name: str | None = None, asked_for: str = "", steps: bool = True
@@ -214,7 +219,8 @@ class Service:
             "guidance_scale": request.guidance_scale,
             "sampler": request.sampler,
         }  # fmt: skip
-        return {"timings": timings, "warnings": list(result.warnings), "bundle": model.digest, "parameters": said}
+        cut = {"warnings": list(result.warnings), "tokens_cut": result.tokens_cut}
+        return {"timings": timings, **cut, "bundle": model.digest, "parameters": said}
 
     def _end(self, job: Job, model: Model, error: BaseException) -> None:
         state: Literal["cancelled", "failed"] = "cancelled" if isinstance(error, CancelledError) else "failed"

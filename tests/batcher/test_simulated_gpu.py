@@ -12,9 +12,11 @@ from latentrt.engines.bundle import Bundle
 from latentrt.engines.cache import EngineCache
 from latentrt.engines.errors import RequestError
 from latentrt.engines.tensorrt import backend as tensorrt
+from latentrt.engines.tensorrt.plan import PLAN
 from latentrt.export.embedded import ensure_bundle
 from latentrt.runtime import Pipeline
 from latentrt.runtime.batcher import Batcher
+from latentrt.runtime.service.counts import memory_of
 from PIL import Image
 
 from ..engines import simulated_backends
@@ -77,6 +79,11 @@ def test_buckets_of_fixed_shapes_share_a_plan(
         assert sorted(batcher.stats().curve) == [1, 2, 4, 6, 8]
         plans = [entry["graph"] for entry in cache.entries()]
         assert sorted(plans) == sorted(set(plans)) and {"denoiser", "step", "decoder"} <= set(plans)
+        held = memory_of(batcher)
+        for entry in cache.entries():  # what several engines share counts once
+            nbytes = (entry["folder"] / PLAN).stat().st_size
+            assert held["weights"][entry["graph"]] == pytest.approx(nbytes, abs=len(plans))
+        assert held["buffers"].total() == pipe.backend.device.tensor_bytes()
         expected = [batcher.submit(**request).result(300).images for request in REQUESTS]
         found = [batcher.submit(**request) for request in REQUESTS]
         for future, images in zip(found, expected, strict=True):

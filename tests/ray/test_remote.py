@@ -6,6 +6,7 @@ import asyncio
 import base64
 import io
 import pickle
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ from latentrt.runtime import Pipeline
 from latentrt.runtime.ray.engine import Engine, QueuePolicy
 from latentrt.runtime.ray.service import RemoteModels, RemoteService
 from latentrt.runtime.ray.settings import RaySettings
-from latentrt.runtime.ray.wire import Done, Failed, Progress, Taken
+from latentrt.runtime.ray.wire import Done, Failed, Progress, Taken, Told
 from latentrt.runtime.service import Pictured, Stepped, Work
 from latentrt.runtime.service.errors import BusyError as ServiceBusyError
 from latentrt.runtime.service.errors import NotFoundError, RefusedError, UnavailableError
@@ -258,8 +259,35 @@ def test_an_engine_yields_what_happens(engine: Engine) -> None:
     messages = asyncio.run(collected())
     assert messages[0] == Taken((64, 64)) and isinstance(messages[-1], Done)
     kinds = [type(message) for message in messages[1:-1]]
-    assert kinds[-1] is Pictured and set(kinds) == {Progress, Pictured}
-    assert messages[-3].step == Stepped(0, 3, 3), "the last step is always told"
+    assert kinds[0] is kinds[-1] is Told and kinds[-2] is Pictured and set(kinds) == {Told, Progress, Pictured}
+    assert messages[-4].step == Stepped(0, 3, 3), "the last step is always told"
+
+
+def test_the_ingress_shows_what_engines_are_at(
+    remote: Remote, held: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("latentrt.runtime.ray.engine.TELL_SECONDS", 0.01)
+    (replica,) = {remote.engines.engine.told().replica}
+    labels = f'{{model="embedded",replica="{replica}"}}'
+
+    def shown(name: str) -> float | None:
+        found = re.search(
+            rf"^latentrt_{name}{re.escape(labels)} (\S+)$", remote.http.get("/metrics").text, re.MULTILINE
+        )
+        return None if found is None else float(found[1])
+
+    assert shown("queue_images") is shown("admissions_total") is None
+    job = remote.http.post("/v1/jobs", json={**FEW, "n": 3}).json()
+    until(lambda: (shown("queue_images") or 0) + (shown("running_images") or 0) == 3)
+    assert shown("slots") == 2
+    held.set()
+    until(lambda: _progress(remote, job)["images"] == 3)
+    until(lambda: shown("running_images") == shown("queue_images") == 0)
+    assert shown("admissions_total") == remote.engines.engine.service.models.find(None).figures.counts["admissions"]
+    monkeypatch.setattr("latentrt.runtime.ray.service.SILENT_SECONDS", 0.0)
+    assert shown("queue_images") is None and (shown("steps_total") or 0) > 0
+    monkeypatch.setattr("latentrt.runtime.ray.service.FORGET_SECONDS", 0.0)
+    assert shown("steps_total") is None
 
 
 def test_an_engine_that_nobody_listens_to_drops_its_job(engine: Engine, held: threading.Event) -> None:

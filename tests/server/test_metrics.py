@@ -10,6 +10,8 @@ from typing import Any
 
 import httpx2
 import pytest
+import tokenizers
+from latentrt.export.embedded import ensure_bundle
 from prometheus_client.parser import text_string_to_metric_families
 
 from .conftest import Served, generate, held, until
@@ -70,7 +72,9 @@ def test_counts_are_those_of_what_was_done(busy: tuple[Served, httpx2.Client]) -
     assert value(found, "latentrt_queue_wait_seconds_count") == value(found, "latentrt_admissions_total") >= 3
     assert value(found, "latentrt_rejections_total", reason="invalid_request") == 1
     assert value(found, "latentrt_rejections_total", reason="model_not_found") == 1
-    assert value(found, "latentrt_prompts_cut_total") == 1
+    tokenizer = tokenizers.Tokenizer.from_file(str(ensure_bundle() / "tokenizer.json"))
+    tokens = len(tokenizer.encode("many words " * 100, add_special_tokens=False).ids)
+    assert value(found, "latentrt_tokens_cut_total", model="embedded") == tokens - 75 > 100
     assert value(found, "latentrt_http_requests_total", route="/v1/images/generations", status="200") == 2
     assert value(found, "latentrt_http_requests_total", route="/v1/images/generations", status="400") == 1
     assert value(found, "latentrt_state", state="ready") == 1 and value(found, "latentrt_state") == 1
@@ -90,6 +94,19 @@ def test_the_server_says_what_it_holds(busy: tuple[Served, httpx2.Client]) -> No
     assert value(found, "latentrt_model_loads_total", outcome="succeeded") == 1
     assert value(found, "latentrt_model_load_seconds") > 0 and value(found, "latentrt_model_bytes") > 1e6
     assert value(found, "latentrt_tensor_bytes") > 0 and value(found, "process_resident_memory_bytes") > 0
+
+
+def test_memory_is_told_by_graph(busy: tuple[Served, httpx2.Client]) -> None:
+    found, bundle = metrics(busy[1]), ensure_bundle()
+    named = {dict(labels)["graph"] for name, labels in found if name == "latentrt_memory_bytes"}
+    assert named == {"text_encoder", "denoiser", "step", "decoder", "image_encoder"}
+    for graph in named:
+        weights = value(found, "latentrt_memory_bytes", graph=graph, kind="weights")
+        assert weights == (bundle / f"{graph}.onnx").stat().st_size
+    buffers = {name: value(found, "latentrt_memory_bytes", graph=name, kind="buffers") for name in named}
+    assert buffers["decoder"] > 64 * 64 * 3 and buffers["denoiser"] > 0 and buffers["text_encoder"] > 0
+    assert sum(buffers.values()) == value(found, "latentrt_tensor_bytes", model="embedded")
+    assert value(found, "latentrt_model_bytes") >= value(found, "latentrt_memory_bytes")  # as it was when it was opened
 
 
 def test_the_first_buckets_of_requests_are_short(busy: tuple[Served, httpx2.Client]) -> None:
@@ -132,7 +149,7 @@ def test_labels_that_are_used_exist(busy: tuple[Served, httpx2.Client]) -> None:
 def test_the_dashboard_shows_every_metric_of_ours(busy: tuple[Served, httpx2.Client]) -> None:
     shown = names_in((MONITORING / "grafana.json").read_text(encoding="utf-8"))
     quiet = {"latentrt_slots", "latentrt_rows", "latentrt_model_bytes", "latentrt_model_load_seconds"}
-    quiet |= {"latentrt_steps_total", "latentrt_prompts_cut_total", "latentrt_http_request_seconds_bucket"}
+    quiet |= {"latentrt_steps_total", "latentrt_tokens_cut_total", "latentrt_http_request_seconds_bucket"}
     quiet |= {"latentrt_model_loads_total"}
     ours = {name for name in known(metrics(busy[1])) if name.startswith("latentrt_")}
     ours = {name for name in ours if not name.endswith(("_sum", "_count", "_created"))}

@@ -15,6 +15,7 @@ from latentrt.engines.bundle import Bundle
 from latentrt.engines.errors import BundleError, EngineError, RequestError
 from latentrt.export.embedded import ensure_bundle
 from latentrt.runtime.batcher import Batcher
+from latentrt.runtime.loop.session import Session
 from latentrt.runtime.service import Models, ModelSettings
 from latentrt.runtime.service.models import Model, named_bundles
 
@@ -111,6 +112,23 @@ def test_a_bundle_with_work_stays(room: int) -> None:
             assert running.result().status_code == 200
         until(lambda: not served.service.unfinished)
         assert generate(http, model="two").status_code == 200
+
+
+@pytest.mark.parametrize(("taken", "budget", "beside"), [(1.2, 2.1, 1), (1.2, 2.3, 1), (1.2, 2.5, 2), (3.0, 2.1, 1)])
+def test_a_bundle_is_reckoned_by_what_opening_it_took(
+    monkeypatch: pytest.MonkeyPatch, taken: float, budget: float, beside: int
+) -> None:
+    """In multiples of its files' bytes, of which two would fit each time."""
+    files = Model("embedded", Bundle.open(ensure_bundle()), ModelSettings()).nbytes
+    monkeypatch.setattr(Session, "bytes_taken", int(taken * files))
+    with Served(bundles("one", "two", "three"), budget=int(budget * files)) as served, served.http() as http:
+        ready = ["one", "two"][:beside]
+        for name in ("one", "two", "three", "one"):
+            assert generate(http, model=name).status_code == 200
+            until(lambda: not served.service.unfinished)
+            ready = [*(each for each in ready if each != name), name][-beside:]
+            assert {each for each, state in states(served).items() if state == "ready"} == set(ready)
+        assert {model.nbytes for model in served.service.models} == {int(taken * files)}
 
 
 def test_opening_one_holds_up_no_other(pair: tuple[Served, httpx2.Client]) -> None:

@@ -81,6 +81,7 @@ def test_every_metric_is_explained() -> None:
         "results_bytes",
         "model_loaded",
         "model_bytes",
+        "memory_bytes",
         "model_requests",
     }
     assert ours - set(re.findall(r"`([a-z_]+)`", section)) == set()
