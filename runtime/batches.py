@@ -226,7 +226,7 @@ class Batches:
         most = {each.info.output: each.info.max_length for each in self.tokenizers}
         lengths = most | {each.info.output: length for each in self.tokenizers if each.info.any_length and length}
         texts: Texts = {each.info.source: ((), (text,)) for each in self.tokenizers}
-        return encode_prompts(self.tokenizers, texts, lengths, input_types(self._bundle), lambda _: None)
+        return encode_prompts(self.tokenizers, texts, lengths, input_types(self._bundle), lambda *_: None)
 
 
 def options_of_bundle(bundle: Bundle) -> tuple[StepOption, ...]:

@@ -49,6 +49,8 @@ class GenerationResult(Generic[Images]):
     what was taken since it was opened, on the CPU what is resident. A request captured whole has one figure, under
     denoise."""
     warnings: list[str] = field(default_factory=list)
+    tokens_cut: int = 0
+    """Tokens of prompts that were not used, once for each text and length of tokens."""
     request: GenerationRequest | None = None
     """The request with every default filled in."""
 
@@ -68,10 +70,11 @@ class GenerationResult(Generic[Images]):
         """Name what there is, as results of diffusers do: `images`."""
         return iter(("images",))
 
-    def warn(self, message: str) -> None:
-        """Add a warning once, and log it."""
+    def warn(self, message: str, cut: int = 0) -> None:
+        """Add a warning once, and log it; `cut` is how many tokens it says are not used."""
         if message not in self.warnings:
             self.warnings.append(message)
+            self.tokens_cut += cut
             log.warning(message)
 
     def add(self, trace: Trace, steps: int) -> None:

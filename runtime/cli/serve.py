@@ -12,7 +12,7 @@ from ...engines.errors import MissingExtraError, RequestError
 from ..sizes import parse_size
 from .generate import _embedded
 from .interrupts import INTERRUPTED
-from .options import backend_options, bytes_of
+from .options import backend_options, bytes_of, opened_bundle
 
 PREFIX = "LATENTRT_SERVE_"
 KEY_VARIABLE = PREFIX + "API_KEY"
@@ -73,7 +73,7 @@ def serve(
     ] = None,
     models_budget: Annotated[
         str | None,
-        _option("--models-budget", metavar="BYTES", help="Bytes of bundles that are open at a time (default: all)."),
+        _option("--models-budget", metavar="BYTES", help="Memory of bundles that are open at a time (default: all)."),
     ] = None,
     max_images: Annotated[int, _option("--max-images", min=1, help="Pictures of one request.")] = 10,
     max_steps: Annotated[int, _option("--max-steps", min=1, help="Steps of one request.")] = 150,
@@ -161,7 +161,7 @@ def serve(
     life = LifeSettings(host, port, drain_timeout, step_timeout, max_failures)
     metrics = Metrics()
     models = Models(
-        named_bundles(bundles or [f"embedded={_embedded()}"]),
+        named_bundles(bundles or [f"embedded={_embedded()}"], opened_bundle),
         settings,
         budget=bytes_of("--models-budget", models_budget),
         aliases=dict(map(_alias, aliases or ())),

@@ -25,6 +25,8 @@ class Encoded(NamedTuple):
     truncated: str
     used: int
     """How many ids are tokens; the others fill them up."""
+    cut: int
+    """How many tokens did not fit."""
 
 
 class Tokenizer:
@@ -82,7 +84,7 @@ class Tokenizer:
         ids = np.full(length, info.pad_id, np.int64)
         ids[: len(used)] = used
         left = text[max(0, starts[room] - len(before)) :] if cut else ""
-        return Encoded(ids, left, len(used))
+        return Encoded(ids, left, len(used), len(cut))
 
 
 def _vectors_of_words(tokenizer: Any) -> dict[int, tuple[int, ...]]:
@@ -125,13 +127,14 @@ def encode_prompts(
     texts: Texts,
     lengths: Mapping[str, int],
     types: Mapping[str, npt.DTypeLike],
-    warn: Callable[[str], None],
+    warn: Callable[[str, int], None],
     advice: str = "",
 ) -> dict[str, Array]:
     """Return token ids [R, L] by graph input, and masks of them, for the texts of images.
 
     Rows are those of the negative prompts, where there is guidance, and then of the prompts. `lengths` are the tokens
-    of a row, `types` those of the arrays, both by graph input. `warn` is told what was cut off, and what to do.
+    of a row, `types` those of the arrays, both by graph input. `warn` is told what was cut off, and what to do, and how
+    many tokens it is.
     """
     arrays: dict[str, Array] = {}
     for tokenizer in tokenizers:
@@ -147,7 +150,7 @@ def encode_prompts(
         for text, row in encoded.items():
             if row.truncated:
                 cut = f"{_short(row.truncated)} is not used{advice}"
-                warn(f"prompt {_short(text)} is longer than {info.room_of(length)} tokens: {cut}")
+                warn(f"prompt {_short(text)} is longer than {info.room_of(length)} tokens: {cut}", row.cut)
     return arrays
 
 

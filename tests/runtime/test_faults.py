@@ -188,7 +188,9 @@ def test_eta_is_not_dropped_in_silence(pipe: Pipeline) -> None:
 
 def test_what_did_not_fit_is_named_in_the_prompt_s_own_words(pipe: Pipeline) -> None:
     words = ["circle"] * 80 + ["Blue-Ending"]
-    (warning,) = pipe(**{**REQUEST, "prompt": " ".join(words)}).warnings
+    result = pipe(**{**REQUEST, "prompt": " ".join(words)}, num_images_per_prompt=2)
+    (warning,) = result.warnings
+    assert result.tokens_cut == len(pipe._batches.tokenizers[0].text_ids(" ".join(words))) - 75
     assert "</w>" not in warning and "is longer than 75 tokens" in warning and "circle" in warning.rpartition(":")[2]
 
 
