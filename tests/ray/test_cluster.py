@@ -11,6 +11,7 @@ from __future__ import annotations
 import base64
 import io
 import os
+import re
 import signal
 import statistics
 import tempfile
@@ -182,6 +183,22 @@ def test_thirty_at_once_are_drawn_or_told_to_come_again(client: Any) -> None:
     found = Counter((status, code) for status, code, _ in burst(client, 30))
     say(f"thirty at once, 2 × 4 slots, 14 may wait: {dict(found)} in {time.perf_counter() - began:.1f} s")
     assert set(found) <= {(200, ""), (429, "queue_full")} and found[200, ""] >= 8
+
+
+def test_the_ingress_shows_what_each_replica_is_at(client: Any) -> None:
+    def shown(name: str) -> dict[str, float]:
+        text = client.get("/../metrics", cast_to=str)
+        return {
+            replica: float(value)
+            for replica, value in re.findall(rf'^latentrt_{name}{{model="embedded",replica="(.+)"}} (\S+)$', text, re.M)
+        }
+
+    before = sum(shown("admissions_total").values())
+    drawn = sum(status == 200 for status, _, _ in burst(client, 12))
+    found = shown("admissions_total")
+    say(f"admissions by replica: {found}")
+    assert len(found) == 2 and sum(found.values()) == before + drawn
+    assert set(shown("queue_images").values()) == {0.0} and set(shown("slots").values()) == {4.0}
 
 
 def test_a_client_that_goes_frees_its_slots(client: Any) -> None:
