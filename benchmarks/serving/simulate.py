@@ -165,10 +165,10 @@ def equals(waiting: Sequence[Any], setup: Setup) -> list[Any]:
 
 
 def unlikes(waiting: Sequence[Any], setup: Setup) -> list[Any]:
-    """Return the requests that came first, as many as the knee of the curve has rows for."""
+    """Return the requests that came first, as many as the knee of the curve has rows for, or one."""
     chosen: list[Any] = []
     for entry in waiting[: setup.slots]:
-        if sum(each.work.rows for each in chosen) + entry.work.rows > setup.knee:
+        if chosen and sum(each.work.rows for each in chosen) + entry.work.rows > setup.knee:
             break
         chosen.append(entry)
     return chosen
