@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from ...engines.bundle import Precision, TensorInfo
-from ..checkpoints.checkpoint import Part
 from ..checkpoints.configs import WHOLE
 from ..graph import Graph, network_dtype, outward
+from .parts import transformers_part
 
 
 class TextEncoder(nn.Module):
@@ -47,31 +45,10 @@ def before_last(encoder: Any, token_ids: Tensor) -> tuple[Tensor, Tensor]:
     return outputs.hidden_states[-2], outputs[0]
 
 
-def _config_class() -> Any:
-    from transformers import CLIPTextConfig
-
-    return CLIPTextConfig
-
-
-def _build(class_name: str) -> Callable[[Any], nn.Module]:
-    def build(config: Any) -> nn.Module:
-        import transformers
-
-        model: nn.Module = getattr(transformers, class_name)(_config_class().from_dict(dict(config)))
-        return model
-
-    return build
-
-
-CLIP_TEXT = Part(
+CLIP_TEXT = transformers_part(
     "CLIPTextModel",
-    "model",
-    configured=_config_class,
-    build=_build("CLIPTextModel"),
-    # Files and modules have or lack the prefix, depending on the version of transformers.
-    renames=(lambda name: f"text_model.{name}", lambda name: name.removeprefix("text_model.")),
-    library="transformers",
-    kinds={
+    "CLIPTextConfig",
+    {
         "vocab_size": WHOLE,
         "hidden_size": WHOLE,
         "intermediate_size": WHOLE,
@@ -79,13 +56,17 @@ CLIP_TEXT = Part(
         "num_attention_heads": WHOLE,
         "max_position_embeddings": WHOLE,
     },
+    # Files and modules have or lack the prefix, depending on the version of transformers.
+    renames=(lambda name: f"text_model.{name}", lambda name: name.removeprefix("text_model.")),
     depth=("num_hidden_layers",),
     section="text_config",
 )
 
-CLIP_TEXT_PROJECTION = replace(
-    CLIP_TEXT,
-    class_name="CLIPTextModelWithProjection",
-    build=_build("CLIPTextModelWithProjection"),
-    kinds={**CLIP_TEXT.kinds, "projection_dim": WHOLE},
+CLIP_TEXT_PROJECTION = transformers_part(
+    "CLIPTextModelWithProjection",
+    "CLIPTextConfig",
+    {**CLIP_TEXT.kinds, "projection_dim": WHOLE},
+    renames=CLIP_TEXT.renames,
+    depth=CLIP_TEXT.depth,
+    section=CLIP_TEXT.section,
 )

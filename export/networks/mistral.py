@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...engines.bundle import Precision
-from ..checkpoints.checkpoint import Part
-from ..checkpoints.configs import SCALE, WHOLE
 from ..graph import Graph, outward
-from .qwen import TextEncoder, text_graph
+from .parts import transformers_part
+from .qwen import LANGUAGE_MODEL, LAYERS, TextEncoder, text_graph
 
 
 class FilledOnTheLeft(TextEncoder):
@@ -60,39 +59,15 @@ def text_encoder_graph(encoder: Any, layers: Sequence[int], precision: Precision
     return text_graph(module, language.config, layers, precision, length)
 
 
-def _config_class() -> Any:
-    from transformers import MistralConfig
-
-    return MistralConfig
-
-
-def _build(config: Mapping[str, Any]) -> nn.Module:
-    from transformers import MistralModel
-
-    model: nn.Module = MistralModel(_config_class().from_dict(dict(config)))
-    return model
-
-
-MISTRAL3 = Part(
+MISTRAL3 = transformers_part(
     "Mistral3ForConditionalGeneration",
-    "model",
-    configured=_config_class,
-    build=_build,
+    "MistralConfig",
+    LANGUAGE_MODEL,
+    network="MistralModel",
     renames=tuple(
         (lambda name, prefix=prefix: f"{prefix}.{name}")  # type: ignore[misc]
         for prefix in ("model.language_model", "language_model.model", "language_model")
     ),
-    library="transformers",
-    kinds={
-        "vocab_size": WHOLE,
-        "hidden_size": WHOLE,
-        "intermediate_size": WHOLE,
-        "num_hidden_layers": WHOLE,
-        "num_attention_heads": WHOLE,
-        "num_key_value_heads": WHOLE,
-        "rms_norm_eps": SCALE,
-    },
-    depth=("num_hidden_layers",),
-    stacks={"num_hidden_layers": "layers"},
     section="text_config",
+    **LAYERS,
 )

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from ...engines.bundle import Precision, TensorInfo
 from ...engines.errors import UnsupportedModelError
-from ..checkpoints.checkpoint import Part
-from ..checkpoints.configs import SCALE, WHOLE, shown
+from ..checkpoints.configs import SCALE, WHOLE, Kind, shown
 from ..graph import Graph, network_dtype, outward
 from .conversation import conversation
+from .parts import transformers_part
 
 USUAL_TOKENS = 64
 """What most prompts fit in, where rows are of several lengths."""
@@ -115,38 +115,24 @@ def chat_template(folder: Path, *, thinking: bool) -> str:
     return template
 
 
-def _config_class() -> Any:
-    from transformers import Qwen3Config
+LANGUAGE_MODEL: Mapping[str, Kind] = {
+    "vocab_size": WHOLE,
+    "hidden_size": WHOLE,
+    "intermediate_size": WHOLE,
+    "num_hidden_layers": WHOLE,
+    "num_attention_heads": WHOLE,
+    "num_key_value_heads": WHOLE,
+    "rms_norm_eps": SCALE,
+}
+"""What this package reads of the config of a language model."""
+LAYERS: dict[str, Any] = {"depth": ("num_hidden_layers",), "stacks": {"num_hidden_layers": "layers"}}
 
-    return Qwen3Config
-
-
-def _build(config: Mapping[str, Any]) -> nn.Module:
-    from transformers import Qwen3Model
-
-    model: nn.Module = Qwen3Model(_config_class().from_dict(dict(config) | {"layer_types": None}))
-    return model
-
-
-QWEN3 = Part(
+QWEN3 = transformers_part(
     "Qwen3Model",
-    "model",
-    configured=_config_class,
-    build=_build,
+    "Qwen3Config",
+    {**LANGUAGE_MODEL, "head_dim": WHOLE},
+    fixed={"layer_types": None},
     renames=(lambda name: f"model.{name}",),  # files of the whole language model
-    library="transformers",
-    kinds={
-        "vocab_size": WHOLE,
-        "hidden_size": WHOLE,
-        "intermediate_size": WHOLE,
-        "num_hidden_layers": WHOLE,
-        "num_attention_heads": WHOLE,
-        "num_key_value_heads": WHOLE,
-        "head_dim": WHOLE,
-        "rms_norm_eps": SCALE,
-    },
-    depth=("num_hidden_layers",),
-    stacks={"num_hidden_layers": "layers"},
+    **LAYERS,
 )
-
 QWEN3_CAUSAL = replace(QWEN3, class_name="Qwen3ForCausalLM")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..checkpoints.checkpoint import Part
 from ..checkpoints.configs import WHOLE
+from .parts import transformers_part
 
 HALF_SCALE = 64.0
 """By which a feed-forward layer's last product is smaller in half precision, whose range T5's own would leave."""
@@ -73,31 +72,10 @@ def hidden_states(encoder: Any, token_ids: Tensor) -> Tensor:
     return normal
 
 
-def _config_class() -> Any:
-    from transformers import T5Config
-
-    return T5Config
-
-
-def _build(config: Mapping[str, Any]) -> nn.Module:
-    from transformers import T5EncoderModel
-
-    model: nn.Module = T5EncoderModel(_config_class().from_dict(dict(config)))
-    return model
-
-
-T5_ENCODER = Part(
+T5_ENCODER = transformers_part(
     "T5EncoderModel",
-    "model",
-    configured=_config_class,
-    build=_build,
-    # The one embedding has two names, and files have either or both.
-    renames=(
-        lambda name: name.replace("encoder.embed_tokens.", "shared."),
-        lambda name: name.replace("shared.", "encoder.embed_tokens."),
-    ),
-    library="transformers",
-    kinds={
+    "T5Config",
+    {
         "vocab_size": WHOLE,
         "d_model": WHOLE,
         "d_kv": WHOLE,
@@ -107,6 +85,11 @@ T5_ENCODER = Part(
         "relative_attention_num_buckets": WHOLE,
         "relative_attention_max_distance": WHOLE,
     },
+    # The one embedding has two names, and files have either or both.
+    renames=(
+        lambda name: name.replace("encoder.embed_tokens.", "shared."),
+        lambda name: name.replace("shared.", "encoder.embed_tokens."),
+    ),
     depth=("num_layers",),
     stacks={"num_layers": "encoder.block"},
 )

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
+from latentrt.export import export_checkpoint
 from latentrt.runtime import Pipeline
 from PIL import Image
 
@@ -20,6 +23,14 @@ RELATIVE = 1e-3
 
 RECORD = "LATENTRT_FAMILIES"
 """The variable that names a file to record in what was compared: docs/families.json, of which the table is made."""
+
+OF_A_FLUX2: list[dict[str, Any]] = [
+    {},
+    {"guidance_scale": 1.0, "height": 64, "width": 24},
+    {"guidance_scale": 7.5, "height": 20, "width": 36, "num_images_per_prompt": 2},
+    {"prompt": ["a star", "a blue square of glass, " * 60], "num_inference_steps": 12},
+]
+"""What requests of both kinds of FLUX.2 change."""
 
 _opened: list[str] = [""]
 
@@ -69,6 +80,30 @@ def check(
     assert difference <= LARGEST and relative <= RELATIVE, (difference, relative)
     _record(pipe.bundle.manifest.family, difference, relative)
     return difference, relative
+
+
+def check_seen(pipe: Pipeline, request: dict[str, Any], *changes: dict[str, Any]) -> Any:
+    """Check that each change to a request changes its latents, which are returned.
+
+    Or else the other comparisons would agree for the wrong reason.
+    """
+    request = {**request, "seed": 1, "output_type": "latent"}
+    plain = pipe(**request).images
+    for change in changes:
+        assert np.abs(pipe(**{**request, **change}).images - plain).max() > 1e-3, change
+    return plain
+
+
+def check_refused(
+    checkpoint: Path, copy: Path, file: str, old: str, new: str, error: type[Exception], says: str
+) -> None:
+    """Check that a copy of a checkpoint with another text in one of its files is refused, in a line."""
+    changed = shutil.copytree(checkpoint, copy) / file
+    assert old in changed.read_text()
+    changed.write_text(changed.read_text().replace(old, new))
+    with pytest.raises(error, match=says) as caught:
+        export_checkpoint(copy, copy.with_name("refused"))
+    assert "\n" not in str(caught.value)
 
 
 def _record(family: str, difference: float, relative: float) -> None:
