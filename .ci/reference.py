@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterable
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args, get_origin
 
 from latentrt.engines import backends, errors
 from latentrt.engines.bundle import manifest, records
@@ -77,8 +77,9 @@ def object_fields(node: ast.ClassDef, model: type[BaseModel]) -> str:
 
 def kind(annotation: ast.expr) -> str:
     """Return an annotation as it is written, with the values of a choice in place of its name."""
-    named = isinstance(annotation, ast.Name)
-    values = get_args(getattr(manifest, annotation.id, None) or getattr(records, annotation.id, None)) if named else ()
+    named = annotation.id if isinstance(annotation, ast.Name) else ""
+    meant = getattr(manifest, named, None) or getattr(records, named, None)
+    values = get_args(meant) if get_origin(meant) is Literal else ()
     return " | ".join(map(repr, values)) or ast.unparse(annotation)
 
 
