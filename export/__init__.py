@@ -26,6 +26,7 @@ def export_checkpoint(
     base: str | Path | None = None,
     num_inference_steps: int | None = None,
     guidance_scale: float | None = None,
+    skip_layers: Sequence[int] | None = None,
     textual_inversion: Sequence[str | Path] = (),
     progress: Progress = silent,
 ) -> Path:
@@ -38,6 +39,8 @@ def export_checkpoint(
     a VAE to use, instead of the checkpoint's own where it has one: a folder, a file or a hub id. `variant` picks the
     weights of a folder or hub id that have this word in their names, such as `fp16`, where a component has such.
     `num_inference_steps` and `guidance_scale` become the bundle's defaults, for checkpoints made for few steps.
+    `skip_layers` are the layers of a Stable Diffusion 3 that requests may have skipped (default: 7, 8 and 9 of 3.5
+    medium; of others none; `()` for none).
     `textual_inversion` are files with learned words, as `FILE` or `TOKEN=FILE`, that prompts may then use. Safety
     checker and feature extractor are not part of a bundle. Nothing is left behind when an error is raised:
     `CheckpointError`, `UnsupportedModelError`, `ExportError`, `StorageError`, `RequestError` or `MissingExtraError`.
@@ -62,6 +65,7 @@ def export_checkpoint(
         base=base,
         num_inference_steps=num_inference_steps,
         guidance_scale=guidance_scale,
+        skip_layers=skip_layers,
         textual_inversion=textual_inversion,
         progress=progress,
     )

@@ -22,6 +22,7 @@ from ..engines.bundle import (
     Parity,
     Precision,
     ScheduleRule,
+    SkippedLayers,
     TensorInfo,
     TokenizerInfo,
     atomic_folder,
@@ -76,6 +77,7 @@ def export(
     base: str | Path | None,
     num_inference_steps: int | None,
     guidance_scale: float | None,
+    skip_layers: Sequence[int] | None,
     textual_inversion: Sequence[str | Path],
     progress: Progress,
 ) -> Path:
@@ -86,8 +88,10 @@ def export(
         checkpoint = open_checkpoint(
             source, revision, tokenizer=tokenizer, prediction_type=prediction_type, vae=vae, variant=variant, base=base
         )
+        checkpoint = replace(checkpoint, skip_layers=None if skip_layers is None else tuple(skip_layers))
         family = family_named(checkpoint.family)
         family.check(checkpoint)
+        layers = family.skip_layers(checkpoint)
         words = open_words(textual_inversion)
         check_words(checkpoint, words)
         tokens = write_tokenizers(family, checkpoint, folder, words)
@@ -116,7 +120,9 @@ def export(
                 latent=latent,
                 scheduler=scheduler,
                 schedule=schedule,
-                guidance=family.guidance(checkpoint),
+                guidance=family.guidance(checkpoint).model_copy(
+                    update={"skipped": SkippedLayers(layers=layers) if layers else None}
+                ),
                 **(family.defaults(checkpoint) | dict(checkpoint.defaults) | asked),
                 files=describe_files(folder),
                 source=_provenance(checkpoint, words),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +104,8 @@ def verify(
     if not any_checkpoint:
         check_source(opened, checkpoint)
     family, manifest = family_named(checkpoint.family), opened.manifest
+    skipped = manifest.guidance.skipped
+    checkpoint = replace(checkpoint, skip_layers=skipped.layers if skipped else ())
     family.check(checkpoint)
     engines = open_backend(backend, **options)
     report = Report(str(opened.path), engines.name, manifest.precision)

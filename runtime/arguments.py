@@ -56,6 +56,10 @@ class RequestArguments(TypedDict, total=False):
     forecast: str | None
     guidance_interval: tuple[float, float] | None
     guidance_reuse: float | None
+    skip_guidance_layers: Sequence[int] | None
+    skip_layer_guidance_scale: float
+    skip_layer_guidance_start: float
+    skip_layer_guidance_stop: float
     image: Any
     mask_image: Any
     padding_mask_crop: int | None
@@ -135,6 +139,13 @@ READ_BY_SOME = {
     "true_cfg_scale": Argument("guidance by a negative prompt, for bundles whose `guidance_scale` is another"),
     "denoising_start": Argument("a share of the schedule, 0 to 1: `image` is latents that were denoised up to it"),
     "denoising_end": Argument("a share of the schedule, above 0, below 1: latents are returned as they are by then"),
+    "skip_guidance_layers": Argument(
+        "layers without which the prompt is predicted once more at some steps, for bundles that skip them",
+        ("text",),
+    ),
+    "skip_layer_guidance_scale": Argument("how far to move away from that: 0 to 1000", ("text",)),
+    "skip_layer_guidance_start": Argument("a share of the run, after which it is so", ("text",)),
+    "skip_layer_guidance_stop": Argument("a share of the run, before which it is so", ("text",)),
     "max_sequence_length": Argument(
         "tokens of a row, for bundles whose text encoder takes several numbers; others take their own number alone"
     ),
@@ -167,10 +178,6 @@ REFUSED = {
     ),
 }
 
-LAYERS = (
-    "it asks the denoiser once more, without some layers, and every layer of a bundle's runs: leave it out, and guide "
-    "with guidance_scale"
-)
 NEGATIVE_ADAPTER = "bundles hold no IP-Adapter: give a negative_prompt"
 NORMALIZED = "it measures each prediction, which no step table holds: leave it out"
 
@@ -182,10 +189,6 @@ REFUSED_BY_SOME = {
         EVERY,
         (None, (9, 18, 27)),
     ),
-    "skip_guidance_layers": Argument(LAYERS, ("text",), (None, [])),
-    "skip_layer_guidance_scale": Argument(LAYERS, ("text",), (None, 2.8)),
-    "skip_layer_guidance_start": Argument(LAYERS, ("text",), (None, 0.01)),
-    "skip_layer_guidance_stop": Argument(LAYERS, ("text",), (None, 0.2)),
     "mu": Argument(
         "the schedule is shifted for the size of the picture, by the bundle's own rule: leave it out", EVERY, (None,)
     ),
@@ -216,6 +219,14 @@ def read_by(manifest: Manifest, others: Mapping[str, Any]) -> dict[str, Any]:
     no argument at all.
     """
     taken = {name: value for name, value in others.items() if name in READ_BY_SOME and value is not None}
+    layers = taken.get("skip_guidance_layers", ())
+    if isinstance(layers, list | tuple) and not layers:  # as in diffusers, the scale and the shares mean nothing then
+        taken = {name: value for name, value in taken.items() if not name.startswith("skip_")}
+    elif manifest.guidance.skipped is None:
+        raise RequestError(
+            "skip_guidance_layers is given: all layers of this bundle run in every row; leave it out, or export the "
+            "checkpoint again with --skip-layers, where its family takes that"
+        )
     asked = None if _reads(manifest, "max_sequence_length") else taken.pop("max_sequence_length", None)
     if asked is not None and asked != (most := _sequence_length(manifest)):
         raise RequestError(f"max_sequence_length is {asked!r}: prompts of this bundle have {most} tokens, and no other")
@@ -258,6 +269,8 @@ def _reads(manifest: Manifest, name: str) -> bool:
         return True
     if name == manifest.guidance.scale:
         return True
+    if name.startswith("skip_"):
+        return manifest.guidance.skipped is not None
     if name == "max_sequence_length":
         return any(info.any_length for info in manifest.tokenizers)
     if "prompt" in name:

@@ -148,6 +148,8 @@ class Batches:
         if conditioning is not None:
             inputs |= conditioning.blank(rows)
         inputs |= number_inputs(bundle, request, count, rows - count)
+        inputs = _of_all_rows(inputs, bundle, count, table)
+        rows += count * table.skips
         cells = ((request.height or 0) // latent.downscale, (request.width or 0) // latent.downscale)
         types = {spec.name: spec.dtype for spec in bundle.graph("denoiser").inputs}
         if (masked := bundle.manifest.masked_input) is not None:
@@ -184,9 +186,10 @@ class Batches:
         if conditioning is None:
             texts: Texts = {each.info.source: self._texts(request, batch, each.info.source) for each in self.tokenizers}
             types = input_types(self._bundle)
-            inputs |= encode_prompts(self.tokenizers, texts, batch.lengths, types, finished.warn, self._advice)
+            found = encode_prompts(self.tokenizers, texts, batch.lengths, types, finished.warn, self._advice)
         else:
-            inputs |= conditioning.rows(first, count, batch.rows)
+            found = conditioning.rows(first, count, batch.rows)
+        inputs |= _of_all_rows(found, self._bundle, batch.rows, table)
         tokenized = time.perf_counter()
         shape = blank["latents"].shape[1:]
         covered = initial is not None and initial.mask is not None
@@ -227,6 +230,20 @@ class Batches:
         lengths = most | {each.info.output: length for each in self.tokenizers if each.info.any_length and length}
         texts: Texts = {each.info.source: ((), (text,)) for each in self.tokenizers}
         return encode_prompts(self.tokenizers, texts, lengths, input_types(self._bundle), lambda *_: None)
+
+
+def _of_all_rows(inputs: Mapping[str, Array], bundle: Bundle, count: int, table: StepTable) -> dict[str, Array]:
+    """Return inputs [R, ...] with the rows of prompts, the last `count`, before all others where a table skips layers.
+
+    With them goes what tells the denoiser which rows those are.
+    """
+    if (skipped := bundle.manifest.guidance.skipped) is None:
+        return dict(inputs)
+    again = count if table.skips else 0
+    found = {name: np.concatenate([rows[len(rows) - again :], rows]) for name, rows in inputs.items()}
+    dtype = input_types(bundle)[skipped.input]
+    rows = len(next(iter(found.values())))
+    return {**found, skipped.input: (np.arange(rows) < again).astype(dtype)}
 
 
 def options_of_bundle(bundle: Bundle) -> tuple[StepOption, ...]:

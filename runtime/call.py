@@ -18,6 +18,7 @@ from .request import GenerationRequest
 from .result import GenerationResult, Timings
 from .sampling.registry import evaluations_of_a_step
 from .sampling.resolve import resolved
+from .sampling.step_table import StepTable
 
 OutputType = Literal["pil", "np", "latent"]
 
@@ -81,7 +82,9 @@ class Call:
         guided = len(request.weights(manifest.guidance)) > 1
         return cls(request, pictures, noise, latents, embeddings, output_type, started, guided)
 
-    def result(self, asked: tuple[int | None, int | None], takes_eta: bool, multiple: int) -> GenerationResult[Any]:
+    def result(
+        self, asked: tuple[int | None, int | None], takes_eta: bool, multiple: int, table: StepTable
+    ) -> GenerationResult[Any]:
         """Return an empty result, with what to know about the request; `asked` are the caller's width and height."""
         request, pictures = self.request, self.pictures
         seeds = [seed for *_, seed in request.images]
@@ -98,6 +101,8 @@ class Call:
         in_part = request.guidance_interval is not None or request.guidance_reuse is not None
         if in_part and not self.guided:
             finished.warn("guidance_interval or guidance_reuse is given without guidance: it changes nothing")
+        if request.skip_guidance_layers and not table.skips:
+            finished.warn("skip_guidance_layers is given, and no step is guided by it: it changes nothing")
         return finished
 
 
@@ -119,6 +124,13 @@ def _request(
         for name, cells in (("height", latents.shape[2]), ("width", latents.shape[3])):
             fields[name] = cells * manifest.latent.downscale if fields[name] is None else fields[name]
     request = GenerationRequest.of(**fields)
+    skipped = manifest.guidance.skipped
+    if skipped is not None and {*(request.skip_guidance_layers or skipped.layers)} != {*skipped.layers}:
+        asked, has = (",".join(map(str, each)) for each in (request.skip_guidance_layers or (), skipped.layers))
+        raise RequestError(
+            f"skip_guidance_layers is {asked}: this bundle skips {has}; give those, or export the checkpoint again "
+            f"with --skip-layers {asked}"
+        )
     negatives = 0 if embeddings is None or not embeddings.negative else len(next(iter(embeddings.negative.values())))
     if negatives not in (0, len(request.prompt)):
         raise RequestError(
@@ -177,7 +189,7 @@ def _check_latents(latents: Latents, request: GenerationRequest, manifest: Manif
         raise RequestError(f"latents is of shape {list(latents.shape)}: this request takes {list(wanted)}")
 
 
-def calls_of_a_step(sampler: str, scheduler: Mapping[str, Any]) -> int:
+def calls_of_a_step(sampler: str | None, scheduler: Mapping[str, Any]) -> int:
     """Return how often a sampler asks the denoiser in a step of its own (diffusers' scheduler.order)."""
     return evaluations_of_a_step(resolved(scheduler, sampler)[0])
 

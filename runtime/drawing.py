@@ -14,13 +14,13 @@ from ..engines.bundle import Bundle, Manifest
 from ..engines.device import Array
 from ..engines.errors import RequestError, SchedulerError
 from .batches import Batches, options_of_bundle
-from .call import Call
+from .call import Call, calls_of_a_step
 from .callbacks import Listeners, StepCallback, StepValues, step_hook
 from .finite import check_finite
 from .habits import DiffusersHabits, SchedulerConfig
 from .loop.denoise import Mode
 from .loop.forecast import folded, forecast_named
-from .loop.guidance import ALL, GuidedPart, guided_in_part
+from .loop.guidance import ALL, NOTHING, GuidedPart, SkippedPart, guided_in_part, with_skipped_layers
 from .loop.inputs import InitialImage
 from .loop.session import Session
 from .pictures.initial import Pictures
@@ -32,7 +32,7 @@ from .request import GenerationRequest
 from .result import GenerationResult
 from .sampling import step_table
 from .sampling.registry import TYPICAL_STEPS
-from .sampling.step_table import Guided, StepOption, StepTable
+from .sampling.step_table import StepOption, StepTable
 
 MAX_TABLES = 32
 """Combinations of sampler, steps, strength and eta whose tables are kept."""
@@ -93,7 +93,9 @@ class Drawing(DiffusersHabits):
             custom: dict[str, Any] = {"timesteps": request.timesteps, "sigmas": request.sigmas}
             steps = None if any(custom.values()) else request.num_inference_steps
             share = (request.denoising_start or 0.0, request.denoising_end or 1.0)
-            custom |= {"forecast": request.forecast, "guided": request.guided_part(self._manifest.guidance)}
+            guidance = self._manifest.guidance
+            parts = {"guided": request.guided_part(guidance), "skipped": request.skipped_part(guidance)}
+            custom |= {"forecast": request.forecast, **parts}
             return self._table(steps, size=size, share=share, **custom, **chosen_by)
         except SchedulerError as error:
             raise (RequestError(str(error)) if chosen else error) from error
@@ -105,6 +107,7 @@ class Drawing(DiffusersHabits):
         *,
         forecast: str | None = None,
         guided: GuidedPart = ALL,
+        skipped: SkippedPart = NOTHING,
         **arguments: Any,
     ) -> StepTable:
         """Return a step table; raises `SchedulerError` for one that needs more than the bundle's step graph does."""
@@ -117,6 +120,8 @@ class Drawing(DiffusersHabits):
                 f"lacks: {' and '.join(INSTEAD[option] for option in missing)}, or export the checkpoint again with it"
             )
         table = guided_in_part(table, guided)
+        if skipped != NOTHING:
+            table = with_skipped_layers(table, skipped, calls_of_a_step(arguments["sampler"], manifest.scheduler))
         return table if forecast is None else folded(table, forecast_named(forecast))
 
     def _draw(
@@ -137,7 +142,7 @@ class Drawing(DiffusersHabits):
         for batch in batches:
             count = len(batch.images)
             if prompts is not None and conditioning is prompts.blank:
-                rows = batch.rows * len(request.weights(self._manifest.guidance))
+                rows = batch.rows * (len(request.weights(self._manifest.guidance)) + table.skips)
                 conditioning = self._weighted(prompts, call, rows, finished)
             if call.pictures and initial is None:
                 initial = self._initial(request, call.pictures)
@@ -153,7 +158,8 @@ class Drawing(DiffusersHabits):
             )
             workspace = self.session.workspace(inputs, arrays)
             known = self.session.prompts.get(inputs)
-            workspace.load(inputs, arrays, stream, known, tuple(each is Guided.FULLY for each in table.guided))
+            branches = len(request.weights(self._manifest.guidance))
+            workspace.load(inputs, arrays, stream, known, table.asked(branches))
             on_step = step_hook(workspace, table, stream, listeners, count, self.mode)
             decode = call.output_type != "latent"
             trace = workspace.run(len(table), stream, mode=self.mode, decode=decode, on_step=on_step)

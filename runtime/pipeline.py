@@ -223,7 +223,7 @@ class Pipeline(Drawing):
         table = self._table_for(request, chosen=sampler is not None or timesteps is not None or sigmas is not None)
         table = replace(table, init_noise_sigma=1.0) if call.started else table
         eta_taken = takes_eta(request.sampler or "", manifest.scheduler)
-        finished = call.result((width, height), eta_taken, manifest.latent.size_multiple)
+        finished = call.result((width, height), eta_taken, manifest.latent.size_multiple, table)
         calls = 1 if forecast else calls_of_a_step(request.sampler or "", manifest.scheduler)
         if forecast and len(table) == len(self._table_for(request.model_copy(update={"forecast": None}), chosen=True)):
             finished.warn(f"forecast {forecast} leaves nothing out of {len(table)} evaluations: it changes nothing")

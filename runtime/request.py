@@ -78,6 +78,10 @@ class GenerationRequest(BaseModel):
     forecast: str | None = None
     guidance_interval: tuple[Share, Share] | None = None
     guidance_reuse: Share | None = None
+    skip_guidance_layers: tuple[int, ...] | None = None
+    skip_layer_guidance_scale: float = Field(default=2.8, ge=0, le=1000, allow_inf_nan=False)
+    skip_layer_guidance_start: Share = 0.01
+    skip_layer_guidance_stop: Share = 0.2
     strength: float = Field(default=1.0, gt=0, le=1)
 
     @field_validator(*TEXTS, mode="before")
@@ -193,6 +197,12 @@ class GenerationRequest(BaseModel):
         if len(self.weights(guidance)) == 1:
             return 0.0, 1.0, 1.0
         return *(self.guidance_interval or (0.0, 1.0)), 1.0 if self.guidance_reuse is None else self.guidance_reuse
+
+    def skipped_part(self, guidance: GuidanceInfo) -> tuple[float, float, float]:
+        """Return the scale of guidance by skipped layers, and the shares of the run between which it is; 0 for none."""
+        if not self.skip_guidance_layers or not self.skip_layer_guidance_scale or len(self.weights(guidance)) == 1:
+            return 0.0, 0.0, 0.0
+        return self.skip_layer_guidance_scale, self.skip_layer_guidance_start, self.skip_layer_guidance_stop
 
     def texts(self, source: str, *, negative: bool = False) -> tuple[str, ...]:
         """Return the texts of all prompts that a tokenizer of a source reads, or of what they should not show.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ..engines.bundle import Bundle
 from ..engines.engine import Shapes
 from ..engines.errors import RequestError
@@ -20,12 +22,13 @@ def requested_shapes(
     guidance_scale: float | None = None,
     prompt_parts: int = 1,
     prompt_tokens: int | None = None,
+    skips: bool = False,
 ) -> dict[str, Shapes]:
     """Return the input shapes of every graph for a request, as the runtime itself asks for them.
 
     Its sampler and number of steps are the bundle's own, as is the guidance scale where none is given. `prompt_tokens`
     matters to tokenizers with several lengths of rows, which are filled up to the next (default: the longest), and to
-    those with rows of any. Raises
+    those with rows of any. With `skips` its guidance also skips layers, at some step. Raises
     `RequestError` where the bundle takes no prompts of several parts, or none of so many tokens.
     """
     manifest = bundle.manifest
@@ -33,6 +36,7 @@ def requested_shapes(
     request = GenerationRequest.of(prompt="", width=width, height=height, **guided)
     steps, size = manifest.default_num_inference_steps, (width, height)
     table = step_table(manifest.scheduler, steps, rule=manifest.schedule, size=size)
+    table = replace(table, skipped=(1.0,) * len(table)) if skips else table
     complete = request.with_defaults(manifest)
     lengths = row_lengths_for(bundle, prompt_tokens)
     shapes = wired_shapes(bundle, *Batches.blank(bundle, complete, table, images, lengths=lengths))

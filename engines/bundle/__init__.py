@@ -16,7 +16,16 @@ from .manifest import (
     TensorInfo,
 )
 from .reader import Bundle
-from .records import Branch, GuidanceInfo, LatentInfo, NumbersInput, ScheduleRule, ShiftLine, TokenizerInfo
+from .records import (
+    Branch,
+    GuidanceInfo,
+    LatentInfo,
+    NumbersInput,
+    ScheduleRule,
+    ShiftLine,
+    SkippedLayers,
+    TokenizerInfo,
+)
 from .writer import atomic_folder, describe_files, write_manifest
 
 __all__ = [
@@ -36,6 +45,7 @@ __all__ = [
     "ReferenceInfo",
     "ScheduleRule",
     "ShiftLine",
+    "SkippedLayers",
     "Stage",
     "TensorInfo",
     "TokenizerInfo",

@@ -190,6 +190,10 @@ class Manifest(Strict):
             for graph_name, tensor in (("denoiser", self.masked_input), ("image_encoder", "kept")):
                 if tensor not in {spec.name for g in self.graphs if g.name == graph_name for spec in g.inputs}:
                     raise ValueError(f"masked_input is given, and no graph {graph_name!r} reads {tensor!r}")
+        if (skipped := self.guidance.skipped) is not None:
+            of_rows = [spec for g in self.graphs if g.name == "denoiser" for spec in g.inputs if len(spec.shape) == 1]
+            if skipped.input not in {spec.name for spec in of_rows}:
+                raise ValueError(f"guidance skips layers, and no graph 'denoiser' reads {skipped.input!r} of each row")
         names = [g.name for g in self.graphs]
         if len(set(names)) != len(names):
             raise ValueError(f"two graphs have one name: {names}")

@@ -117,6 +117,20 @@ class Branch(Strict):
     scale: float = Field(default=0.0, allow_inf_nan=False)
 
 
+class SkippedLayers(Strict):
+    """Layers that the denoiser leaves out in some rows, so that guidance can move away from what it then predicts."""
+
+    input: TensorName = "skipped"
+    """The denoiser's input [R] that is 1 in rows without these layers, and 0 in all others."""
+    layers: tuple[Annotated[int, Field(ge=0, le=10_000)], ...] = Field(min_length=1, max_length=1000)
+    """Their numbers, from 0, ascending."""
+
+    def model_post_init(self, _: Any, /) -> None:
+        """Check that the numbers rise."""
+        if list(self.layers) != sorted({*self.layers}):
+            raise ValueError(f"the skipped layers {list(self.layers)} do not rise")
+
+
 class GuidanceInfo(Strict):
     """How the predictions for a prompt, and for what it should not show, become one.
 
@@ -135,6 +149,8 @@ class GuidanceInfo(Strict):
         max_length=2,
     )
     """In the order of the network's rows; the prompt's is last."""
+    skipped: SkippedLayers | None = None
+    """What a request may have skipped in a branch more, for the prompt, before all others; null: nothing."""
 
     def model_post_init(self, _: Any, /) -> None:
         """Check that the prompt's branch is the last, after one of the negative prompt."""

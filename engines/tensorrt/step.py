@@ -1,5 +1,7 @@
 """The range of the step graph's plans: one for each size and batch serves every sampler, number of steps and guidance.
 
+All but guidance by skipped layers, which has a branch more.
+
 What a request does not use is not computed: sizes inside the range are those of its own tables. What a range costs a
 step on a GPU, beside fixed shapes, has not been measured.
 """
@@ -17,7 +19,7 @@ FREE: Mapping[str, tuple[int, int, int]] = {
     "T": (1, 128, 65536),
     "H": (1, 1, 10),
     "D": (1, 1, 2048),
-    "G": (1, 2, 2),
+    "G": (1, 2, 3),
 }
 """Smallest, usual and largest value of each size that is free: table rows of all images, history slots, noise tensors
 drawn for an image, guidance branches."""
@@ -50,6 +52,8 @@ def step_shapes(graph: GraphInfo, shapes: Sequence[Shapes]) -> list[Shapes]:
         cells = math.prod(shape_of(inputs["noise"], {**sizes, "D": 1}))
         most = {name: high for name, (_, _, high) in FREE.items()}
         most["D"] = min(most["D"], LARGEST_TENSOR // cells)
+        if sizes["G"] <= FREE["G"][1]:  # few requests have a branch more: they have a plan of their own
+            most["G"] = FREE["G"][1]
         for name, high in most.items():
             if sizes[name] > high:
                 raise RequestError(f"the step takes {sizes[name]} of at most {high} {ADVICE[name]}")

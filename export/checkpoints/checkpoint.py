@@ -187,6 +187,8 @@ class Checkpoint:
     """What `model_index.json` says of the pipeline beside its components."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """Defaults of a request that the bundle's manifest gets, where they are not the usual ones."""
+    skip_layers: tuple[int, ...] | None = None
+    """Layers of the denoiser that requests may have skipped, as asked for; None: the family's own choice."""
 
     def config(self, component: str) -> Mapping[str, Any]:
         """Return the complete config of a component."""

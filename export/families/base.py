@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ...engines.bundle import GuidanceInfo, LatentInfo, NumbersInput, Precision, ScheduleRule
+from ...engines.errors import RequestError
 from ..checkpoints.checkpoint import Checkpoint, Component, Part, SingleFile
 from ..checkpoints.tokenizer import CLIP, TokenizerKind
 from ..checkpoints.weights import Weights
@@ -129,6 +130,12 @@ class Family(ABC):
     def guidance(self, checkpoint: Checkpoint) -> GuidanceInfo:
         """Return how predictions are combined: by default classifier-free guidance for a scale above 1."""
         return GuidanceInfo()
+
+    def skip_layers(self, checkpoint: Checkpoint) -> tuple[int, ...]:
+        """Return the layers of the denoiser that requests may have skipped; raises `RequestError` for others."""
+        if checkpoint.skip_layers:
+            raise RequestError(f"skip_layers is given: layers of {self.title} are not skipped, leave it out")
+        return ()
 
     def defaults(self, checkpoint: Checkpoint) -> dict[str, Any]:
         """Return what the manifest says for requests that do not, where it is not the usual: its fields `default_…`."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ...engines.bundle import LatentInfo, Precision, ScheduleRule
-from ...engines.errors import CheckpointError
+from ...engines.errors import CheckpointError, RequestError
 from ..checkpoints.checkpoint import Checkpoint, Component, Part
 from ..checkpoints.tokenizer import CLIP, T5, TokenizerKind
 from ..checkpoints.weights import Weights
@@ -25,6 +25,7 @@ from .base import Family
 from .checks import check_channels, check_equal
 
 CLIPS = ("text_encoder", "text_encoder_2")
+OF_MEDIUM = (7, 8, 9)
 
 
 class StableDiffusion3(Family):
@@ -89,7 +90,9 @@ class StableDiffusion3(Family):
 
         return {
             "text_encoder": texts,
-            "denoiser": lambda: denoiser_graph(checkpoint.load("transformer"), length, precision),
+            "denoiser": lambda: denoiser_graph(
+                checkpoint.load("transformer"), length, precision, self.skip_layers(checkpoint)
+            ),
             **self.vae_graphs(checkpoint),
         }
 
@@ -108,6 +111,16 @@ class StableDiffusion3(Family):
         own = str(scheduler.get("_class_name")).startswith("FlowMatch")
         line = shift_line(scheduler) if own else shift_line(scheduler, max_shift=1.16)
         return ScheduleRule(lines=(line,), pixels_per_token=side)
+
+    def skip_layers(self, checkpoint: Checkpoint) -> tuple[int, ...]:
+        """Return the layers as asked for, or what Stability AI recommends for 3.5 medium, which has dual attention."""
+        config = checkpoint.config("transformer")
+        count, asked = config["num_layers"], checkpoint.skip_layers
+        if asked is None:
+            return OF_MEDIUM if config["dual_attention_layers"] and count > max(OF_MEDIUM) else ()
+        if wrong := [layer for layer in asked if layer not in range(count)]:
+            raise RequestError(f"skip_layers has {wrong[0]}: this transformer has layers 0 to {count - 1}, give those")
+        return tuple(sorted({*asked}))
 
     def defaults(self, checkpoint: Checkpoint) -> dict[str, Any]:
         """Return the defaults of diffusers' pipelines."""

@@ -65,7 +65,7 @@ MISTRAL3 = transformers_part(
     LANGUAGE_MODEL,
     network="MistralModel",
     renames=tuple(
-        (lambda name, prefix=prefix: f"{prefix}.{name}")  # type: ignore[misc]
+        (lambda name, prefix=prefix: f"{prefix}.{name}")
         for prefix in ("model.language_model", "language_model.model", "language_model")
     ),
     section="text_config",

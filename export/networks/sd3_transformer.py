@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -47,23 +48,32 @@ class _Patches(nn.Module):
 class Denoiser(nn.Module):
     """The transformer for every latent size up to that of its table of positions.
 
-    Its squares become latents by a permutation, as operators for sums of products know no bfloat16.
+    Its squares become latents by a permutation, as operators for sums of products know no bfloat16. The layers `skips`
+    are left out in rows that say so.
     """
 
     transformer: Any
 
-    def __init__(self, transformer: Any) -> None:
+    def __init__(self, transformer: Any, skips: Collection[int]) -> None:
         super().__init__()
+        self.skips = skips
         transformer.pos_embed = _Patches(transformer.pos_embed, "SD3Transformer2DModel")
         self.transformer = transformer
 
-    def forward(self, model_input: Tensor, timestep: Tensor, context: Tensor, pooled: Tensor) -> Tensor:
+    def forward(
+        self, model_input: Tensor, timestep: Tensor, context: Tensor, pooled: Tensor, skipped: Tensor | None = None
+    ) -> Tensor:
         """Return the prediction [R, C, h, w]."""
         net, inside = self.transformer, self.transformer.dtype
         hidden, behind = net.pos_embed(inward(model_input, inside)), net.context_embedder(inward(context, inside))
         moment = net.time_text_embed(timestep, inward(pooled, inside))
-        for block in net.transformer_blocks:
+        for number, block in enumerate(net.transformer_blocks):
+            before = behind, hidden
             behind, hidden = block(hidden_states=hidden, encoder_hidden_states=behind, temb=moment)
+            if skipped is not None and number in self.skips:
+                left_out = skipped[:, None, None] > 0
+                hidden = torch.where(left_out, before[1], hidden)
+                behind = None if behind is None else torch.where(left_out, before[0], behind)  # the last gives no text
         squares = net.proj_out(net.norm_out(hidden, moment))
         rows, channels, height, width = model_input.shape
         side = net.config.patch_size
@@ -71,25 +81,27 @@ class Denoiser(nn.Module):
         return outward(squares.permute(0, 5, 1, 3, 2, 4).reshape(rows, channels, height, width))
 
 
-def denoiser_graph(transformer: Any, length: int, precision: Precision) -> Graph:
+def denoiser_graph(transformer: Any, length: int, precision: Precision, skips: Sequence[int]) -> Graph:
     """Noisy latents [R, C, h, w], timesteps [R], texts [R, L, E] and whole ones [R, P] to the prediction [R, C, h, w].
 
-    `length` is the usual L.
+    `length` is the usual L. With layers that it `skips` it also reads [R], 1 in rows without those; of a copy of few
+    layers the last stands for all that it lacks.
     """
     config, dtype = transformer.config, network_dtype(precision)
     latents = ("R", config.in_channels, "h", "w")
     return Graph(
         "denoiser",
         "step",
-        Denoiser(transformer),
+        Denoiser(transformer, {min(layer, config.num_layers - 1) for layer in skips}),
         (
             TensorInfo(name="model_input", dtype=dtype, shape=latents),
             TensorInfo(name="timestep", dtype="float32", shape=("R",)),
             TensorInfo(name="context", dtype=dtype, shape=("R", "L", config.joint_attention_dim)),
             TensorInfo(name="pooled", dtype=dtype, shape=("R", config.pooled_projection_dim)),
+            *((TensorInfo(name="skipped", dtype="int64", shape=("R",)),) if skips else ()),
         ),
         (TensorInfo(name="prediction", dtype=dtype, shape=latents),),
-        limits={"timestep": 1000},
+        limits={"timestep": 1000} | ({"skipped": 2} if skips else {}),
         multiples={"h": config.patch_size, "w": config.patch_size},
         usual={"L": length},
     )

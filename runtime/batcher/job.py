@@ -13,7 +13,7 @@ from typing import Any
 from ...engines.errors import RequestError
 from ..batches import Arrays, Batch
 from ..call import Call
-from ..loop.guidance import guided_rows
+from ..loop.guidance import wide_rows
 from ..loop.inputs import InitialImage, go_on
 from ..pipeline import Pipeline
 from ..prompt.conditioning import WeightedPrompts
@@ -121,7 +121,7 @@ class Job:
         table = pipe._table_for(request, chosen=chosen)
         table = replace(table, init_noise_sigma=1.0) if call.started else table
         eta_taken = takes_eta(request.sampler or "", pipe._manifest.scheduler)
-        finished = call.result((given["width"], given["height"]), eta_taken, pipe._manifest.latent.size_multiple)
+        finished = call.result((given["width"], given["height"]), eta_taken, pipe._manifest.latent.size_multiple, table)
         prompts = conditioning = None
         if request.prompt_syntax is not None:
             prompts = WeightedPrompts(bundle, request, pipe._batches.tokenizers)
@@ -136,8 +136,8 @@ class Job:
         due = None if timeout is None else began + timeout
         job = cls(pipe, call, table, fit, finished, began, due, listener=listener, _prompts=prompts, _lengths=lengths)
         job.future = BatchFuture(request, finished.seeds, lambda: progress(job))
-        rows = len(request.weights(pipe._manifest.guidance))
-        candidate = Candidate(began, rows, len(table), guided=guided_rows(table))
+        branches = len(request.weights(pipe._manifest.guidance))
+        candidate = Candidate(began, branches + table.skips, len(table), guided=wide_rows(table, branches))
         job.images = [Image(job, index, candidate) for index in range(len(request.images))]
         if listener is not None:
             steps = [round(len(table) * number / (previews + 1)) for number in range(1, previews + 1)]

@@ -43,7 +43,7 @@ class Candidate:
     """An image: when it came (seconds), its network rows, and how often it has the network evaluated.
 
     `done` evaluations are behind it: of an image that waits, those it had before it left its slot to another. Those of
-    `guided` take all of its rows, and the others one; None: all do.
+    `guided` take all of its rows, and the others one less; None: all do.
     """
 
     arrived: float
@@ -60,7 +60,7 @@ class Candidate:
     @property
     def width(self) -> int:
         """Network rows of its next evaluation."""
-        return self.rows if self.guided is None or self.done in self.guided else 1
+        return self.rows if self.guided is None or self.done in self.guided else self.rows - 1
 
     @property
     def alike(self) -> int:
@@ -71,18 +71,18 @@ class Candidate:
     @property
     def held(self) -> int:
         """The most network rows that it is still to have: they are kept for it, so that no image waits in its run."""
-        return self.rows if self.guided is None or self.done < self.guided.stop else 1
+        return self.rows if self.guided is None or self.done < self.guided.stop else self.rows - 1
 
     @property
     def work(self) -> int:
         """Network rows times evaluations that are still to come."""
-        wide = self._wide(self.done)
-        return wide * self.rows + self.left - wide
+        return self._wide(self.done) + self.left * (self.rows - 1)
 
     def alone(self, times: StepTimes, since: int = 0) -> float:
         """Return the seconds of its evaluations from one on, were it drawn by itself."""
         wide = self._wide(since)
-        return wide * times.of(self.rows) + (self.evaluations - since - wide) * times.of(1)
+        narrow = self.evaluations - since - wide
+        return wide * times.of(self.rows) + (narrow * times.of(self.rows - 1) if narrow else 0.0)
 
     def _wide(self, since: int) -> int:
         """Return how many evaluations from one on take all rows."""

@@ -4,7 +4,7 @@ And what it has when it has left its slot, to go on later.
 
 An image's region of the tables has the same shape whatever its sampler: T rows, two branches and H history slots, with
 zeros where it needs less. An image without guidance has one network row, which stands for both of its branches, the
-first with weight 0.
+first with weight 0. Images that skip layers have three branches, and buffers of their own.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy.typing as npt
 from ...engines.bundle import Bundle
 from ...engines.device import Array, Device, Tensor
 from ...engines.engine import shape_of, solve_sizes
-from ...engines.errors import BundleError, RequestError
+from ...engines.errors import BundleError
 from ..loop.denoise import STATE, allocate
 from ..sampling.noise import Generator
 from ..sampling.step_table import StepTable
@@ -42,6 +42,7 @@ class Fit:
     """Name and shape [...] of a row of what the denoiser reads beside latents and timestep."""
     table_rows: int
     history: int
+    branches: int
 
 
 class StepNoise:
@@ -88,7 +89,7 @@ class Parked:
     """What an image that left its slot has come to, beside the slots on the device: a place for one image."""
 
     def __init__(self, device: Device, shapes: Mapping[str, tuple[Sequence[int], npt.DTypeLike]]) -> None:
-        """Allocate tensors of these shapes and types; those of network rows have two."""
+        """Allocate tensors of these shapes and types; those of network rows have as many as branches."""
         self.branches: tuple[int, ...] = ()
         """Of the image's network rows."""
         with ExitStack() as memory:
@@ -128,20 +129,18 @@ def fit_of(bundle: Bundle, inputs: Mapping[str, Array], latents: tuple[int, int,
             shapes |= {spec.name: shape_of(spec, sizes) for spec in graph.outputs}
     rows = -(-(len(table) + 1) // TABLE_ROWS) * TABLE_ROWS
     conditioning = tuple((spec.name, tuple(shapes[spec.name][1:])) for spec in read)
-    return Fit(latents, conditioning, rows, max(HISTORY, table.history))
+    return Fit(latents, conditioning, rows, max(HISTORY, table.history), BRANCHES + table.skips)
 
 
 def region(arrays: Mapping[str, Array], names: Iterable[str], used: int, fit: Fit) -> dict[str, Array]:
     """Return a batch's tables as one region: T rows, of which the first `used` are its own and the others hold."""
     found: dict[str, Array] = {}
-    branches = arrays["rows_of_image"].shape[1]
-    if branches > BRANCHES:
-        raise RequestError(f"guidance has {branches} branches: a batcher takes {BRANCHES} at most")
+    missing_branches = fit.branches - arrays["rows_of_image"].shape[1]
     for name in names:
         array = arrays[name][:used]
-        if branches < BRANCHES and name in ("weights", "clip_weights"):
+        if missing_branches and name in ("weights", "clip_weights"):
             axis = 2 if name == "weights" else 1  # columns: latents, predictions, ...
-            array = np.insert(array, [1] * (BRANCHES - branches), 0, axis=axis)
+            array = np.insert(array, [1] * missing_branches, 0, axis=axis)
         if name == "weights":
             missing = fit.history + 1 - array.shape[1]
             array = np.pad(array, [(0, 0), (0, missing), (0, missing), *[(0, 0)] * (array.ndim - 3)])

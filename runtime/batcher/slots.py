@@ -10,7 +10,6 @@ company, as long as the bucket is the same.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -23,7 +22,7 @@ from ...engines.device import Array, Device, Stream, Tensor
 from ...engines.engine import BoundEngine
 from ..loop.denoise import CapturedWork, Mode, OpenEngine, allocate, allocate_like, shapes_of
 from ..loop.workspace import allocate_outputs
-from .prepared import BRANCHES, Fit, Parked, Prepared, table_names
+from .prepared import Fit, Parked, Prepared, table_names
 
 OF_ROWS = ("model_input", "timestep", "image_of_row", "prediction")
 """The step graph's tensors that a bucket has a prefix of."""
@@ -52,7 +51,7 @@ class Slots:
         self._of_rows = (*(name for name, _ in fit.conditioning), "model_input", "timestep")
         self._rows: list[tuple[int, int]] = []  # slot and branch of every row in use
         self._taken: set[int] = set()  # slots in use
-        self._rows_of_image = np.zeros((slots, BRANCHES), np.int64)
+        self._rows_of_image = np.zeros((slots, fit.branches), np.int64)
         self._parity = 0
         self._bound: dict[tuple[int, int], tuple[BoundEngine, BoundEngine]] = {}
         self._captured = CapturedWork(2 * len(self.buckets))
@@ -85,7 +84,7 @@ class Slots:
         fit, slots, rows = self.fit, self.slots, self.buckets[-1]
         network = {spec.name: spec.dtype for spec in self._denoiser.inputs}
         total, cells = slots * fit.table_rows, fit.latents[1:]
-        sizes = {"T": total, "P": 1 + fit.history, "K": 3 + BRANCHES + fit.history, "L": 1 + BRANCHES}
+        sizes = {"T": total, "P": 1 + fit.history, "K": 3 + fit.branches + fit.history, "L": 1 + fit.branches}
         specs = {spec.name: spec for spec in self._step.inputs}
         shapes = {
             name: tuple(sizes[size] if isinstance(size, str) else size for size in specs[name].shape)
@@ -144,8 +143,8 @@ class Slots:
             self._part(name, row, 1).write(array[branch : branch + 1], self._stream)
 
     def widen(self, slot: int, conditioning: Mapping[str, Array]) -> None:
-        """Give an image that has the prompt's row alone that of its first branch, of its conditioning [2, ...]."""
-        ((source, _),), row = self._rows_of(slot), self.used
+        """Give an image that has the rows of its other branches that of the first, of its conditioning [n, ...]."""
+        (source, _), row = self._rows_of(slot)[0], self.used
         self._rows.append((slot, 0))
         self._condition(row, 0, conditioning)
         for name in ("model_input", "timestep"):  # they are the same in all rows of an image
@@ -153,8 +152,8 @@ class Slots:
         self._connect()
 
     def narrow(self, slot: int) -> None:
-        """Let an image go on with the row of the prompt alone, which is that of the last branch."""
-        self._let_go([row for row, branch in self._rows_of(slot) if branch < BRANCHES - 1])
+        """Let an image go on without the row of its first branch."""
+        self._let_go([row for row, branch in self._rows_of(slot) if branch == 0])
 
     def resume(self, image: Prepared, parked: Parked, done: int) -> int:
         """Let a parked image go on, after `done` steps, in a free slot, and return that; `parked` stays as it is."""
@@ -184,7 +183,7 @@ class Slots:
             shapes[name] = (1, *tensor.shape[1:]), tensor.dtype
         for name in self._of_rows:
             tensor = self._whole(name, 0)
-            shapes[name] = (BRANCHES, *tensor.shape[1:]), tensor.dtype
+            shapes[name] = (self.fit.branches, *tensor.shape[1:]), tensor.dtype
         return Parked(self._device, shapes)
 
     def _occupy(self, image: Prepared, branches: Sequence[int], done: int) -> int:
@@ -224,11 +223,11 @@ class Slots:
         """Write which rows belong to which slots."""
         images = np.zeros(self.buckets[-1], np.int64)
         self._rows_of_image[:] = 0
-        counts = Counter(slot for slot, _ in self._rows)
-        for row, (slot, branch) in enumerate(self._rows):
+        for row, (slot, _) in enumerate(self._rows):
             images[row] = slot
-            branches = branch if counts[slot] == BRANCHES else slice(None)  # one row is that of both branches
-            self._rows_of_image[slot, branches] = row
+            self._rows_of_image[slot] = row  # also of branches that weigh 0 and have none
+        for row, (slot, branch) in enumerate(self._rows):
+            self._rows_of_image[slot, branch] = row
         self._constants["rows_of_image"].write(self._rows_of_image, self._stream)
         self._constants["image_of_row"].write(images, self._stream)
 

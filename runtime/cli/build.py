@@ -91,10 +91,12 @@ def build(
     scales = _scales(opened, guidance)
     parts = prompt_parts or [1]
     tokens = _tokens(opened, prompt_tokens)
-    requests = [_Request(*each) for each in product(sizes, batches, scales, parts, tokens)]
+    requests = [_Request(*each) for each in product(sizes, batches, scales, parts, tokens, (False, True))]
+    can_skip = opened.manifest.guidance.skipped is not None
+    requests = [r for r in requests if not r.skips or (can_skip and _branches(opened, r.guidance) > 1)]
     if dynamic and len(sizes) * len(batches) * len(parts) * len(tokens) == 1:
         raise RequestError("--dynamic needs a range: give --size or --batch at least twice, the most used one first")
-    shapes = [requested_shapes(opened, *r.size, r.images, r.guidance, r.parts, r.tokens) for r in requests]
+    shapes = [requested_shapes(opened, *r.size, r.images, r.guidance, r.parts, r.tokens, r.skips) for r in requests]
     found: list[dict[str, Any]] = []
     built: Iterator[_Built]
     with progress_bar("building") as progress:
@@ -146,10 +148,12 @@ class _Request:
     guidance: float
     parts: int
     tokens: int | None
+    skips: bool
 
     def __str__(self) -> str:
         parts = f" prompt parts {self.parts}" if self.parts > 1 else ""
         parts += f" prompt tokens {self.tokens}" if self.tokens else ""
+        parts += " skipped layers" if self.skips else ""
         return f"{self.size[0]}x{self.size[1]} batch {self.images} guidance {self.guidance:g}{parts}"
 
 
@@ -163,11 +167,15 @@ def _tokens(bundle: Bundle, given: Sequence[int] | None) -> list[int | None]:
 
 def _scales(bundle: Bundle, given: Sequence[float] | None) -> list[float]:
     """Return a guidance scale for each number of branches to build for, the most used first."""
-    guidance, scales = bundle.manifest.guidance, dict[int, float]()
-    usual = 1.0 if guidance.scale == "true_cfg_scale" else bundle.manifest.default_guidance_scale
+    scales = dict[int, float]()
+    usual = 1.0 if bundle.manifest.guidance.scale == "true_cfg_scale" else bundle.manifest.default_guidance_scale
     for scale in given or (usual, 1.0, 0.0):
-        scales.setdefault(len(guidance.weights(scale, negative_given=True)), scale)
+        scales.setdefault(_branches(bundle, scale), scale)
     return list(scales.values())
+
+
+def _branches(bundle: Bundle, scale: float) -> int:
+    return len(bundle.manifest.guidance.weights(scale, negative_given=True))
 
 
 def _warm_up(

@@ -13,7 +13,7 @@ import typer
 
 from ...engines.bundle import Bundle, TokenizerInfo
 from ...engines.errors import MissingExtraError, RequestError
-from .options import BackendOptions, backend_options, checkpoint_named, opened_bundle
+from .options import BackendOptions, backend_options, checkpoint_named, numbers, opened_bundle
 from .progress import progress_bar
 
 if TYPE_CHECKING:
@@ -50,6 +50,13 @@ def export(
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Steps of a request that names none, for few-step models.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale of a request that names none.")] = None,
+    skip_layers: Annotated[
+        str | None,
+        typer.Option(
+            "--skip-layers",
+            help="Layers of Stable Diffusion 3 that requests may have skipped (default: 7,8,9 of 3.5 medium).",
+        ),
+    ] = None,
     textual_inversion: Annotated[
         list[str] | None,
         typer.Option(
@@ -77,6 +84,7 @@ def export(
             base=base,
             num_inference_steps=steps,
             guidance_scale=guidance,
+            skip_layers=numbers("--skip-layers", skip_layers, int),
             textual_inversion=textual_inversion or (),
             progress=progress,
         )
@@ -118,6 +126,8 @@ def _lines(bundle: Bundle) -> list[str]:
         f"{manifest.default_num_inference_steps} steps, guidance {manifest.default_guidance_scale:g}",
         *(f"  {info.source} of {_tokens(info)} tokens" for info in manifest.tokenizers),
     ]
+    if (skipped := manifest.guidance.skipped) is not None:
+        lines.append(f"  requests may skip layers {', '.join(map(str, skipped.layers))}")
     for graph in manifest.graphs:
         size = readable_size(sum(manifest.files[name].size for name in graph.files))
         inside = f", {graph.precision} inside" if graph.precision not in (None, manifest.precision) else ""

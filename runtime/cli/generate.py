@@ -75,6 +75,16 @@ def generate(
         float | None,
         typer.Option("--guidance-reuse", help="Keep what guidance adds from a share of the steps on; not exact."),
     ] = None,
+    skip_layers: Annotated[
+        str | None,
+        typer.Option("--skip-layers", help="Guide away from the network without layers such as 7,8,9."),
+    ] = None,
+    skip_layer_scale: Annotated[
+        float, typer.Option("--skip-layer-scale", help="How far to guide away from that.")
+    ] = 2.8,
+    skip_layer_interval: Annotated[
+        str, typer.Option("--skip-layer-interval", help="The shares of the steps between which to do so.")
+    ] = "0.01,0.2",
     size: Annotated[str | None, typer.Option("--size", metavar="WxH", help="Picture size in pixels.")] = None,
     count: Annotated[int, typer.Option("--count", "-c", help="Pictures per prompt.")] = 1,
     init_image: Annotated[Path | None, typer.Option("--init-image", help="Picture to start from.")] = None,
@@ -113,6 +123,9 @@ def generate(
         check_png("--grid", grid)
     if target.is_stdout and as_json:
         raise RequestError("--output - and --json would both write to standard output: give one of them")
+    interval = numbers("--skip-layer-interval", skip_layer_interval, float) or []
+    if len(interval) != 2:
+        raise RequestError(f"--skip-layer-interval is {skip_layer_interval!r}: give two shares, such as 0.01,0.2")
     request: RequestArguments = {
         "height": height,
         "width": width,
@@ -128,6 +141,10 @@ def generate(
         "forecast": forecast,
         "guidance_interval": numbers("--guidance-interval", guidance_interval, float),  # type: ignore[typeddict-item]
         "guidance_reuse": guidance_reuse,
+        "skip_guidance_layers": numbers("--skip-layers", skip_layers, int),
+        "skip_layer_guidance_scale": skip_layer_scale,
+        "skip_layer_guidance_start": interval[0],
+        "skip_layer_guidance_stop": interval[1],
         "image": init_image,
         "mask_image": mask,
         "padding_mask_crop": padding,

@@ -58,6 +58,7 @@ class DenoiseLoop:
             channels = prediction.shape[1]
         self._conditioning = conditioning
         self._device, self._batch = device, len(arrays["latents"])
+        self._branches = rows // self._batch
         with ExitStack() as memory:
             self._constants = allocate_like(device, constants, memory)
             self._sets = [allocate_like(device, state, memory), allocate_like(device, state, memory)]
@@ -65,18 +66,19 @@ class DenoiseLoop:
             self._memory = memory.pop_all()
         self.steps_done = 0
         """Steps of the running request, or of the last one, that have been enqueued."""
-        self.guided: tuple[bool, ...] = ()
-        """Whether each step of the request runs all rows of the network, or the prompt's alone; empty: all."""
+        self.asked: tuple[int, ...] = ()
+        """Of how many branches of guidance, the last ones, each step of the request runs the rows; empty: of all."""
         self._unchanged: dict[str, Array] = {}
         self._bound: list[tuple[BoundEngine, BoundEngine]] = []
-        self._of_prompts: list[OfPrompts] = []
+        self._of_some: dict[int, list[OfSome]] = {}  # by the number of branches
         self._views: list[Tensor] = []
         self._captured = CapturedWork()
 
     def bind(self, open_engine: OpenEngine, denoiser: GraphInfo, step: GraphInfo) -> None:
         """Open both engines and bind them to each set of buffers; does nothing when they are bound.
 
-        For a request that is guided in part the denoiser is bound to the prompts' rows as well, which are the last.
+        For a request whose guidance is not the same at every step the denoiser is bound to the rows of fewer branches
+        as well.
         """
         bound = []
         for here, there in (self._sets, self._sets[::-1]) if not self._bound else ():
@@ -87,11 +89,14 @@ class DenoiseLoop:
             update |= {f"next_{name}": tensor for name, tensor in there.items()}
             bound.append((pair[0].bind({**network, "prediction": self._prediction}), pair[1].bind(update)))
         self._bound = self._bound or bound
-        if not all(self.guided) and not self._of_prompts:
-            self._of_prompts = [self._bound_to_prompts(open_engine, denoiser, here) for here in self._sets]
+        for branches in {*self.asked} - {self._branches, *self._of_some}:
+            some = [self._bound_to_some(open_engine, denoiser, here, branches * self._batch) for here in self._sets]
+            self._of_some[branches] = some
 
-    def _bound_to_prompts(self, open_engine: OpenEngine, denoiser: GraphInfo, here: Mapping[str, Tensor]) -> OfPrompts:
-        """Return the denoiser bound to the rows of prompts, with what is copied before and after it.
+    def _bound_to_some(
+        self, open_engine: OpenEngine, denoiser: GraphInfo, here: Mapping[str, Tensor], count: int
+    ) -> OfSome:
+        """Return the denoiser bound to so many rows, those of the last branches, with what is copied around it.
 
         All rows of an image have one model input and one timestep, so that these are the first rows. What begins at an
         address that engines do not take is copied to and from memory of its own.
@@ -104,7 +109,7 @@ class DenoiseLoop:
             if spec.name not in tensors or spec.shape[:1] != (symbol,):
                 continue
             whole = tensors[spec.name]
-            rows = whole.rows(0 if spec.name in state else whole.shape[0] - self._batch, self._batch)
+            rows = whole.rows(0 if spec.name in state else whole.shape[0] - count, count)
             self._views.append(rows)
             tensors[spec.name] = rows
             if (rows.pointer - whole.pointer) % ALIGNMENT:
@@ -112,24 +117,24 @@ class DenoiseLoop:
                 self._views.append(twin)
                 copies[spec.name == "prediction"].append((rows, twin) if spec.name == "prediction" else (twin, rows))
         shapes = shapes_of({spec.name: tensors[spec.name] for spec in denoiser.inputs})
-        return OfPrompts(open_engine(denoiser, shapes).bind(tensors), copies[False], copies[True])
+        return OfSome(open_engine(denoiser, shapes).bind(tensors), copies[False], copies[True])
 
     def unbind(self) -> None:
         """Let go of the engines and of what was captured of them; the buffers stay."""
         self._captured.close()
-        self._bound, self._of_prompts = [], []
+        self._bound, self._of_some = [], {}
         while self._views:
             self._views.pop().close()
 
-    def load(self, arrays: Mapping[str, Array], stream: Stream, guided: tuple[bool, ...] = ()) -> None:
+    def load(self, arrays: Mapping[str, Array], stream: Stream, asked: tuple[int, ...] = ()) -> None:
         """Copy a request's arrays to the device; shapes must be those of the first request.
 
         Read-only arrays that are still there from the request before (its sampler's tables) are not copied again.
-        `guided` says which steps run all rows of the network; the others are bound next.
+        `asked` says of how many branches each step runs the rows; what runs fewer than all is bound next.
         """
         self.steps_done = 0
-        self.guided = guided if len(arrays["model_input"]) > self._batch else ()
-        if not all(self.guided):  # what is weighed by 0 must be finite
+        self.asked = asked
+        if self.asked:  # what is weighed by 0 must be finite
             self._prediction.write(np.zeros(self._prediction.shape, self._prediction.dtype), stream)
         for name, array in arrays.items():
             if name in STATE:
@@ -160,11 +165,11 @@ class DenoiseLoop:
         larger than a step is captured.
         """
         if mode == "loop" and on_step is None:
-            self._captured.run((steps, self.guided), partial(self.enqueue, steps), stream)
+            self._captured.run((steps, self.asked), partial(self.enqueue, steps), stream)
             self.steps_done = steps
             return self.latents(steps)
         for index in range(steps):
-            key = (index % 2, not self.guided or self.guided[index])
+            key = (index % 2, self._branches_at(index))
             if mode == "eager":
                 self._enqueue_step(*key, stream)
             else:
@@ -177,11 +182,14 @@ class DenoiseLoop:
     def enqueue(self, steps: int, stream: Stream) -> None:
         """Enqueue `steps` steps, engine by engine."""
         for index in range(steps):
-            self._enqueue_step(index % 2, not self.guided or self.guided[index], stream)
+            self._enqueue_step(index % 2, self._branches_at(index), stream)
 
-    def _enqueue_step(self, parity: int, guided: bool, stream: Stream) -> None:
+    def _branches_at(self, index: int) -> int:
+        return self.asked[index] if self.asked else self._branches
+
+    def _enqueue_step(self, parity: int, branches: int, stream: Stream) -> None:
         denoiser, step = self._bound[parity]
-        (denoiser if guided else self._of_prompts[parity]).enqueue(stream)
+        (denoiser if branches == self._branches else self._of_some[branches][parity]).enqueue(stream)
         step.enqueue(stream)
 
     def close(self) -> None:
@@ -191,8 +199,8 @@ class DenoiseLoop:
 
 
 @dataclass(frozen=True)
-class OfPrompts:
-    """A denoiser bound to the rows of prompts alone, and copies (to, from) before and after it."""
+class OfSome:
+    """A denoiser bound to the rows of some branches alone, and copies (to, from) before and after it."""
 
     bound: BoundEngine
     before: Sequence[tuple[Tensor, Tensor]]

@@ -17,7 +17,8 @@ def pack(
 ) -> dict[str, NDArray[np.float32] | NDArray[np.int64]]:
     """Lay the rows of a batch out for the step graph: B images, G branches, T rows, H history slots (at least one).
 
-    `mixes` [B][G] are the weights by which an image's branches become one prediction; `options` are the step graph's.
+    `mixes` [B][g] are the weights by which an image's branches become one prediction; `options` are the step graph's.
+    Where a table skips layers, the branch without them is the first, and G = g + 1.
 
     Each image has its own run of rows, closed by a row that holds the latents; its counter starts at `row[b]` and
     follows `next_rows`.
@@ -28,12 +29,12 @@ def pack(
     row [B]   the first row of each image
     rows_of_image [B, G], image_of_row [R]   network rows are branch-major: g * B + b
 
-    A row that is not guided fully has other weights for the branches; see `Guided`.
+    A row that is not guided fully has other weights for the branches, see `Guided`, as has one that skips layers.
 
     With dynamic thresholding quantiles and largest [T, 1, 1, 1, 1], 0 and 1 in other rows; with learned variance
     log_deviations and log_deviation_slopes [T, 1, 1, 1, 1].
     """
-    images, branches = len(tables), len(mixes[0])
+    images, branches = len(tables), len(mixes[0]) + any(table.skips for table in tables)
     slots = max(1, *(table.history for table in tables))
     columns = 1 + branches + 2 + slots
     first, total = [], 0
@@ -52,10 +53,10 @@ def pack(
         dynamic = table.quantiles >= 0
         limits = np.where((table.clip_limits > 0) & ~dynamic, table.clip_limits, 1.0)
         latents, prediction, noise, clipped, history = np.split(table.weights, [1, 2, 3, HISTORY], axis=2)
-        mixed = _mixes(table, mix)
+        mixed = _mixes(table, mix, branches)
         parts = [latents, prediction * mixed[:, None], noise, clipped * limits[:, None, None], history]
         weights[rows, :lines, : columns - slots + table.history] = np.concatenate(parts, axis=2)
-        _add_guidance(weights[rows], table, mix)
+        _add_guidance(weights[rows], table, mixed)
         weights[hold, 0, 0] = 1
         clipped_form = [table.clip_weights[:, :1], table.clip_weights[:, 1:2] * mixed]
         clip_weights[rows] = np.concatenate(clipped_form, axis=1) / limits[:, None]
@@ -88,24 +89,27 @@ def pack(
     }
 
 
-def _mixes(table: StepTable, mix: Sequence[float]) -> NDArray[np.float64]:
+def _mixes(table: StepTable, mix: Sequence[float], branches: int) -> NDArray[np.float64]:
     """Return the weights of the branches in each row, [N, G]."""
-    mixes = np.tile(np.array(mix, np.float64), (len(table), 1))
+    mixes = np.tile([*[0.0] * (branches - len(mix)), *mix], (len(table), 1))
     for row, guided in enumerate(table.guided):
         if guided is not Guided.FULLY:
-            mixes[row] = [*[0.0] * (len(mix) - 1), 1.0]
+            mixes[row] = [*[0.0] * (branches - 1), 1.0]
+    for row, scale in enumerate(table.skipped):
+        mixes[row, [0, -1]] += -scale, scale
     return mixes
 
 
-def _add_guidance(weights: NDArray[np.float64], table: StepTable, mix: Sequence[float]) -> None:
+def _add_guidance(weights: NDArray[np.float64], table: StepTable, mixes: NDArray[np.float64]) -> None:
     """Write the lines of the slot for what guidance adds, and let rows that are guided as before read it."""
     if table.added is None:
         return
-    line, slot, first = 1 + table.added, 1 + len(mix) + 2 + table.added, np.arange(1, 1 + len(mix))
+    branches = mixes.shape[1]
+    line, slot, first = 1 + table.added, 1 + branches + 2 + table.added, np.arange(1, 1 + branches)
     for row, guided in enumerate(table.guided):
         if guided is Guided.FULLY:
             weights[row, line] = 0
-            weights[row, line, first] = mix
+            weights[row, line, first] = mixes[row]
             weights[row, line, first[-1]] -= 1
         elif guided is Guided.AS_BEFORE:
             weights[row, :line, slot] += weights[row, :line, first[-1]]

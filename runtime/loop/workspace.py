@@ -138,19 +138,19 @@ class Workspace:
         arrays: Mapping[str, Array],
         stream: Stream,
         encoded: Mapping[str, Array] | None = None,
-        guided: tuple[bool, ...] = (),
+        asked: tuple[int, ...] = (),
     ) -> None:
         """Copy a request's token ids, numbers and loop arrays to the device.
 
-        `encoded` is what the prompt graphs would write that others read: they do not run then. `guided` says which
-        steps run all rows of the network.
+        `encoded` is what the prompt graphs would write that others read: they do not run then. `asked` says of
+        how many branches of guidance each step runs the rows; empty: of all.
         """
         held, self._held, self._encoded = self._held, {}, encoded is not None
         for name, array in {**inputs, **(encoded or {})}.items():
             if held.get(name) is not array:
                 self._tensors[name].write(array, stream)
         self._held = encoded or {}
-        self.loop.load(arrays, stream, guided)
+        self.loop.load(arrays, stream, asked)
         if self._release is None:
             self._bind_loop()
 
@@ -170,7 +170,7 @@ class Workspace:
                 if decode:
                     self._decoders[steps % 2].enqueue(stream)
 
-            self._requests.run((steps, decode, self._encoded, self.loop.guided), enqueue, stream)
+            self._requests.run((steps, decode, self._encoded, self.loop.asked), enqueue, stream)
             after = stream.record()
             return Trace([before, before, after, after], {"denoise": self._device.bytes_taken()}, steps)
         trace = Trace([stream.record()])

@@ -77,6 +77,8 @@ class StepTable:
     init_noise_sigma        the first latents are `init_noise_sigma * noise`
     guided [N]              `Guided` of each row; empty where all are guided fully
     added                   the history slot for what guidance has added, whose line is written when rows are packed
+    skipped [N]             how far guidance moves each row away from what the network predicts for the prompt without
+                            some of its layers; empty where it does so nowhere
     """
 
     timesteps: NDArray[np.float32]
@@ -91,6 +93,7 @@ class StepTable:
     init_noise_sigma: float
     guided: tuple[Guided, ...] = ()
     added: int | None = None
+    skipped: tuple[float, ...] = ()
 
     def __len__(self) -> int:
         return len(self.timesteps)
@@ -105,6 +108,21 @@ class StepTable:
         """What the step graph must have."""
         needs = {"dynamic thresholding": (self.quantiles >= 0).any(), "learned variance": self.spreads.any()}
         return tuple(option for option in STEP_INPUTS if needs[option])
+
+    @property
+    def skips(self) -> bool:
+        """Whether the network is asked for a branch more at some rows, without some of its layers."""
+        return any(self.skipped)
+
+    def asked(self, branches: int) -> tuple[int, ...]:
+        """Return of how many branches, the last ones, each row takes a prediction; the run's own are so many.
+
+        Empty where every row takes all of them.
+        """
+        most = branches + self.skips
+        found = [branches if each is Guided.FULLY else 1 for each in self.guided] or [branches] * len(self)
+        found = [each + bool(scale) for each, scale in zip(found, self.skipped or (0.0,) * len(self), strict=True)]
+        return () if {*found} == {most} else tuple(found)
 
     def apply(
         self, i: int, latents: Array, prediction: Array, history: Sequence[Array], noise: Array | float = 0.0
@@ -136,8 +154,9 @@ class StepTable:
     def rows(self, which: slice | Sequence[int]) -> StepTable:
         """Return some rows; the states of a given image are left as they are."""
         parts = ("timesteps", "input_scales", "weights", "clip_weights", "clip_limits", "quantiles", "spreads", "draws")
-        guided = tuple(np.array(self.guided, object)[which]) if self.guided else ()
-        return replace(self, guided=guided, **{name: getattr(self, name)[which] for name in parts})
+        each = {name: getattr(self, name) for name in ("guided", "skipped")}
+        each = {name: tuple(np.array(values, object)[which]) for name, values in each.items() if values}
+        return replace(self, **each, **{name: getattr(self, name)[which] for name in parts})
 
     @property
     def draw_count(self) -> int:

@@ -45,6 +45,10 @@ class Generation(BaseModel):
     guidance_scale: Number | None = None
     guidance_interval: Annotated[list[Number] | None, Field(min_length=2, max_length=2)] = None
     guidance_reuse: Number | None = None
+    skip_guidance_layers: Annotated[list[int] | None, Field(max_length=1000)] = None
+    skip_layer_guidance_scale: Number | None = None
+    skip_layer_guidance_start: Number | None = None
+    skip_layer_guidance_stop: Number | None = None
     true_cfg_scale: Number | None = None
     sampler: Annotated[str | None, Field(max_length=200)] = None
     eta: Number | None = None
@@ -102,7 +106,8 @@ IGNORED = (
 PASSED = (
     *("negative_prompt", "prompt_2", "prompt_3", "negative_prompt_2", "negative_prompt_3", "prompt_syntax"),
     *("num_inference_steps", "timesteps", "sigmas", "guidance_scale", "true_cfg_scale", "sampler", "eta"),
-    *("guidance_interval", "guidance_reuse"),
+    *("guidance_interval", "guidance_reuse", "skip_guidance_layers", "skip_layer_guidance_scale"),
+    *("skip_layer_guidance_start", "skip_layer_guidance_stop"),
     *("forecast", "seed", "clip_skip", "max_sequence_length", "strength", "padding_mask_crop"),
 )
 """Fields that are arguments of a pipeline's call as they are."""

@@ -70,7 +70,7 @@ def z_image(folder: Path, *, shift: float = 6.0) -> Path:
     return folder
 
 
-def sd3(folder: Path, *, with_t5: bool = True, newer: bool = False, dynamic: bool = False) -> Path:
+def sd3(folder: Path, *, with_t5: bool = True, newer: bool = False, dynamic: bool = False, layers: int = 2) -> Path:
     """Write a tiny Stable Diffusion 3, or with `newer` 3.5, whose shift may depend on the size of the picture."""
     torch.manual_seed(0)
     tokenizer, size = clip_tokenizer(folder.with_name(f"{folder.name}-tokenizer"))
@@ -79,7 +79,7 @@ def sd3(folder: Path, *, with_t5: bool = True, newer: bool = False, dynamic: boo
         sample_size=32,
         in_channels=16,
         out_channels=16,
-        num_layers=2,
+        num_layers=layers,
         attention_head_dim=8,
         num_attention_heads=4,
         joint_attention_dim=48,

@@ -14,7 +14,8 @@ from latentrt.engines.errors import RequestError
 from latentrt.engines.tensorrt import backend as tensorrt
 from latentrt.runtime import Pipeline
 from latentrt.runtime.loop.denoise import DenoiseLoop
-from latentrt.runtime.loop.guidance import guided_in_part
+from latentrt.runtime.loop.guidance import guided_in_part, with_skipped_layers
+from latentrt.runtime.loop.pack import pack
 from latentrt.runtime.sampling import step_table
 from latentrt.runtime.sampling.step_table import Guided
 
@@ -59,14 +60,14 @@ def theirs(checkpoint: Path, guided: Callable[[int], bool], reuse: int, images: 
 
 
 @pytest.fixture
-def rows_asked(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Return what steps of the loop run from now on: all rows of the network, or those of prompts."""
-    found: list[bool] = []
+def branches_asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return of how many branches of guidance the steps of the loop run the rows from now on."""
+    found: list[int] = []
     ordinary = DenoiseLoop._enqueue_step
 
-    def enqueue(self: DenoiseLoop, parity: int, guided: bool, stream: Any) -> None:
-        found.append(guided)
-        ordinary(self, parity, guided, stream)
+    def enqueue(self: DenoiseLoop, parity: int, branches: int, stream: Any) -> None:
+        found.append(branches)
+        ordinary(self, parity, branches, stream)
 
     monkeypatch.setattr(DenoiseLoop, "_enqueue_step", enqueue)
     return found
@@ -95,11 +96,11 @@ def test_a_request_draws_what_a_loop_that_guides_in_part_draws(
 
 
 def test_rows_of_the_prompt_alone_are_computed_where_nothing_is_guided(
-    tiny_sd15_bundle: Path, rows_asked: list[bool]
+    tiny_sd15_bundle: Path, branches_asked: list[int]
 ) -> None:
     with Pipeline.open(tiny_sd15_bundle, "onnxruntime-cpu", threads=1, mode="eager") as pipe:
         pipe(**REQUEST, guidance_interval=(0.25, 0.6), seed=3, sampler=SOLVER, output_type="latent")
-    assert rows_asked == [2 <= step < 6 for step in range(STEPS)]
+    assert branches_asked == [1 + (2 <= step < 6) for step in range(STEPS)]
 
 
 @pytest.mark.parametrize("mode", ["eager", "loop", "request"])
@@ -183,3 +184,41 @@ def test_fixed_shapes_have_an_engine_for_the_rows_of_prompts(
             np.testing.assert_allclose(found, pipe(**request).images, atol=1e-4)
         denoisers = [plan for plan in backend._loaded.values() if plan.plan.facts["graph"] == "denoiser"]
         assert len(denoisers) == 2
+
+
+@pytest.mark.parametrize(
+    "part", [(2.8, 0.01, 0.2), (2.8, 0.0, 1.0), (0.5, 0.25, 0.5), (1.0, 0.2, 0.1), (0.0, 0.0, 1.0)]
+)
+@pytest.mark.parametrize("calls", [1, 2])
+def test_layers_are_skipped_at_the_evaluations_at_which_diffusers_does_so(
+    part: tuple[float, float, float], calls: int
+) -> None:
+    scale, start, stop = part
+    for steps in (4, 10, 28, 100):
+        table = step_table(CONFIG, calls * steps - calls + 1, sampler="ddim")
+        skipped = with_skipped_layers(table, part, calls).skipped or (0.0,) * len(table)
+        assert skipped == tuple(
+            scale if i > steps * start and i < steps * stop else 0.0 for i in range(len(table))
+        )  # its pipeline's own condition
+
+
+@pytest.mark.parametrize("guided", [(0.0, 1.0, 1.0), (0.0, 0.6, 1.0), (0.0, 0.8, 0.3)])
+def test_rows_that_skip_layers_are_packed_as_a_plain_loop_computes_them(guided: tuple[float, float, float]) -> None:
+    plain = step_table(CONFIG, STEPS, sampler=SOLVER)
+    table = with_skipped_layers(guided_in_part(plain, guided), (2.0, 0.1, 0.5), 1)
+    packed, random = pack([table], [(1 - SCALE, SCALE)]), np.random.default_rng(0)
+    latents = ours = random.standard_normal((1, 2, 2))
+    history = [np.zeros_like(latents)] * plain.history
+    mine, added = [np.zeros_like(latents)] * table.history, np.zeros_like(latents)
+    for i in range(STEPS):
+        without, negative, prompt = predictions = random.standard_normal((3, 1, 2, 2))
+        prediction = prompt
+        if i < guided[1] * STEPS:
+            if i < guided[2] * STEPS:
+                added = SCALE * (prompt - negative) - (prompt - negative)
+                added = added + (2.0 * (prompt - without) if 1 < i < 5 else 0.0)
+            prediction = prompt + added
+        latents, history = plain.apply(i, latents, prediction, history)
+        basis = [ours, *predictions, np.zeros_like(ours), np.zeros_like(ours), *mine]
+        ours, *mine = np.einsum("lk,kchw->lchw", packed["weights"][i, :, :, 0, 0, 0].astype(float), np.stack(basis))
+        np.testing.assert_allclose(ours, latents, atol=1e-4)
