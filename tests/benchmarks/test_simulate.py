@@ -155,7 +155,9 @@ def test_the_same_seed_gives_the_same_requests_at_every_rate() -> None:
 
 
 @pytest.mark.parametrize("load", [0.3, 0.7, 0.95, 1.5])
-@pytest.mark.parametrize("name", ["a100-sd15", "cpu-embedded", "h200-qwen512"])
+@pytest.mark.parametrize(
+    "name", ["a100-sd15", *(pytest.param(name, marks=pytest.mark.long) for name in ("cpu-embedded", "h200-qwen512"))]
+)
 def test_the_batcher_says_about_how_long_a_request_takes(name: str, load: float) -> None:
     for mix, slots in ((DRAFT, 8), (TYPICAL, 16), (EQUAL, 16)):
         setup = Setup(curve(name), slots, 16)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -98,6 +99,8 @@ def test_the_longest_idle_bundle_goes_for_another(room: int) -> None:
         text = http.get("/metrics").text
         assert 'latentrt_model_loads_total{model="one",outcome="succeeded"} 2.0' in text
         assert 'latentrt_admissions_total{model="one"} 3.0' in text  # those before it was closed are counted
+        held = set(re.findall(r'latentrt_memory_bytes{graph="denoiser",kind="weights",model="(\w+)"}', text))
+        assert held == {"one"}
 
 
 def test_a_bundle_with_work_stays(room: int) -> None:
