@@ -16,7 +16,6 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from ...engines.errors import (
-    BundleError,
     DeadlineError,
     EngineError,
     LatentRTError,
@@ -27,7 +26,7 @@ from ...engines.errors import (
     reason,
 )
 from ..request import problem_of, short
-from ..service.errors import BusyError, NotFoundError, RefusedError, UnavailableError
+from ..service.errors import BusyError, NotFoundError, RefusedError, UnavailableError, told
 
 MOST_SECONDS = 120.0
 """OpenAI's client does not try again at all when it is told to wait longer."""
@@ -142,11 +141,9 @@ def _server_error(error: BaseException) -> ApiError:
         return ApiError(500, str(error), "engine_error")
     if is_out_of_memory(error):
         return ApiError(500, "out of memory: ask for a smaller size or fewer pictures", "out_of_memory")
-    if isinstance(error, StorageError):  # whose text names folders
-        said = "the server's disk is full, or a folder cannot be written: try later; its log says which"
-        return ApiError(503, said, "storage", headers=retry_headers(STORAGE_SECONDS))
-    if isinstance(error, BundleError):
-        said = "a file of this model is missing or was changed on the server: its log says which"
+    if (said := told(error)) is not None:
+        if isinstance(error, StorageError):
+            return ApiError(503, said, "storage", headers=retry_headers(STORAGE_SECONDS))
         return ApiError(500, said, "bundle_damaged", headers={"x-should-retry": "false"})
     if isinstance(error, LatentRTError):
         return ApiError(500, reason(error), "server_error")

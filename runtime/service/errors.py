@@ -10,7 +10,7 @@ LatentRTError
 
 from __future__ import annotations
 
-from ...engines.errors import LatentRTError, RequestError
+from ...engines.errors import BundleError, LatentRTError, RequestError, StorageError
 
 
 class RefusedError(RequestError):
@@ -43,3 +43,12 @@ class UnavailableError(LatentRTError):
     def __init__(self, message: str, code: str, seconds: float | None = None) -> None:
         super().__init__(message)
         self.code, self.seconds = code, seconds
+
+
+def told(error: BaseException) -> str | None:
+    """Return what clients are told of errors whose own text names folders of the server; None for others."""
+    if isinstance(error, StorageError):
+        return "the server's disk is full, or a folder cannot be written: try later; its log says which"
+    if isinstance(error, BundleError):
+        return "a file of this model is missing or was changed on the server: its log says which"
+    return None

@@ -20,9 +20,16 @@ import numpy as np
 
 from ...engines.bundle import Bundle
 from ...engines.device import Array
-from ...engines.errors import DeadlineError, LatentRTError, QueueFullError, RequestError, is_out_of_memory
+from ...engines.errors import (
+    DeadlineError,
+    LatentRTError,
+    QueueFullError,
+    RequestError,
+    StorageError,
+    is_out_of_memory,
+)
 from ..service import Ended, Event, Job, Models, Pictured, Previewed, Service, Stepped
-from ..service.errors import BusyError, NotFoundError, UnavailableError
+from ..service.errors import BusyError, NotFoundError, UnavailableError, told
 from ..service.pictures import Picture
 from .fields import DTYPES, INPUTS, OUTPUTS, Wanted, pixels_of, wanted_of
 from .metrics import TritonMetrics
@@ -193,7 +200,7 @@ class Serving:
         backend, known = self._backend, isinstance(error, LatentRTError | CancelledError)
         if not known:
             log.error("a request failed", exc_info=error)
-        message = "the request was cancelled" if isinstance(error, CancelledError) else str(error)
+        message = "the request was cancelled" if isinstance(error, CancelledError) else told(error) or str(error)
         if is_out_of_memory(error):
             message = "out of memory: ask for a smaller size or fewer pictures"
         elif not known:
@@ -258,7 +265,7 @@ def code_of(error: BaseException) -> str:
         return "INVALID_ARG"
     if isinstance(error, NotFoundError):
         return "NOT_FOUND"
-    if isinstance(error, QueueFullError | BusyError | UnavailableError | DeadlineError):
+    if isinstance(error, QueueFullError | BusyError | UnavailableError | DeadlineError | StorageError):
         return "UNAVAILABLE"
     return "CANCELLED" if isinstance(error, CancelledError) else "INTERNAL"
 

@@ -15,11 +15,19 @@ from concurrent.futures import CancelledError
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 from latentrt.engines.bundle import Bundle
-from latentrt.engines.errors import DeadlineError, EngineError, QueueFullError, RequestError
+from latentrt.engines.errors import (
+    BundleError,
+    DeadlineError,
+    EngineError,
+    QueueFullError,
+    RequestError,
+    StorageError,
+)
 from latentrt.export.embedded import ensure_bundle
 from latentrt.runtime import Pipeline
 from latentrt.runtime.service.errors import UnavailableError
@@ -263,6 +271,18 @@ def test_every_kind_of_error_has_a_code() -> None:
     assert {code: code_of(error) for code, error in kinds.items()} == {code: code for code in kinds}
     assert code_of(DeadlineError("x")) == code_of(UnavailableError("x", "y")) == "UNAVAILABLE"
     assert code_of(ZeroDivisionError()) == "INTERNAL"
+
+
+def test_folders_of_the_server_are_not_for_clients(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    for error, code in (
+        (StorageError("cannot write /srv/a"), "UNAVAILABLE"),
+        (BundleError("/srv/b is missing"), "INTERNAL"),
+    ):
+        failing = Mock(side_effect=error)
+        monkeypatch.setattr(loaded.model._serving.service, "submit", failing)
+        (response,) = loaded.ask(**FEW).responses
+        assert response.error is not None and response.error.code == getattr(backend.TritonError, code)
+        assert "/srv" not in response.error.message and "its log says which" in response.error.message
 
 
 def test_a_client_that_is_gone_frees_its_place(loaded: Loaded, held: threading.Event) -> None:
