@@ -9,16 +9,15 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
 from ..engines.backends import Backend, open_backend
-from ..engines.bundle import Bundle, GraphInfo, LatentInfo, Manifest
+from ..engines.bundle import Bundle, GraphInfo, LatentInfo
 from ..engines.device import Array
 from ..engines.errors import BundleError
 from ..engines.files import sha256_of
@@ -28,47 +27,10 @@ from ..runtime.loop.workspace import run_once
 from ..runtime.pipeline import Pipeline
 from .checkpoints.checkpoint import Checkpoint
 from .checkpoints.sources import open_checkpoint
-from .compare import PSNR_BOUND, TensorReport, compare, psnr, relative_error, ssim
+from .compare import PSNR_BOUND, Report, RequestReport, TensorReport, compare, compare_requests, pictures_needed
 from .families import family_named
 from .graph import Graph
 from .reference import opened_by
-
-
-@dataclass(frozen=True)
-class RequestReport:
-    """One request against diffusers: relative error of the latents after each step, and the picture."""
-
-    steps: list[float]
-    max_pixel_difference: int
-    psnr: float | None
-    ssim: float
-    nan_count: int
-    bound: float
-
-    @property
-    def within(self) -> bool:
-        """Whether everything is finite and the picture is inside its bound."""
-        return self.nan_count == 0 and (self.psnr is None or self.psnr >= self.bound)
-
-
-@dataclass
-class Report:
-    """What `verify` found."""
-
-    bundle: str
-    backend: str
-    precision: str
-    tensors: list[TensorReport] = field(default_factory=list)
-    request: RequestReport | None = None
-
-    @property
-    def within(self) -> bool:
-        """Whether every line is inside its bound."""
-        return all(t.within for t in self.tensors) and (self.request is None or self.request.within)
-
-    def as_json(self) -> dict[str, Any]:
-        """Return the report as JSON values."""
-        return {**asdict(self), "within": self.within}
 
 
 def verify(
@@ -108,7 +70,7 @@ def verify(
     checkpoint = replace(checkpoint, skip_layers=skipped.layers if skipped else ())
     family.check(checkpoint)
     engines = open_backend(backend, **options)
-    report = Report(str(opened.path), engines.name, manifest.precision)
+    report = Report(str(opened.path), engines.name, manifest.precision, "PyTorch fp32")
     if len(checkpoint.tokenizers) != len(manifest.tokenizers):
         raise BundleError(
             f"bundle {opened.path} has {len(manifest.tokenizers)} tokenizers and {checkpoint.name!r} has "
@@ -188,29 +150,12 @@ def _compare_request(pipe: Pipeline, reference: Any, prompt: str, steps: int, se
     def keep(_: Pipeline, step: int, timestep: float, values: dict[str, Any]) -> None:
         ours.append(values["latents"])
 
-    request = {"prompt": prompt, "num_inference_steps": steps, **_pictures(pipe.bundle.manifest, reference)}
+    starts = "Img2Img" in type(reference).__name__
+    request = {"prompt": prompt, "num_inference_steps": steps, **pictures_needed(pipe.bundle.manifest, starts=starts)}
     result = pipe(**request, seed=seed, callback_on_step_end=keep)
     theirs, picture = _reference(pipe, reference, request, seed)
     pixels = np.stack([np.asarray(image) for image in result.images])
-    return RequestReport(
-        steps=[relative_error(a, b) for a, b in zip(ours, theirs, strict=True)],
-        max_pixel_difference=int(np.abs(pixels.astype(np.int16) - picture).max()),
-        psnr=psnr(pixels, picture),
-        ssim=ssim(pixels[0], picture[0]),
-        nan_count=int(sum((~np.isfinite(latents)).sum() for latents in ours)),
-        bound=PSNR_BOUND[pipe.bundle.manifest.precision],
-    )
-
-
-def _pictures(manifest: Manifest, reference: Any) -> dict[str, Any]:
-    """Return a picture, and a mask of its left half, where a bundle or diffusers' pipeline draws nothing without."""
-    starts = "Img2Img" in type(reference).__name__
-    if manifest.masked_input is None and not starts:
-        return {}
-    size = (manifest.latent.default_width, manifest.latent.default_height)
-    shades, mask = Image.linear_gradient("L").resize(size).convert("RGB"), Image.new("L", size)
-    mask.paste(255, (0, 0, size[0] // 2, size[1]))
-    return {"image": shades, "strength": 1.0} if starts else {"image": shades, "mask_image": mask}
+    return compare_requests((ours, theirs), (pixels, picture), PSNR_BOUND[pipe.bundle.manifest.precision])
 
 
 @torch.no_grad()

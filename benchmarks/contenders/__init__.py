@@ -46,13 +46,18 @@ class Candidate:
 
     @property
     def lossy(self) -> bool:
-        """Whether it leaves out evaluations of the network, and says so in its name."""
+        """Whether it is one of `LOSSY`, which are measured when they are asked for."""
         return "+" in self.name
 
     @property
     def ours(self) -> bool:
         """Whether this is latentrt."""
         return self.name.startswith("latentrt/")
+
+
+def is_exact(name: str) -> bool:
+    """Tell by its name whether a contender computes in the precision that is asked for and leaves nothing out."""
+    return "+" not in name and "bf16" not in name
 
 
 def candidates(device: str) -> list[Candidate]:
@@ -68,7 +73,7 @@ def candidates(device: str) -> list[Candidate]:
         unavailable = unavailable_reasons()["openvino"] or bf16
         ours.append(Candidate("latentrt/openvino-bf16/step", "latentrt (openvino, bf16, step)", unavailable))
     ours += [
-        Candidate(f"{c.name}+{name}", f"{c.title[:-1]}, {_words(lossy)}: not exact)", c.missing)
+        Candidate(f"{c.name}+{name}", f"{c.title[:-1]}, {_words(lossy)})", c.missing)
         for c in ours
         if c.name.endswith("/step")
         for name, lossy in LOSSY.items()

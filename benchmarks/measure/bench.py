@@ -24,13 +24,12 @@ from .. import contenders
 from ..contenders.process import Worker, run_process
 from ..quality.fidelity import fidelity
 from ..report.records import Record
-from . import machine, method, scenarios
+from . import machine, method, quality, scenarios
 from .cold import measure_cold
 from .describe import describe
 from .method import Conditions, Measured
 from .workloads import Model, Say, Workload, check_memory, ensure_model
 
-ORACLE_PICTURES = 40
 Keep = Callable[[Record], None]
 LARGE = 2**31
 """Bytes of weights above which the CPU measures one mode of latentrt: its modes differ by microseconds there."""
@@ -49,7 +48,8 @@ class Options:
     budget: float = 30.0
     cold: int = 2
     server_seconds: float = 8.0
-    oracle: int = ORACLE_PICTURES
+    pictures: int | None = None
+    """How many are judged and compared; None: as many as usual."""
     memory_limit: int = 16 * 2**30
     checkpoint: Path | None = None
     fresh: bool = False
@@ -159,6 +159,8 @@ def _measure(
                 extras[name]["fidelity"] = fidelity(entry.answer, reference).as_record()
             if name.startswith("latentrt/") and entry.facts:
                 entry.facts["build"] = build
+        for name, near in quality.nearness(measured, lead, conditions).items():
+            extras[name]["quality"] = near
     if options.cold:
         conditions.say("cold processes, from shell to PNG")
         with _left_out("cold processes", conditions.say):
@@ -232,7 +234,7 @@ def _build(names: Sequence[str], conditions: Conditions) -> float | None:
 def _scenarios(
     worker: Worker, entry: Measured, conditions: Conditions, options: Options, lead: str, extra: dict[str, Any]
 ) -> None:
-    """Run MLPerf's scenarios once, while the contender is warm; for `lead`, the first of ours, the oracle as well."""
+    """Run MLPerf's scenarios once, while the contender is warm; `lead`, and who is not exact, draw more pictures."""
     if "scenarios" in extra:
         return
     work, name = conditions.work, entry.name
@@ -253,27 +255,11 @@ def _scenarios(
         found["Server"] = scenarios.server(
             entry.seconds, work.latency_bound, options.server_seconds, lambda: worker.run(work.as_request())
         )
-    not_exact = name.startswith("latentrt/") and ("+" in name or "-bf16" in name)
-    if work.family == "embedded" and options.oracle and (name == lead or not_exact):
-        extra["oracle"] = _oracle(worker, work, options.oracle, conditions)
-
-
-def _oracle(worker: Worker, work: Workload, count: int, conditions: Conditions) -> dict[str, Any]:
-    """Return the share of held-out prompts that the contender draws right, by kind of scene."""
-    from ..quality import oracle
-
-    conditions.say(f"oracle score of {worker.contender}")
-    file = conditions.folder / "oracle.npz"
-
-    def generate(prompts: list[str], seeds: list[int]) -> Any:
-        pictures = []
-        for prompt, seed in zip(prompts, seeds, strict=True):
-            worker.run(work.but(prompt=prompt, seed=seed, batch=1).as_request(), save=file, latents=False)
-            with np.load(file) as answer:
-                pictures.append(answer["images"][0])
-        return np.stack(pictures)
-
-    return {kind: oracle.score(generate, kind, count // 2).right for kind in ("single", "pair")} | {"count": count}
+    if options.pictures != 0 and short and (name == lead or not contenders.is_exact(name)):
+        if work.family == "embedded":
+            extra["oracle"] = quality.draw_scenes(worker, options.pictures or quality.SCENES, conditions)
+        else:
+            quality.draw_seeds(worker, options.pictures or quality.SEEDS, conditions)
 
 
 def _reference(measured: dict[str, Measured], conditions: Conditions) -> Path | None:

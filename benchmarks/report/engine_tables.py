@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from .records import Record
-from .tables import DASH, Table, mib
+from .table import DASH, Table, mib
 
 
 def replay_table(found: Sequence[Record]) -> Table:

@@ -11,9 +11,10 @@ import numpy as np
 from matplotlib import ticker
 from matplotlib.figure import Figure
 
-from ..contenders import STAGES
+from ..contenders import STAGES, is_exact
 from .records import Record
 from .summary import is_ours, made_on, title_of
+from .table import marked
 
 matplotlib.use("Agg")
 
@@ -30,14 +31,15 @@ def section_plots(records: Sequence[Record], title: str) -> dict[str, bytes]:
         }
     if records[0]["kind"] != "latency":
         return {}
-    return {"stages": stages(records, title), "latency": distribution(records, title)}
+    drawn = {"stages": stages(records, title), "latency": distribution(records, title)}
+    return drawn | ({"quality": quality(records, title)} if any(r.get("quality") for r in records) else {})
 
 
 def stages(records: Sequence[Record], title: str) -> bytes:
     """Draw one bar for each contender, its stages side by side."""
     figure, axes = _axes(0.42 * len(records) + 1.3, title)
     left = np.zeros(len(records))
-    names = [record["contender"]["title"] for record in records]
+    names = [marked(record) for record in records]
     for stage, color in zip(STAGES, COLORS, strict=True):
         widths = np.array([1e3 * record["seconds"][stage]["p50"] for record in records])
         axes.barh(names, widths, left=left, color=color, label=stage, height=0.62)
@@ -54,7 +56,7 @@ def stages(records: Sequence[Record], title: str) -> bytes:
 def rivals(records: Sequence[Record]) -> bytes:
     """Draw a request's time and the peak memory of each contender, two panels of bars; latentrt's stand out."""
     figure = Figure(figsize=(7.6, 0.44 * len(records) + 1.5), layout="constrained", facecolor="white")
-    names = [title_of(record) for record in records]
+    names = [marked(record, title_of(record)) for record in records]
     colors = [OURS if is_ours(record) else THEIRS for record in records]
     panels: tuple[tuple[str, list[float]], ...] = (
         ("request, milliseconds (median)", [1e3 * record["seconds"]["total"]["p50"] for record in records]),
@@ -77,12 +79,54 @@ def rivals(records: Sequence[Record]) -> bytes:
     return _png(figure, dpi=200)
 
 
+def quality(records: Sequence[Record], title: str) -> bytes:
+    """Draw a request's time against PSNR, a numbered point for each contender; whoever is exact is at the right edge.
+
+    A line joins those that nobody beats in both.
+    """
+    shown = [record for record in records if is_exact(record["contender"]["name"]) or record.get("quality")]
+    decibels = [(record.get("quality") or {}).get("psnr") for record in shown]
+    seconds = [record["seconds"]["total"]["p50"] for record in shown]
+    known = [value for value in decibels if value is not None] or [50.0]
+    width = max(max(known) - min(known), 10.0)
+    edge = max(known) + width / 6
+    points = [(edge if value is None else value, 1e3 * time) for value, time in zip(decibels, seconds, strict=True)]
+    figure, axes = _axes(4.0, title)
+    front = sorted((a, b) for a, b in points if not any(c >= a and d < b for c, d in points))
+    axes.plot(*zip(*front, strict=True), color=OURS, linewidth=0.8, alpha=0.5, zorder=1)
+    axes.axvspan(edge - width / 20, edge + width / 3, color="#f0f4f8", zorder=0)
+    for number, (record, place) in enumerate(zip(shown, beside(points, edge, width / 14), strict=True), 1):
+        ours = is_ours(record)
+        label = f"{number}  {marked(record)}, {place[1]:,.0f} ms"
+        axes.plot(*place, "o", markersize=11, color=OURS if ours else THEIRS, label=label)
+        axes.text(*place, str(number), fontsize=7, ha="center", va="center", color="white" if ours else "black")
+    axes.set_yscale("log")
+    _number(axes.yaxis)
+    axes.set_xlim(min(known) - width / 20, edge + width / 3)
+    ticks = [tick for tick in ticker.MaxNLocator(5, integer=True).tick_values(min(known), max(known)) if tick < edge]
+    axes.set_xticks([*ticks, edge], [*(f"{tick:g}" for tick in ticks), "exact"])
+    axes.set_xlabel("PSNR against the exact run with the same noise, dB")
+    axes.set_ylabel("request, milliseconds (median)")
+    figure.legend(fontsize=7, frameon=False, loc="outside right upper", handlelength=1, markerscale=0.5)
+    return _png(figure)
+
+
+def beside(points: Sequence[tuple[float, float]], edge: float, width: float) -> list[tuple[float, float]]:
+    """Return points with those at the edge moved to its right while they would hide one another, times within 8 %."""
+    placed: list[tuple[float, float]] = []
+    for x, y in points:
+        while x >= edge and any(abs(x - a) < width and abs(y / b - 1) < 0.08 for a, b in placed):
+            x += width
+        placed.append((x, y))
+    return placed
+
+
 def distribution(records: Sequence[Record], title: str) -> bytes:
     """Draw the share of requests answered within a time, for each contender."""
     figure, axes = _axes(3.2, title)
     for record in records:
         values = np.sort(record["samples"]["total"]) * 1e3
-        axes.step(values, (np.arange(len(values)) + 1) / len(values), where="post", label=record["contender"]["title"])
+        axes.step(values, (np.arange(len(values)) + 1) / len(values), where="post", label=marked(record))
     axes.set_xlabel("milliseconds")
     axes.set_ylabel("share of requests within")
     axes.set_ylim(0, 1.02)

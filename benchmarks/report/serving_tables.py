@@ -6,7 +6,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from .records import Record, by_machine
-from .tables import DASH, Section, Table, conditions
+from .table import DASH, Table
+from .tables import Section, conditions
 
 LOADS = (0.7, 0.9)
 BASELINES = ("one at a time", "static equal")

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from ...engines.errors import RequestError
 from .records import Record, by_machine, latest
-from .tables import DASH, Table, mib
+from .table import DASH, MARK_SAYS, Table, marked, mib
 
 WORKLOADS = ("embedded", "sd15-512")
 """What the summary tells of: fp32 on the processor, one picture a request."""
@@ -22,7 +22,6 @@ OTHERS = (
     "openvino/bf16",
 )
 BF16 = "Where a processor multiplies in bf16, others in bf16 were not measured here."
-NOT_EXACT = "Rows in bf16 round more: compare `pixels`."
 
 
 def is_ours(record: Record) -> bool:
@@ -99,10 +98,10 @@ def summary(records: Iterable[Record]) -> str:
         entries = [next((r for r in group if r["contender"]["name"] == name), None) for group in found.values()]
         cells = zip(*(DASHES if entry is None else _cells(entry) for entry in entries), strict=True)
         mark = "".join(marks.get((r["workload"]["name"], r["run"]), "") for r in entries if r is not None)
-        title = next(title_of(entry) for entry in entries if entry is not None) + mark
+        title = next(marked(entry, title_of(entry)) for entry in entries if entry is not None) + mark
         rows.append([title, *(column[0] if len(set(column)) == 1 else " / ".join(column) for column in cells)])
     in_bf16 = any(precision_of(record) == "bf16" for group in found.values() for record in group)
-    note = _note([group[0] for group in found.values()], NOT_EXACT if in_bf16 else BF16)
+    note = _note([group[0] for group in found.values()], f"{MARK_SAYS}, see `pixels`." if in_bf16 else BF16)
     dates = {record["run"]: record["date"][:10] for group in found.values() for record in group}
     note += "".join(f" {mark} `{work}`: another run, {dates[run]}." for (work, run), mark in marks.items())
     return Table("", HEAD, rows, note).markdown()

@@ -3,34 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..contenders import NETWORKS
+from .quality_tables import oracle_share, quality_table
 from .records import Record, by_machine, latest
+from .table import DASH, MARK_SAYS, NOT_EXACT, Table, marked, mib
 
-DASH = "–"
 MOVED = {f"latentrt.benchmarks.{name}": f"latentrt.benchmarks.measure.{name}" for name in ("replay", "rtx_compile")}
 """Modules that older records name in their commands, and where they are now."""
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows of text under a title, with a sentence on what the columns are where they need one."""
-
-    title: str
-    header: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    note: str = ""
-
-    def markdown(self) -> str:
-        """Return the table as Markdown, numbers to the right, columns padded to read well as plain text."""
-        cells = [list(self.header), *map(list, self.rows)]
-        widths = [max(len(row[i]) for row in cells) for i in range(len(self.header))]
-        lines = [_line(self.header, widths), _line([_rule(i, w) for i, w in enumerate(widths)], widths)]
-        lines += [_line(row, widths) for row in self.rows]
-        return "\n".join([*lines, *(["", self.note] if self.note else [])])
 
 
 @dataclass(frozen=True)
@@ -63,7 +46,7 @@ def _sections_of_machine(records: Sequence[Record]) -> list[Section]:
         absent = [r for r in records if r["kind"] == "missing" and r["run"] in {g["run"] for g in group}]
         names = {r["contender"]["name"] for r in group}
         missing = [f"{r['contender']['title']}: {r['reason']}" for r in absent if r["contender"]["name"] not in names]
-        makers = (latency_table, start_table, roofline_table, scenario_table)
+        makers = (latency_table, quality_table, start_table, roofline_table, scenario_table)
         tables = [table for make in makers if (table := make(group)).rows]
         out.append(Section(work_title(first), conditions(first) + _other_runs(group), tables, missing, group))
     return out
@@ -123,7 +106,7 @@ def latency_table(group: Sequence[Record]) -> Table:
         stages = [DASH if whole else _ms(seconds[name]["p50"]) for name in ("encode", "denoise", "decode")]
         rows.append(
             [
-                record["contender"]["title"],
+                marked(record),
                 *(_ms(total[p]) for p in ("p50", "p90", "p99")),
                 *stages,
                 _ms(seconds["step"]["p50"]) if "step" in seconds else DASH,
@@ -137,6 +120,8 @@ def latency_table(group: Sequence[Record]) -> Table:
         "Milliseconds from prompt to PNG bytes; `time ×`: median over rounds, against the first row in the same run; "
         "`memory`: peak resident; `pixels`: largest difference, of 255, to diffusers in fp32 with the same noise."
     )
+    if any(marked(record).startswith(NOT_EXACT) for record in group):
+        note += f" {MARK_SAYS}."
     return Table("Latency", head, rows, note)
 
 
@@ -147,7 +132,7 @@ def start_table(group: Sequence[Record]) -> Table:
         start, cold = record["start"], record.get("cold")
         rows.append(
             [
-                record["contender"]["title"],
+                marked(record),
                 *(_s(start[name]) for name in ("import", "build", "open", "first_request")),
                 _s(cold["seconds"]["p50"]) if cold else DASH,
                 mib(cold["peak_bytes"]) if cold else DASH,
@@ -179,7 +164,7 @@ def roofline_table(group: Sequence[Record]) -> Table:
         f"{ceiling['bytes'] / 1e9:,.1f} GB/s, the fastest matrix product and copy in the same run. "
         f"Furthest from it in the first column: {lacking}."
     )
-    head = ["graph", "GFLOP", "MiB", "limit", *(record["contender"]["title"] for record in shown)]
+    head = ["graph", "GFLOP", "MiB", "limit", *map(marked, shown)]
     return Table("Share of the hardware's limit", head, rows, note)
 
 
@@ -205,13 +190,13 @@ def scenario_table(group: Sequence[Record]) -> Table:
         met = f"{seen['p99_seconds']:.2f} s in {seen['requests']} requests" if seen else DASH
         rows.append(
             [
-                record["contender"]["title"],
+                marked(record),
                 _ms(found["SingleStream"]["p90_seconds"]),
                 f"{offline['images_per_second']:.3g} (batch {offline['batch']})",
                 f"{server['rate']:.3g}" if server else DASH,
                 met,
                 f"{record['orchestration']['p50']:.2%}" if record.get("orchestration") else DASH,
-                _oracle(record.get("oracle")),
+                oracle_share(record),
             ]
         )
     bound = group[0]["workload"]["latency_bound"]
@@ -240,7 +225,7 @@ def scaling_table(group: Sequence[Record]) -> Table:
         ends = f"{points[0]['x']:,.0f} to {points[-1]['x']:,.0f}"
         times = f"{_ms(points[0]['seconds'])} to {_ms(points[-1]['seconds'])}"
         grown = [_exponent(fits[name]) for name in ("request", "denoise", "memory")]
-        rows.append([record["contender"]["title"], record["axis"], ends, times, *grown])
+        rows.append([marked(record), record["axis"], ends, times, *grown])
     note = (
         "Exponents of a power law with their standard errors: 1 is linear. Memory is counted above the opened process."
     )
@@ -251,12 +236,6 @@ def _exponent(fit: dict[str, Any] | None) -> str:
     return f"{fit['exponent']:.2f} ± {fit['error']:.2f}" if fit else DASH
 
 
-def _oracle(found: dict[str, Any] | None) -> str:
-    if not found:
-        return DASH
-    return f"{found['single']:.0%} single, {found['pair']:.0%} pairs"
-
-
 def _ms(seconds: float) -> str:
     value = seconds * 1e3
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
@@ -264,19 +243,3 @@ def _ms(seconds: float) -> str:
 
 def _s(seconds: float | None) -> str:
     return DASH if seconds is None else f"{seconds:.2f}" if seconds < 100 else f"{seconds:,.0f}"
-
-
-def mib(size: float) -> str:
-    """Return bytes as text."""
-    if size >= 2**30:
-        return f"{size / 2**30:.2f} GiB"
-    return f"{size / 2**20:.0f} MiB" if size >= 10 * 2**20 else f"{size / 2**20:.1f} MiB"
-
-
-def _rule(column: int, width: int) -> str:
-    return "-" * width if column == 0 else "-" * (width - 1) + ":"
-
-
-def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
-    pad: Callable[[int, str], str] = lambda i, cell: cell.ljust(widths[i]) if i == 0 else cell.rjust(widths[i])  # noqa: E731
-    return "| " + " | ".join(pad(i, cell) for i, cell in enumerate(cells)) + " |"

@@ -11,7 +11,8 @@ from string import Template
 from . import plots
 from .records import slug
 from .summary import headlines
-from .tables import Section, Table
+from .table import Table
+from .tables import Section
 
 SHORT = 14
 """Letters below which a table's cell stays on one line."""

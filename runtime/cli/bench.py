@@ -60,8 +60,16 @@ def run(
     rounds: Annotated[int | None, typer.Option("--rounds", min=1, help="Measured requests of each.")] = None,
     warmup: Annotated[int, typer.Option("--warmup", min=1, help="Requests before them.")] = 2,
     lossy: Annotated[
-        bool, typer.Option("--lossy", help="Also modes of latentrt that are not exact: forecasts.")
+        bool, typer.Option("--lossy", help="Also modes of latentrt that are not exact: forecasts, guidance in part.")
     ] = False,
+    pictures: Annotated[
+        int | None,
+        typer.Option(
+            "--pictures",
+            min=2,
+            help="Pictures that are judged, and compared with exact ones (default: 40, or 8).",
+        ),
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Few rounds, no cold processes, no scenarios.")] = False,
     scaling: Annotated[
         bool, typer.Option("--scaling", help="Study growth with steps, batch and size instead.")
@@ -109,13 +117,14 @@ def run(
         memory_limit=int(memory * 2**30),
         checkpoint=checkpoint,
         fresh=fresh,
+        pictures=pictures,
         slow=_shares(slow),
         command=f"latentrt {shlex.join(sys.argv[1:])}",
     )
     if threads is not None:
         options.threads = threads
     if quick:
-        options.budget, options.cold, options.server_seconds, options.oracle = 8.0, 0, 0.0, 0
+        options.budget, options.cold, options.server_seconds, options.pictures = 8.0, 0, 0.0, pictures or 0
     began = time.monotonic()
 
     def say(line: str) -> None:

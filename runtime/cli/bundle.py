@@ -13,7 +13,16 @@ import typer
 
 from ...engines.bundle import Bundle, TokenizerInfo
 from ...engines.errors import MissingExtraError, RequestError
-from .options import BackendOptions, backend_options, checkpoint_named, numbers, opened_bundle
+from .options import (
+    BackendOptions,
+    Forecast,
+    GuidanceInterval,
+    GuidanceReuse,
+    backend_options,
+    checkpoint_named,
+    numbers,
+    opened_bundle,
+)
 from .progress import progress_bar
 
 if TYPE_CHECKING:
@@ -170,13 +179,22 @@ def readable_size(count: float) -> str:
 
 def verify(
     bundle: Annotated[Path, typer.Argument(help="A bundle.")],
-    against: Annotated[str, typer.Option("--against", help="The checkpoint: folder, hub id or .safetensors file.")],
+    against: Annotated[
+        str | None,
+        typer.Option(
+            "--against",
+            help="Its checkpoint (folder, hub id or .safetensors file) or another bundle (default: its own exact run).",
+        ),
+    ] = None,
     backend: Annotated[str, typer.Option("--backend", help="Backend (default: the fastest that works).")] = "auto",
     prompt: Annotated[str, typer.Option("--prompt", help="Prompt of the whole request.")] = "a red circle",
     steps: Annotated[int, typer.Option("--steps", min=1, help="Steps of the whole request.")] = 10,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the whole request.")] = 0,
     threads: Annotated[int | None, typer.Option("--threads", min=1, help="Processor threads.")] = None,
     options: BackendOptions = None,
+    forecast: Forecast = None,
+    guidance_interval: GuidanceInterval = None,
+    guidance_reuse: GuidanceReuse = None,
     tokenizer: Annotated[str | None, typer.Option(help="Tokenizer folder or hub id, for a single file.")] = None,
     prediction_type: Annotated[str | None, typer.Option(help="What a single file's U-Net predicts.")] = None,
     vae: Annotated[str | None, typer.Option(help="The VAE that the bundle was exported with: as for export.")] = None,
@@ -188,32 +206,30 @@ def verify(
     layers: Annotated[str | None, typer.Option(help="Also compare this graph node by node with ONNX Runtime.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Compare every graph and one whole request with PyTorch on this machine; exit 1 past the bound."""
+    """Compare every graph and one whole request with the exact run, or with PyTorch; exit 1 past the bound."""
     opened = opened_bundle(bundle)
-    settings = backend_options(backend, options, threads=threads)
-    try:
-        from ...export.verify import verify as run_verify
-    except ModuleNotFoundError as error:
-        if (error.name or "").startswith("latentrt"):
-            raise
-        raise MissingExtraError("cpu,export", "verifying a bundle") from error
-    with checkpoint_named(against), progress_bar("verifying") as progress:
-        report = run_verify(
-            bundle,
-            against,
-            backend=backend,
-            prompt=prompt,
-            steps=steps,
-            seed=seed,
-            tokenizer=tokenizer,
-            prediction_type=prediction_type,
-            vae=vae,
-            variant=variant,
-            base=base,
-            any_checkpoint=any_checkpoint,
-            progress=progress,
-            **settings,
-        )
+    settings = backend_options(backend, options, threads=threads) | {"backend": backend}
+    request = {"prompt": prompt, "steps": steps, "seed": seed}
+    lossy = {
+        "forecast": forecast,
+        "guidance_interval": numbers("--guidance-interval", guidance_interval, float),
+        "guidance_reuse": guidance_reuse,
+    }
+    lossy = {name: value for name, value in lossy.items() if value is not None}
+    checkpoint: dict[str, Any] = {"tokenizer": tokenizer, "prediction_type": prediction_type, "vae": vae}
+    checkpoint |= {"variant": variant, "base": base, "any_checkpoint": any_checkpoint}
+    if against is None or (Path(against) / "manifest.json").is_file():
+        if given := next((name for name, value in checkpoint.items() if value), None):
+            raise RequestError(f"--{given.replace('_', '-')} is about a checkpoint: give the checkpoint with --against")
+        from ...benchmarks.quality.drift import drift
+
+        with progress_bar("verifying") as progress:
+            report = drift(bundle, exact=against, lossy=lossy, progress=progress, **request, **settings)
+    else:
+        if lossy:
+            name = next(iter(lossy)).replace("_", "-")
+            raise RequestError(f"--{name} is compared with an exact run: leave out --against, or give a bundle")
+        report = _verified(bundle, against, request | checkpoint | settings)
     inside = _layers(opened, layers, report.backend) if layers else []
     if as_json:
         typer.echo(json.dumps(report.as_json() | {"layers": [asdict(layer) for layer in inside]}, indent=2))
@@ -226,6 +242,17 @@ def verify(
         raise typer.Exit(1)
 
 
+def _verified(bundle: Path, checkpoint: str, arguments: dict[str, Any]) -> Report:
+    try:
+        from ...export.verify import verify as run_verify
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("latentrt"):
+            raise
+        raise MissingExtraError("cpu,export", "verifying a bundle") from error
+    with checkpoint_named(checkpoint), progress_bar("verifying") as progress:
+        return run_verify(bundle, checkpoint, progress=progress, **arguments)
+
+
 def _layers(bundle: Bundle, graph: str, backend: str) -> list[LayerReport]:
     from ...export.layers import layer_errors
 
@@ -233,17 +260,19 @@ def _layers(bundle: Bundle, graph: str, backend: str) -> list[LayerReport]:
 
 
 def _verdict(report: Report) -> list[str]:
-    lines = [f"{report.bundle} ({report.precision}) on {report.backend} against PyTorch fp32"]
+    told = "".join(f", {name}={value}" for name, value in report.options.items())
+    lines = [f"{report.bundle} ({report.precision}) on {report.backend}{told} against {report.against}"]
     lines.append(f"{'output':<28}{'max error':>12}{'relative':>12}{'cosine':>12}{'not finite':>12}{'bound':>10}")
     for t in report.tensors:
         numbers = f"{t.max_abs_error:>12.2e}{t.relative_error:>12.2e}{t.cosine:>12.8f}{t.nan_count:>12}{t.bound:>10.0e}"
         lines.append(f"{t.tensor:<28}{numbers}{'' if t.within else '  past the bound'}")
     if (request := report.request) is not None:
-        after = ", ".join(f"{error:.1e}" for error in request.steps)
-        lines.append(f"request: latents' relative error after each step: {after}")
+        after, when = ", ".join(f"{error:.1e}" for error in request.steps), "each" if request.steps[1:] else "the last"
+        lines.append(f"request: latents' relative error after {when} step: {after}")
         quality = "equal pictures" if request.psnr is None else f"PSNR {request.psnr:.1f} dB"
+        bound = "" if request.bound is None else f" (bound {request.bound:g})"
         lines.append(
-            f"request: {quality} (bound {request.bound:g}), SSIM {request.ssim:.5f}, "
+            f"request: {quality}{bound}, SSIM {request.ssim:.5f}, HaarPSI {request.haarpsi:.5f}, "
             f"max pixel difference {request.max_pixel_difference} of 255{'' if request.within else '  past the bound'}"
         )
     lines.append("within the bounds" if report.within else "past a bound")

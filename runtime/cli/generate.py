@@ -15,7 +15,16 @@ import typer
 from ...engines.errors import MissingExtraError, RequestError
 from ...engines.files import write_atomically
 from ..sizes import parse_size
-from .options import BackendOptions, backend_options, bytes_of, numbers, opened_bundle
+from .options import (
+    BackendOptions,
+    Forecast,
+    GuidanceInterval,
+    GuidanceReuse,
+    backend_options,
+    bytes_of,
+    numbers,
+    opened_bundle,
+)
 from .progress import progress_bar
 
 if TYPE_CHECKING:
@@ -61,20 +70,9 @@ def generate(
     sampler: Annotated[str | None, typer.Option("--sampler", help="Sampler; `latentrt samplers` lists them.")] = None,
     guidance: Annotated[float | None, typer.Option("--guidance", "-g", help="Guidance scale.")] = None,
     eta: Annotated[float, typer.Option("--eta", help="Noise of the DDIM sampler, 0 to 1.")] = 0.0,
-    forecast: Annotated[
-        str | None,
-        typer.Option("--forecast", help="Leave out evaluations of the network, not exact: taylor, or spectrum."),
-    ] = None,
-    guidance_interval: Annotated[
-        str | None,
-        typer.Option(
-            "--guidance-interval", help="Guide between two shares of the steps alone, such as 0.1,0.6; not exact."
-        ),
-    ] = None,
-    guidance_reuse: Annotated[
-        float | None,
-        typer.Option("--guidance-reuse", help="Keep what guidance adds from a share of the steps on; not exact."),
-    ] = None,
+    forecast: Forecast = None,
+    guidance_interval: GuidanceInterval = None,
+    guidance_reuse: GuidanceReuse = None,
     skip_layers: Annotated[
         str | None,
         typer.Option("--skip-layers", help="Guide away from the network without layers such as 7,8,9."),

@@ -25,6 +25,19 @@ BackendOptions = Annotated[
     ),
 ]
 
+Forecast = Annotated[
+    str | None,
+    typer.Option("--forecast", help="Leave out evaluations of the network, not exact: taylor, or spectrum."),
+]
+GuidanceInterval = Annotated[
+    str | None,
+    typer.Option("--guidance-interval", help="Guide only between two shares of the steps, such as 0.1,0.6; not exact."),
+]
+GuidanceReuse = Annotated[
+    float | None,
+    typer.Option("--guidance-reuse", help="Keep what guidance adds from a share of the steps on; not exact."),
+]
+
 Number = TypeVar("Number", int, float)
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMG])(i?)B?", re.IGNORECASE)
 PYTHON_ONLY = ("name", "cache", "progress")

@@ -25,7 +25,13 @@ def test_modes_that_are_not_exact_are_measured_when_asked_for() -> None:
     assert exact[0] == "latentrt/onnxruntime-cpu/step" and not [name for name in exact if "+" in name]
     more = contenders.choose("cpu", ["latentrt/onnxruntime-cpu/step"], lossy=True)
     assert [each.name.partition("+")[2] for each in more] == ["", "taylor", "spectrum", "guided-half", "guidance-kept"]
-    assert all("not exact" in each.title for each in more[1:])
+    assert [contenders.is_exact(each.name) for each in more] == [True, *[False] * 4]
+    assert more[1].title == "latentrt (onnxruntime-cpu, step, forecast taylor)"
+
+
+def test_bf16_is_not_exact_beside_what_was_asked_for() -> None:
+    rounded = {each.name for each in contenders.candidates("cpu") if not contenders.is_exact(each.name)}
+    assert {name for name in rounded if "+" not in name} == IN_BF16
 
 
 def test_a_whole_name_is_that_contender_alone() -> None:

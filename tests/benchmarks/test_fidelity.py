@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from latentrt.benchmarks.quality import scores as quality
-from latentrt.benchmarks.quality.fidelity import fidelity
+from latentrt.benchmarks.quality.fidelity import compare_pictures, fidelity
 from latentrt.engines.errors import CheckpointError, RequestError
-from latentrt.export.compare import psnr, relative_error, ssim
+from latentrt.export.compare import haarpsi, psnr, relative_error, ssim
 from latentrt.runtime import cli
 
 
@@ -34,6 +34,29 @@ def test_ssim_falls_with_noise() -> None:
     assert 1 > ssim(noisy[0], picture) > ssim(noisy[1], picture) > 0
 
 
+def _disk(across: int, color: tuple[int, int, int]) -> np.ndarray:
+    y, x = np.mgrid[:64, :64]
+    picture = np.full((64, 64, 3), 248, np.uint8)
+    picture[np.hypot(x - across, y - 32) < 15] = color
+    return picture
+
+
+@pytest.mark.parametrize(
+    ("across", "color", "expected"),  # piq 0.8.0's haarpsi, whose YIQ has one more digit
+    [(35, (214, 34, 40), 0.49784), (32, (36, 66, 212), 0.98931), (32, (224, 54, 60), 0.99802)],
+)
+def test_haarpsi_is_that_of_piq(across: int, color: tuple[int, int, int], expected: float) -> None:
+    disk = _disk(32, (214, 34, 40))
+    found = haarpsi(_disk(across, color), disk)
+    assert found == pytest.approx(expected, abs=2e-4)
+    assert haarpsi(disk, _disk(across, color)) == pytest.approx(found)
+
+
+def test_haarpsi_of_equal_pictures_is_one() -> None:
+    for picture in (_disk(32, (214, 34, 40)), np.zeros((16, 17, 3), np.uint8)):
+        assert haarpsi(picture, picture) == pytest.approx(1)
+
+
 def test_fidelity_of_saved_answers(tmp_path: Path) -> None:
     images = np.zeros((1, 16, 16, 3), np.uint8)
     np.savez(tmp_path / "a.npz", latents=np.ones((1, 4, 2, 2)), images=images)
@@ -42,7 +65,19 @@ def test_fidelity_of_saved_answers(tmp_path: Path) -> None:
     found = fidelity(tmp_path / "b.npz", tmp_path / "a.npz")
     assert found.latents_relative_error == pytest.approx(0.1)
     assert found.max_pixel_difference == 7
-    assert found.ssim < 1
+    assert found.ssim < 1 and found.haarpsi < 1
+
+
+def test_pictures_are_judged_together_and_the_worst_alone() -> None:
+    reference = np.full((2, 16, 16, 3), 100, np.uint8)
+    pictures = reference + np.array([0, 4], np.uint8).reshape(2, 1, 1, 1)
+    found = compare_pictures(pictures, reference)
+    assert (found.pictures, found.max_pixel_difference) == (2, 4)
+    assert found.psnr == pytest.approx(20 * np.log10(255 / 4) + 10 * np.log10(2))  # half the mean squared error
+    assert found.least_psnr == pytest.approx(20 * np.log10(255 / 4))
+    assert found.ssim == pytest.approx((1 + ssim(pictures[1], reference[1])) / 2)
+    equal = compare_pictures(reference, reference)
+    assert equal.psnr is None and equal.least_psnr is None
 
 
 def test_fid_by_hand() -> None:

@@ -9,7 +9,7 @@ import pytest
 from latentrt.benchmarks.measure import bench
 from latentrt.benchmarks.measure.workloads import workload
 from latentrt.benchmarks.report import page as report
-from latentrt.benchmarks.report import records, summary
+from latentrt.benchmarks.report import plots, records, summary
 from latentrt.benchmarks.report.tables import conditions, sections
 from latentrt.engines.errors import RequestError
 from latentrt.runtime import cli
@@ -74,7 +74,7 @@ def test_the_summary_shows_what_may_stand_in_place_of_the_first_mode_and_no_loss
     rows = [row.split("|")[1:3] for row in readme.read_text().splitlines() if row.startswith("|")][2:]
     assert [[cell.strip() for cell in row] for row in rows] == [
         ["latentrt", "fp32"],
-        ["latentrt, openvino-bf16", "bf16"],
+        ["≈ latentrt, openvino-bf16", "bf16"],
         ["diffusers", "fp32"],
     ]
     assert "20 steps" in readme.read_text() and "30 steps" not in readme.read_text()
@@ -101,8 +101,65 @@ def test_the_summary_is_one_table_of_both_workloads(tmp_path: Path, some_records
     p50 = [record["seconds"]["total"]["p50"] for record in (some_records[0], large)]
     assert rows[2][2:] == [f"{p50[0] * 1e3:.3g} ms / {p50[1]:.3g} s", "–", "128 MiB / 6.00 GiB", "– / 18.9 s", "–"]
     text = readme.read_text()
-    assert "`ran in`: what networks computed in. Rows in bf16 round more" in text
+    assert "`ran in`: what networks computed in. ≈: not exact, see `pixels`." in text
     assert "Test CPU, 2 cores, 2026-01-02: `latentrt bench embedded` / `latentrt bench sd15-512 --steps 2`." in text
+
+
+@pytest.fixture
+def lossy_records() -> list[dict[str, Any]]:
+    """An exact run of 20 calls, a forecast of 10 that takes half its loop, one in bf16, and a rival."""
+    near = {"against": "latentrt/onnxruntime-cpu/step", "pictures": 40, "latents_relative_error": None}
+    figures = {"max_pixel_difference": 13, "psnr": 41.25, "least_psnr": 30.5, "ssim": 0.98765, "haarpsi": 0.91234}
+    forecast = latency_record(
+        contender="latentrt/onnxruntime-cpu/step+taylor",
+        title="latentrt (onnxruntime-cpu, step, forecast taylor)",
+        factors={"denoise": 0.5},
+        noise=0,
+        quality=near | figures,
+        oracle={"single": 0.995, "pair": 0.98, "count": 400},
+    )
+    half = latency_record(contender="diffusers/eager-bf16", title="diffusers in bf16", noise=0)
+    half["quality"] = near | figures | {"psnr": None, "least_psnr": None}
+    exact = latency_record(title="latentrt, step", noise=0)
+    for record, calls in ((exact, 20), (forecast, 10), (half, 20)):
+        record["roofline"]["denoiser"]["runs"] = calls
+    return [exact, forecast, half, latency_record(contender="diffusers/eager", title="diffusers", noise=0)]
+
+
+def test_what_is_not_exact_is_marked_and_its_quality_stands_beside_the_exact_run(
+    lossy_records: list[dict[str, Any]],
+) -> None:
+    text = report.text(lossy_records)
+    latency, quality = text.partition("**Quality**")[0], text.partition("**Quality**")[2].partition("**")[0]
+    marked = [line.split("|")[1].strip() for line in latency.splitlines() if line.startswith("| ≈")]
+    assert marked == ["≈ latentrt (onnxruntime-cpu, step, forecast taylor)", "≈ diffusers in bf16"]
+    assert "to diffusers in fp32 with the same noise. ≈: not exact." in latency
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in quality.splitlines() if line.startswith("|")]
+    total = sum(STAGES.values())
+    judged = "99.5% single, 98.0% pairs"
+    saved = f"{(total - STAGES['denoise'] / 2) / total:.2f} ×"
+    assert rows[2:] == [
+        ["latentrt, step", "1.00 ×", "1.00 ×", "20", "1.00 ×", "exact", *["–"] * 5],
+        [marked[0], saved, "0.50 ×", "10", "1.00 ×", "41.2", "30.5", "0.9877", "0.9123", "13", judged],
+        [marked[1], "1.00 ×", "1.00 ×", "20", "1.00 ×", "equal", *["–"] * 5],
+    ]
+    assert "40 pictures of the same prompts and noise" in quality
+    assert "**Quality**" not in report.text([lossy_records[0], lossy_records[3]])
+
+
+def test_times_of_another_run_are_not_set_against_the_exact_run(lossy_records: list[dict[str, Any]]) -> None:
+    lossy_records[1]["run"] = "later"
+    assert re.search(r"\| ≈ latentrt .*\| +– \| +– \| +10 \| +– \| +41.2 \|", report.text(lossy_records))
+
+
+def test_time_is_drawn_against_quality_where_anything_is_not_exact(
+    tmp_path: Path, lossy_records: list[dict[str, Any]]
+) -> None:
+    names = [path.name.rpartition("-")[2] for path in report.write_plots(lossy_records, tmp_path)]
+    assert names == ["stages.png", "latency.png", "quality.png"]
+    assert (tmp_path / "test-cpu-embedded-128-128-20-steps-fp32-quality.png").read_bytes().startswith(b"\x89PNG")
+    points = [(60.0, 100.0), (40.0, 100.0), (60.0, 101.0), (60.0, 200.0)]
+    assert plots.beside(points, 60.0, 1.0) == [(60.0, 100.0), (40.0, 100.0), (61.0, 101.0), (60.0, 200.0)]
 
 
 def test_rows_of_another_run_are_told_apart(some_records: list[dict[str, Any]]) -> None:
