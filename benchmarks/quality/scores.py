@@ -18,6 +18,9 @@ from ...engines.errors import CheckpointError, MissingExtraError, RequestError
 Floats = npt.NDArray[np.floating[Any]]
 Pictures = Sequence[npt.NDArray[np.uint8]]
 
+Score = Callable[[Pictures, Sequence[str]], Floats]
+"""From pictures and their prompts to one figure for each pair [N]."""
+
 MLPERF_SDXL = {"fid": (23.01085758, 23.95007626), "clip_score": (31.68631873, 31.81331801)}
 """What MLPerf Inference demands of SDXL on its 5,000 prompts: FID within 2 % of the reference's, CLIP score 0.2 %."""
 
@@ -51,17 +54,17 @@ def inception_score(logits: Floats, splits: int = 10) -> tuple[float, float]:
     return float(np.mean(scores)), float(np.std(scores))
 
 
-def clip_score(images: Floats, texts: Floats) -> float:
-    """Return the mean of 100 · max(cos(image, text), 0) over pairs of CLIP features [N, D] (Hessel et al. 2021)."""
-    return float(np.mean(100 * np.maximum(cosine(images, texts), 0)))
+def clip_scores(images: Floats, texts: Floats) -> Floats:
+    """Return 100 · max(cos(image, text), 0) of each pair of CLIP features [N, D] (Hessel et al. 2021)."""
+    return 100 * np.maximum(cosine(images, texts), 0)
 
 
-def pick_score(images: Floats, texts: Floats, scale: float) -> float:
-    """Return the mean of scale · cos(image, text) over pairs of PickScore features [N, D] (Kirstain et al. 2023).
+def pick_scores(images: Floats, texts: Floats, scale: float) -> Floats:
+    """Return scale · cos(image, text) of each pair of PickScore features [N, D] (Kirstain et al. 2023).
 
     `scale` is the exponential of the network's learned logit scale.
     """
-    return float(np.mean(scale * cosine(images, texts)))
+    return scale * cosine(images, texts)
 
 
 def cosine(a: Floats, b: Floats) -> Floats:
@@ -82,7 +85,7 @@ class ClipFeatures:
             import torch
             from transformers import CLIPModel, CLIPProcessor
         except ModuleNotFoundError as error:
-            raise MissingExtraError("export", "CLIP features") from error
+            raise MissingExtraError("quality", "CLIP features") from error
         try:
             self._model = CLIPModel.from_pretrained(folder, local_files_only=True).eval().to(device)
             self._processor = CLIPProcessor.from_pretrained(folder, local_files_only=True)
@@ -140,12 +143,25 @@ def inception_features(weights: Path, device: str = "cpu") -> Callable[[Pictures
     return run
 
 
-def draw(bundle: Path, prompts: Sequence[str], steps: int | None, seed: int) -> list[npt.NDArray[np.uint8]]:
-    """Return one picture [H, W, 3] for each prompt; picture i has seed `seed + i`."""
+def draw(
+    bundle: Path,
+    prompts: Sequence[str],
+    steps: int | None,
+    seed: int,
+    *,
+    backend: str = "auto",
+    options: Mapping[str, Any] | None = None,
+    request: Mapping[str, Any] | None = None,
+) -> list[npt.NDArray[np.uint8]]:
+    """Return one picture [H, W, 3] for each prompt; picture i has seed `seed + i`.
+
+    `options` go to the backend, `request` are further arguments of the request.
+    """
     from ...runtime.pipeline import Pipeline
 
-    with Pipeline.open(bundle) as pipe:
-        return [np.asarray(p) for p in pipe(prompts, num_inference_steps=steps, seed=seed).images]
+    with Pipeline.open(bundle, backend, **(options or {})) as pipe:
+        result = pipe(prompts, num_inference_steps=steps, seed=seed, **(request or {}))
+    return [np.asarray(picture) for picture in result.images]
 
 
 def bounds(found: Mapping[str, float]) -> dict[str, bool]:
@@ -162,6 +178,16 @@ def moments(file: Path) -> tuple[Floats, Floats]:
         raise RequestError(f"{file} cannot be read as statistics: give an .npz file with mu and sigma") from error
 
 
+def paired(*, clip: ClipFeatures | None = None, pick: ClipFeatures | None = None) -> dict[str, Score]:
+    """Return the scores of single pictures whose network is given, by name."""
+    found: dict[str, Score] = {}
+    if clip is not None:
+        found["clip_score"] = lambda pictures, prompts: clip_scores(*clip(pictures, prompts))
+    if pick is not None:
+        found["pick_score"] = lambda pictures, prompts: pick_scores(*pick(pictures, prompts), pick.scale)
+    return found
+
+
 def scores(
     pictures: Pictures,
     prompts: Sequence[str],
@@ -172,11 +198,7 @@ def scores(
     reference: tuple[Floats, Floats] | None = None,
 ) -> dict[str, float]:
     """Return every score whose network is given; `reference` are mean and covariance of Inception features for FID."""
-    found: dict[str, float] = {}
-    if clip is not None:
-        found["clip_score"] = clip_score(*clip(pictures, prompts))
-    if pick is not None:
-        found["pick_score"] = pick_score(*pick(pictures, prompts), pick.scale)
+    found = {name: float(np.mean(score(pictures, prompts))) for name, score in paired(clip=clip, pick=pick).items()}
     if inception is not None:
         pools, logits = inception(pictures)
         found["inception_score"], found["inception_score_std"] = inception_score(logits)

@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
+from ..quality.deltas import Cost
 from .records import Record
-from .table import DASH, Table, marked
+from .table import DASH, NOT_EXACT, Table, marked
 
 EXACT = "exact"
+NEARNESS = ("PSNR", "worst", "SSIM", "HaarPSI", "pixels")
 
 
 def quality_table(group: Sequence[Record]) -> Table:
@@ -28,8 +30,30 @@ def quality_table(group: Sequence[Record]) -> Table:
         "difference, of 255. `calls`: evaluations of the denoiser, and `a call ×` the time of one; times are medians "
         "over rounds. `oracle`: pictures that show what was asked for."
     )
-    head = ["", "time ×", "denoise ×", "calls", "a call ×", "PSNR", "worst", "SSIM", "HaarPSI", "pixels", "oracle"]
+    head = ["", "time ×", "denoise ×", "calls", "a call ×", *NEARNESS, "oracle"]
     return Table("Quality", head, rows, note)
+
+
+def costs_table(costs: Sequence[Cost]) -> Table:
+    """Return what modes cost on a list of prompts, a row each; columns only of what was scored."""
+    scored, lpips = list(costs[0].changes), costs[0].lpips is not None
+    rows = [
+        [
+            f"{NOT_EXACT} {cost.mode}",
+            *_nearness(cost.near.as_record()),
+            *([f"{cost.lpips:.4f}"] if lpips else []),
+            *(f"{c.mean:+.3f} [{c.low:+.3f}, {c.high:+.3f}]" for c in cost.changes.values()),
+        ]
+        for cost in costs
+    ]
+    note = (
+        f"Against the exact run, {costs[0].near.pictures} pictures of the same prompts and noise: PSNR in dB, of all "
+        "together and of the worst; `pixels`: largest difference, of 255."
+    )
+    if scored:
+        note += " Scores: the mean change, and where it lies with 95 % (bootstrap over prompts)."
+    head = ["", *NEARNESS, *(["LPIPS"] if lpips else []), *(f"{name} Δ" for name in scored)]
+    return Table("", head, rows, note)
 
 
 def oracle_share(record: Record) -> str:

@@ -199,8 +199,15 @@ def compare(
 def quality(
     bundle: Annotated[Path, typer.Argument(help="A bundle.")],
     prompt_file: Annotated[Path, typer.Option("--prompts", help="File with one prompt a line.")],
+    modes: Annotated[
+        str | None,
+        typer.Option(
+            "--modes", help="Modes beside the exact run, with commas: taylor, openvino-bf16, openvino-bf16+taylor."
+        ),
+    ] = None,
     clip: Annotated[Path | None, typer.Option("--clip", help="Local CLIP folder, for the CLIP score.")] = None,
     pick: Annotated[Path | None, typer.Option("--pickscore", help="Local PickScore folder.")] = None,
+    lpips: Annotated[Path | None, typer.Option("--lpips", help="AlexNet's weights, a .pth file, for LPIPS.")] = None,
     inception: Annotated[Path | None, typer.Option("--inception", help="FID Inception weights, a .pth file.")] = None,
     reference: Annotated[
         Path | None, typer.Option("--reference", help="Inception statistics of real pictures (.npz), for FID.")
@@ -208,22 +215,35 @@ def quality(
     steps: Annotated[int | None, typer.Option("--steps", min=1, help="Denoising steps.")] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the first picture.")] = 0,
 ) -> None:
-    """Score pictures of a list of prompts with networks you have: CLIP score, PickScore, FID, Inception Score."""
+    """Score pictures of a list of prompts with networks you have, or what modes that are not exact cost on it."""
     from .generate import read_prompts
 
-    if not (clip or pick or inception):
-        raise RequestError("no score was asked for: give --clip, --pickscore or --inception with local weights")
+    if not (clip or pick or inception or modes):
+        raise RequestError(
+            "no score was asked for: give --clip, --pickscore or --inception with local weights, or --modes"
+        )
+    if modes and inception:
+        raise RequestError("--inception scores one list of pictures: leave out --modes")
+    if lpips and not modes:
+        raise RequestError("--lpips is a distance to the exact run: say with --modes of what")
     prompts = read_prompts(None, prompt_file)
     with _bench_extra():
-        from ...benchmarks.quality import scores as scoring
-    networks: dict[str, Any] = {
-        "clip": scoring.ClipFeatures(clip) if clip else None,
-        "pick": scoring.ClipFeatures(pick) if pick else None,
-        "inception": scoring.inception_features(inception) if inception else None,
-        "reference": scoring.moments(reference) if reference else None,
+        from ...benchmarks.quality import deltas, scores
+        from ...benchmarks.report.quality_tables import costs_table
+    named = {name: deltas.mode_named(name) for name in (modes.split(",") if modes else ())}
+    clips = {"clip": scores.ClipFeatures(clip) if clip else None, "pick": scores.ClipFeatures(pick) if pick else None}
+    if named:
+        distance = deltas.lpips_distance(lpips) if lpips else None
+        exact = scores.draw(bundle, prompts, steps, seed)
+        drawn = {name: scores.draw(bundle, prompts, steps, seed, **vars(mode)) for name, mode in named.items()}
+        typer.echo(costs_table(deltas.costs(drawn, exact, prompts, scores.paired(**clips), distance)).markdown())
+        return
+    networks = {
+        "inception": scores.inception_features(inception) if inception else None,
+        "reference": scores.moments(reference) if reference else None,
     }
-    found = scoring.scores(scoring.draw(bundle, prompts, steps, seed), prompts, **networks)
-    within = scoring.bounds(found)
+    found = scores.scores(scores.draw(bundle, prompts, steps, seed), prompts, **clips, **networks)
+    within = scores.bounds(found)
     for name, value in found.items():
         bound = f"  MLPerf SDXL: {'within' if within[name] else 'outside'} the bounds" if name in within else ""
         typer.echo(f"{name:<20}{value:>12.4f}{bound}")

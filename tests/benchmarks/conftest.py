@@ -1,4 +1,4 @@
-"""A contender that answers at once with times that it makes up, in a real worker process."""
+"""A contender that answers at once with times that it makes up, in a real worker process; a tiny CLIP."""
 
 from __future__ import annotations
 
@@ -57,3 +57,24 @@ def order(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setattr(method, "SETTLE_SECONDS", 0.0)
     monkeypatch.setenv("FAKE_ORDER", str(tmp_path / "order"))
     return tmp_path / "order"
+
+
+@pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random CLIP of transformers' own classes, with its tokenizer and image processor."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    from latentrt.benchmarks.random_checkpoint import write_tokenizer
+
+    folder = tmp_path_factory.mktemp("random") / "clip"
+    size = write_tokenizer(folder)
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = small | {"vocab_size": size, "eos_token_id": size - 1, "bos_token_id": size - 2, "pad_token_id": size - 1}
+    torch.manual_seed(0)
+    config = transformers.CLIPConfig(
+        text_config=text, vision_config=small | {"image_size": 32, "patch_size": 8}, projection_dim=8
+    )
+    transformers.CLIPModel(config).save_pretrained(folder)
+    square = {"height": 32, "width": 32}
+    transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=square).save_pretrained(folder)
+    return folder

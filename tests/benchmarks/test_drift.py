@@ -32,6 +32,8 @@ class _Scaled:
 class ScaledDenoiser(OnnxRuntimeCpu):
     """ONNX Runtime with a denoiser that gives 1.01 times what it should."""
 
+    can_capture = False
+
     def open(self, bundle: Bundle, graph: GraphInfo, shapes: Shapes | None = None) -> OnnxRuntimeEngine:
         engine = super().open(bundle, graph, shapes)
         if graph.name == "denoiser":

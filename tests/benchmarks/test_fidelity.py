@@ -106,8 +106,8 @@ def test_inception_score_between_its_bounds() -> None:
 def test_clip_and_pick_scores_by_hand() -> None:
     images = np.array([[1.0, 0.0], [3.0, 4.0], [1.0, 0.0]])
     texts = np.array([[2.0, 0.0], [1.0, 0.0], [-1.0, 0.0]])  # cosines 1, 0.6, −1
-    assert quality.clip_score(images, texts) == pytest.approx(100 * (1 + 0.6 + 0) / 3)
-    assert quality.pick_score(images, texts, scale=10) == pytest.approx(10 * (1 + 0.6 - 1) / 3)
+    assert quality.clip_scores(images, texts) == pytest.approx([100, 60, 0])
+    assert quality.pick_scores(images, texts, scale=10) == pytest.approx([10, 6, -10])
 
 
 def test_scores_use_what_is_given() -> None:
@@ -160,22 +160,8 @@ def test_clip_folder_that_is_none_is_refused(tmp_path: Path) -> None:
         quality.ClipFeatures(tmp_path)
 
 
-def test_clip_features_of_a_local_folder(tmp_path: Path) -> None:
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
-    from latentrt.benchmarks.random_checkpoint import write_tokenizer
-
-    size = write_tokenizer(tmp_path / "clip")
-    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    text = small | {"vocab_size": size, "eos_token_id": size - 1, "bos_token_id": size - 2, "pad_token_id": size - 1}
-    torch.manual_seed(0)
-    config = transformers.CLIPConfig(
-        text_config=text, vision_config=small | {"image_size": 32, "patch_size": 8}, projection_dim=8
-    )
-    transformers.CLIPModel(config).save_pretrained(tmp_path / "clip")
-    square = {"height": 32, "width": 32}
-    transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=square).save_pretrained(tmp_path / "clip")
-    clip = quality.ClipFeatures(tmp_path / "clip")
+def test_clip_features_of_a_local_folder(clip_folder: Path) -> None:
+    clip = quality.ClipFeatures(clip_folder)
     rng = np.random.default_rng(0)
     pictures = [rng.integers(0, 256, (40, 32, 3), np.uint8) for _ in range(3)]
     images, texts = clip(pictures, ["a circle", "a star", "a circle"], batch=2)
