@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -106,7 +107,7 @@ def lpips_distance(weights: Path) -> Callable[[Pictures, Pictures], float]:
         state = torch.load(weights, map_location="cpu", weights_only=True)
         features = {name: state[f"features.{name.partition('.')[2]}"] for name in network.net.state_dict()}
         network.net.load_state_dict(features)
-    except (OSError, KeyError, TypeError, RuntimeError, ValueError) as error:
+    except (OSError, KeyError, TypeError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
         raise CheckpointError(f"{weights} holds no AlexNet: give torchvision's alexnet-*.pth") from error
 
     def run(pictures: Pictures, exact: Pictures) -> float:
