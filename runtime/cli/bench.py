@@ -231,14 +231,17 @@ def quality(
         from ...benchmarks.quality import deltas, scores
         from ...benchmarks.report.quality_tables import costs_table
     named = {name: deltas.mode_named(name) for name in (modes.split(",") if modes else ())}
-    clips = {"clip": scores.ClipFeatures(clip) if clip else None, "pick": scores.ClipFeatures(pick) if pick else None}
+    clips: dict[str, Any] = {
+        "clip": scores.ClipFeatures(clip) if clip else None,
+        "pick": scores.ClipFeatures(pick) if pick else None,
+    }
     if named:
         distance = deltas.lpips_distance(lpips) if lpips else None
         exact = scores.draw(bundle, prompts, steps, seed)
         drawn = {name: scores.draw(bundle, prompts, steps, seed, **vars(mode)) for name, mode in named.items()}
         typer.echo(costs_table(deltas.costs(drawn, exact, prompts, scores.paired(**clips), distance)).markdown())
         return
-    networks = {
+    networks: dict[str, Any] = {
         "inception": scores.inception_features(inception) if inception else None,
         "reference": scores.moments(reference) if reference else None,
     }

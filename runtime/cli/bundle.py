@@ -209,8 +209,8 @@ def verify(
     """Compare every graph and one whole request with the exact run, or with PyTorch; exit 1 past the bound."""
     opened = opened_bundle(bundle)
     settings = backend_options(backend, options, threads=threads) | {"backend": backend}
-    request = {"prompt": prompt, "steps": steps, "seed": seed}
-    lossy = {
+    request: dict[str, Any] = {"prompt": prompt, "steps": steps, "seed": seed}
+    lossy: dict[str, Any] = {
         "forecast": forecast,
         "guidance_interval": numbers("--guidance-interval", guidance_interval, float),
         "guidance_reuse": guidance_reuse,
