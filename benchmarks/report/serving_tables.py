@@ -7,7 +7,7 @@ from typing import Any
 
 from .records import Record, by_machine
 from .table import DASH, Table
-from .tables import Section, conditions
+from .tables import Section, command, conditions
 
 LOADS = (0.7, 0.9)
 BASELINES = ("one at a time", "static equal")
@@ -35,7 +35,9 @@ def _section(found: Found) -> Section:
     records = list(found.values())
     newest = max(records, key=lambda record: str(record["date"]))
     title = f"Serving: {_device(newest)}, mix {newest['mix']['name']}"
-    return Section(title, conditions(newest), [serving_table(found)], [], records)
+    others = {command(record): None for record in records if command(record) != command(newest)}
+    made = "".join(f"; `{each}`" for each in others)
+    return Section(title, conditions(newest) + made, [serving_table(found)], [], records)
 
 
 def _device(record: Record) -> str:

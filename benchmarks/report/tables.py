@@ -75,10 +75,11 @@ def conditions(record: Record) -> str:
         parts.append(f"{rounds} rounds after {state['warmup']} warm-up requests, by turns: {state['turns']}")
     if not state["quiet"]:
         parts.append(f"NOT QUIET: others used {state['others_share']:.0%} of the machine")
-    return "; ".join([*parts, f"{record['date'][:10]}; `{_command(record)}`"])
+    return "; ".join([*parts, f"{record['date'][:10]}; `{command(record)}`"])
 
 
-def _command(record: Record) -> str:
+def command(record: Record) -> str:
+    """Return how a record was made, as it can be given now."""
     return " ".join(MOVED.get(word, word) for word in record["command"].split(" "))
 
 
@@ -91,7 +92,7 @@ def _other_runs(group: Sequence[Record]) -> str:
     said = []
     for records in runs.values():
         titles = ", ".join(record["contender"]["title"] for record in records)
-        said.append(f". Of another run ({records[0]['date'][:10]}; `{_command(records[0])}`): {titles}")
+        said.append(f". Of another run ({records[0]['date'][:10]}; `{command(records[0])}`): {titles}")
     return "".join(said)
 
 

@@ -106,7 +106,7 @@ class _Bench:
                 self._note(record)
         base = options.base or max((best.get(policy, 0.0) for policy in BASELINES[:2]), default=0.0)
         rates: list[tuple[float, float | None]] = [(s * base, s) for s in LOADS if "load" in options.points]
-        rates += [(rate, rate / base if base else None) for rate in options.rates]
+        rates += [(rate, round(rate / base, 3) if base else None) for rate in options.rates]
         for policy in order if rates or "bounded" in options.points else ():
             with self._server(policy) as ask:
                 for rate, share in rates:

@@ -88,13 +88,15 @@ def test_tables_hold_the_newest_of_each_point_apart_by_device() -> None:
     found = [saturated("one at a time", 9.0), saturated("one at a time", 2.0), saturated("in-flight", 3.0)]
     found.append({**common, "policy": "in-flight", "point": "load", "load": 0.9, "seen": figures, "simulated": figures})
     bounded = {"bounded_rate": 1.5, "simulated_bounded_rate": 1.6}
-    found.append({**found[-1], "point": "bounded", "load": None, **bounded})
+    again = {"command": "latentrt bench serve --point bounded"}
+    found.append({**found[-1], "point": "bounded", "load": None, **bounded, **again})
     found.append(saturated("in-flight", 3.0, engines={"paced": False, "bundle": "b", "backend": "x"}))
     first, second = serving_sections(found)
     assert first.tables[0].rows == [
         ["one at a time", "2 (2)", "1.00", *["–"] * 7],
         ["**in flight**", "3 (3)", "1.50", *["–"] * 3, "1 (1)", "refused (refused)", "50% (50%)", "1.5 (1.6)"],
     ]
+    assert "`latentrt bench serve`" in first.conditions and f"`{again['command']}`" in first.conditions
     assert second.title == "Serving: b on x, mix m" and "No engine ran" not in second.tables[0].note
 
 
