@@ -28,6 +28,7 @@ def export_checkpoint(
     guidance_scale: float | None = None,
     skip_layers: Sequence[int] | None = None,
     textual_inversion: Sequence[str | Path] = (),
+    tiny_decoder: str | Path | None = None,
     progress: Progress = silent,
 ) -> Path:
     """Turn a checkpoint into a bundle and return the bundle's folder.
@@ -41,7 +42,8 @@ def export_checkpoint(
     `num_inference_steps` and `guidance_scale` become the bundle's defaults, for checkpoints made for few steps.
     `skip_layers` are the layers of a Stable Diffusion 3 that requests may have skipped (default: 7, 8 and 9 of 3.5
     medium; of others none; `()` for none).
-    `textual_inversion` are files with learned words, as `FILE` or `TOKEN=FILE`, that prompts may then use. Safety
+    `textual_inversion` are files with learned words, as `FILE` or `TOKEN=FILE`, that prompts may then use.
+    `tiny_decoder` is a folder or hub id of diffusers' `AutoencoderTiny`, which requests may then ask for. Safety
     checker and feature extractor are not part of a bundle. Nothing is left behind when an error is raised:
     `CheckpointError`, `UnsupportedModelError`, `ExportError`, `StorageError`, `RequestError` or `MissingExtraError`.
     """
@@ -67,5 +69,6 @@ def export_checkpoint(
         guidance_scale=guidance_scale,
         skip_layers=skip_layers,
         textual_inversion=textual_inversion,
+        tiny_decoder=tiny_decoder,
         progress=progress,
     )

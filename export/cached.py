@@ -26,7 +26,7 @@ from . import export_checkpoint
 
 __all__ = ["cached_bundle"]
 
-FROM_THE_HUB = ("base", "vae", "tokenizer")
+FROM_THE_HUB = ("base", "vae", "tokenizer", "tiny_decoder")
 """Options that may be a hub id."""
 PRECISIONS: Mapping[str, Precision] = {"torch.float16": "fp16", "torch.bfloat16": "bf16"}
 

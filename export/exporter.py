@@ -41,6 +41,7 @@ from .checkpoints.defaults import asked_defaults
 from .checkpoints.sources import open_checkpoint
 from .checkpoints.textual_inversion import LearnedWord, check_words, open_words, provenance, with_words
 from .checkpoints.tokenizer import write_tokenizer
+from .checkpoints.vae import with_tiny_decoder
 from .families import Family, family_named
 from .graph import Graph
 from .onnx_writer import OPSET, onnx_model, save_model
@@ -51,7 +52,7 @@ from .step_rows import limits, step_rows
 
 TOOLS = ("torch", "onnx", "onnxscript", "diffusers", "transformers")
 
-FLOAT_AT_THE_BORDER = ("decoder", "image_encoder")
+FLOAT_AT_THE_BORDER = ("decoder", "tiny_decoder", "image_encoder")
 """Graphs whose inputs and outputs are not in the bundle's precision, so that they may keep fp32 inside."""
 
 MOST_AT_FULL_SIZE = 3_000_000_000
@@ -79,6 +80,7 @@ def export(
     guidance_scale: float | None,
     skip_layers: Sequence[int] | None,
     textual_inversion: Sequence[str | Path],
+    tiny_decoder: str | Path | None,
     progress: Progress,
 ) -> Path:
     """Export a checkpoint; see `latentrt.export.export_checkpoint`."""
@@ -98,6 +100,7 @@ def export(
         checkpoint = with_words(checkpoint, words, folder / "tokenizer.json")
         lengths = {name: info.max_length for name, info in tokens.items()}
         latent = family.latent(checkpoint)
+        checkpoint = with_tiny_decoder(checkpoint, tiny_decoder, variant, latent)
         scheduler, schedule = family.scheduler(checkpoint), family.schedule(checkpoint)
         options = step_options_of(scheduler, schedule, latent, learned_variance=family.learned_variance(checkpoint))
         networks = family.graphs(checkpoint, precision, lengths)
@@ -278,6 +281,8 @@ def _provenance(checkpoint: Checkpoint, words: Sequence[LearnedWord]) -> dict[st
         source["variant"] = checkpoint.variant
     if replaced := {name: {"name": o.name, "revision": o.revision} for name, o in checkpoint.replaced.items()}:
         source["replaced"] = replaced
+    if (tiny := checkpoint.tiny_decoder) is not None:
+        source["tiny_decoder"] = {"name": tiny.name, "revision": tiny.revision}
     if words:
         source["textual_inversion"] = provenance(words)
     return source

@@ -46,12 +46,20 @@ def reference_pipeline(checkpoint: Checkpoint, class_name: str, beside: Mapping[
 
 
 def opened_by(pipeline: Any, checkpoint: Checkpoint) -> Checkpoint:
-    """Return the checkpoint with the networks of a pipeline that diffusers has opened in place of its own."""
+    """Return the checkpoint with the networks of a pipeline that diffusers has opened in place of its own.
+
+    diffusers opens the autoencoder of a tiny decoder too.
+    """
     components = {
         name: _Held(each.part, each.where, each.config, each.weights, each.find, getattr(pipeline, name))
         for name, each in checkpoint.components.items()
     }
-    return replace(checkpoint, components=components)
+    tiny = checkpoint.tiny_decoder
+    if tiny is not None:
+        own = tiny.component
+        held = _Held(own.part, own.where, own.config, own.weights, own.find, _replaced(tiny))
+        tiny = replace(tiny, component=held)
+    return replace(checkpoint, components=components, tiny_decoder=tiny)
 
 
 @dataclass(frozen=True)

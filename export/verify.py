@@ -27,6 +27,7 @@ from ..runtime.loop.workspace import run_once
 from ..runtime.pipeline import Pipeline
 from .checkpoints.checkpoint import Checkpoint
 from .checkpoints.sources import open_checkpoint
+from .checkpoints.vae import with_tiny_decoder
 from .compare import PSNR_BOUND, Report, RequestReport, TensorReport, compare, compare_requests, pictures_needed
 from .families import family_named
 from .graph import Graph
@@ -46,6 +47,7 @@ def verify(
     vae: str | Path | None = None,
     variant: str | None = None,
     base: str | Path | None = None,
+    tiny_decoder: str | Path | None = None,
     any_checkpoint: bool = False,
     progress: Progress = silent,
     **options: Any,
@@ -63,9 +65,10 @@ def verify(
     checkpoint = open_checkpoint(
         source, tokenizer=tokenizer, prediction_type=prediction_type, vae=vae, variant=variant, base=base
     )
+    family, manifest = family_named(checkpoint.family), opened.manifest
+    checkpoint = with_tiny_decoder(checkpoint, tiny_decoder, variant, manifest.latent)
     if not any_checkpoint:
         check_source(opened, checkpoint)
-    family, manifest = family_named(checkpoint.family), opened.manifest
     skipped = manifest.guidance.skipped
     checkpoint = replace(checkpoint, skip_layers=skipped.layers if skipped else ())
     family.check(checkpoint)
@@ -101,6 +104,11 @@ def check_source(bundle: Bundle, checkpoint: Checkpoint) -> None:
                 f"bundle {bundle.path} was exported with {component} {name!r} in place of the checkpoint's own: give "
                 f"it with --{component}, or compare them anyway with --any-checkpoint"
             )
+    if "tiny_decoder" in source and checkpoint.tiny_decoder is None:
+        raise BundleError(
+            f"bundle {bundle.path} was exported with a tiny decoder: give the same with --tiny-decoder, or compare the "
+            "rest with --any-checkpoint"
+        )
     for name, file in checkpoint.files.items():
         if name not in hashes or sha256_of(file) != hashes[name]:
             raise BundleError(

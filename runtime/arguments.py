@@ -8,6 +8,7 @@ from typing import Any, TypedDict
 
 from ..engines.bundle import Manifest
 from ..engines.errors import RequestError
+from .loop.decoding import DecoderName
 from .prompt.syntax import PromptSyntax
 from .request import GenerationRequest
 
@@ -64,6 +65,8 @@ class RequestArguments(TypedDict, total=False):
     mask_image: Any
     padding_mask_crop: int | None
     strength: float | None
+    decoder: DecoderName
+    tiled: bool | None
     callback_on_step_end: Callable[[Any, int, float, dict[str, Any]], dict[str, Any] | None] | None
     callback_on_step_end_tensor_inputs: Sequence[str]
     callback: Callable[[int, float, Any], Any] | None

@@ -13,6 +13,7 @@ import numpy as np
 from ..engines.bundle import Bundle
 from ..engines.device import Array
 from ..engines.errors import MissingPlanError
+from .loop.decoding import WHOLE, Decoding
 from .loop.generators import Noise
 from .loop.inputs import Draws, InitialImage, Latents, blank_arrays, draw_each, draw_together, loop_arrays
 from .loop.session import Session
@@ -40,6 +41,8 @@ class Batch:
     """How many are computed: more than there are where that saves an engine; what is over is thrown away."""
     lengths: Mapping[str, int]
     """Tokens of a row, by graph input."""
+    decoding: Decoding
+    """How its latents become pictures."""
 
 
 class Batches:
@@ -63,28 +66,30 @@ class Batches:
         *,
         picture: bool,
         conditioning: Conditioning | None = None,
+        decodings: Sequence[Decoding] = (WHOLE,),
     ) -> Iterator[Batch]:
         """Yield the batches of a complete request; before the first, every engine that it lacks is built.
 
         A backend whose engines are for fixed shapes computes the last, smaller batch at the size of those before it,
         and a batch that no engine may be built for at the next size that has one: with more padding behind its prompts,
-        then of more images. Raises `MissingPlanError` where there is none.
+        then of more images; where the decoder has none, by the next of `decodings`. Raises `MissingPlanError` where
+        there is none.
         """
-        images = request.images
+        images, decoding = request.images, decodings[0]
         lengths: Mapping[str, int] = {} if conditioning else self._lengths(request)
         counts = [len(images[first : first + max_batch]) for first in range(0, len(images), max_batch)]
         rows = {count: count for count in counts}
         if not session.backend.dynamic:
             encoded = (1, request.height or 0, request.width or 0, 3) if picture else None
             blank = partial(self.blank, self._bundle, request, table, conditioning=conditioning)
-            sizes = product(range(counts[0], max_batch + 1), self._longer(lengths))
-            rows[counts[0]], lengths = self._size(blank, session, sizes, encoded)
+            sizes = product(decodings, range(counts[0], max_batch + 1), self._longer(lengths))
+            decoding, rows[counts[0]], lengths = self._size(blank, session, sizes, encoded)
             last = counts[-1]
-            if last < counts[0] and not session.keeps(*blank(last, lengths=lengths)):
+            if last < counts[0] and not session.keeps(*blank(last, lengths=lengths), decoding):
                 rows[last] = rows[counts[0]]
         for number, count in enumerate(counts):
             first = number * max_batch
-            yield Batch(first, images[first : first + count], rows[count], lengths)
+            yield Batch(first, images[first : first + count], rows[count], lengths, decoding)
 
     def _lengths(self, request: GenerationRequest) -> dict[str, int]:
         """Return how many tokens a row of each tokenizer's graph input has in the batches of a request."""
@@ -110,15 +115,15 @@ class Batches:
     def _size(
         blank: Callable[..., Arrays],
         session: Session,
-        sizes: Iterable[tuple[int, Mapping[str, int]]],
+        sizes: Iterable[tuple[Decoding, int, Mapping[str, int]]],
         picture: tuple[int, ...] | None,
-    ) -> tuple[int, Mapping[str, int]]:
-        """Return how many images to compute, and how long rows are: the first of `sizes` that has engines."""
+    ) -> tuple[Decoding, int, Mapping[str, int]]:
+        """Return how to decode, how many images to compute, and how long rows are: the first that has engines."""
         missing = None
-        for rows, lengths in sizes:
+        for decoding, rows, lengths in sizes:
             try:
-                session.prepare(*blank(rows, lengths=lengths), picture)
-                return rows, lengths
+                session.prepare(*blank(rows, lengths=lengths), picture, decoding)
+                return decoding, rows, lengths
             except MissingPlanError as error:
                 missing = missing or error
         assert missing is not None

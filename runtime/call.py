@@ -10,6 +10,7 @@ from ..engines.bundle import Bundle, Manifest
 from ..engines.errors import RequestError
 from .arguments import check_tensor_inputs, read_by
 from .callbacks import LegacyCallback
+from .loop.decoding import Decoding, decodings_of
 from .loop.generators import Noise, noise_of
 from .loop.inputs import Latents
 from .pictures.initial import Pictures, load_pictures
@@ -39,6 +40,8 @@ class Call:
     """The first noise of all images [n, C, h, w], or None to draw it."""
     embeddings: Embeddings | None
     output_type: OutputType
+    decodings: tuple[Decoding, ...]
+    """How its latents become pictures: the first that there are engines for."""
     started: bool = False
     """Whether the latents are those of a run half-way, which are taken as they are."""
     guided: bool = True
@@ -80,7 +83,9 @@ class Call:
             seeds = noise.seeds * (len(request.images) if noise.shared else 1)
             request = GenerationRequest.of(**{**request.model_dump(), "seed": tuple(seeds)})
         guided = len(request.weights(manifest.guidance)) > 1
-        return cls(request, pictures, noise, latents, embeddings, output_type, started, guided)
+        cells = [(side or 0) // manifest.latent.downscale for side in (request.height, request.width)]
+        decodings = decodings_of(bundle, request.decoder, request.tiled, cells)
+        return cls(request, pictures, noise, latents, embeddings, output_type, decodings, started, guided)
 
     def result(
         self, asked: tuple[int | None, int | None], takes_eta: bool, multiple: int, table: StepTable
@@ -103,6 +108,8 @@ class Call:
             finished.warn("guidance_interval or guidance_reuse is given without guidance: it changes nothing")
         if request.skip_guidance_layers and not table.skips:
             finished.warn("skip_guidance_layers is given, and no step is guided by it: it changes nothing")
+        if request.tiled and self.decodings[0].tile is None:
+            finished.warn(f"tiled is given: {request.width}x{request.height} fits in one tile, it changes nothing")
         return finished
 
 

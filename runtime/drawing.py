@@ -13,16 +13,18 @@ from PIL import Image
 from ..engines.bundle import Bundle, Manifest
 from ..engines.device import Array
 from ..engines.errors import RequestError, SchedulerError
-from .batches import Batches, options_of_bundle
+from .batches import Batch, Batches, options_of_bundle
 from .call import Call, calls_of_a_step
 from .callbacks import Listeners, StepCallback, StepValues, step_hook
-from .finite import check_finite
+from .finite import check_finite, check_pixels
 from .habits import DiffusersHabits, SchedulerConfig
+from .loop.decoding import NO_WHOLE, Decoding
 from .loop.denoise import Mode
 from .loop.forecast import folded, forecast_named
 from .loop.guidance import ALL, NOTHING, GuidedPart, SkippedPart, guided_in_part, with_skipped_layers
 from .loop.inputs import InitialImage
 from .loop.session import Session
+from .loop.workspace import Trace, Workspace
 from .pictures.initial import Pictures
 from .pictures.load import image_pixels, latent_mask, pixel_mask
 from .prompt.conditioning import WeightedPrompts
@@ -136,7 +138,13 @@ class Drawing(DiffusersHabits):
             prompts = WeightedPrompts(self.bundle, request, self._batches.tokenizers)
             conditioning = prompts.blank
         batches = self._batches.split(
-            request, table, self.session, self.max_batch, picture=bool(call.pictures), conditioning=conditioning
+            request,
+            table,
+            self.session,
+            self.max_batch,
+            picture=bool(call.pictures),
+            conditioning=conditioning,
+            decodings=call.decodings,
         )
         initial = None
         for batch in batches:
@@ -156,17 +164,14 @@ class Drawing(DiffusersHabits):
                 latents=call.latents,
                 conditioning=conditioning,
             )
-            workspace = self.session.workspace(inputs, arrays)
+            workspace = self.session.workspace(inputs, arrays, batch.decoding)
             known = self.session.prompts.get(inputs)
             branches = len(request.weights(self._manifest.guidance))
             workspace.load(inputs, arrays, stream, known, table.asked(branches))
             on_step = step_hook(workspace, table, stream, listeners, count, self.mode)
-            decode = call.output_type != "latent"
+            decode = call.output_type != "latent" and batch.decoding.tile is None
             trace = workspace.run(len(table), stream, mode=self.mode, decode=decode, on_step=on_step)
-            last = workspace.pictures[PICTURES[call.output_type]] if decode else workspace.loop.latents(trace.steps)
-            output = last.read(stream)[:count]
-            check_finite(workspace, trace.steps, output, decode, stream)
-            finished.add(trace, trace.steps)
+            output = self._output(call, batch, workspace, trace, finished)
             if known is None and conditioning is None and self.session.prompts.on:
                 self.session.prompts.put(inputs, workspace.encoded(self.session.prompts.names, stream))
             if call.output_type == "pil":
@@ -176,6 +181,32 @@ class Drawing(DiffusersHabits):
                 yield batch.first, list(output)
             if self._interrupt:
                 return
+
+    def _output(
+        self, call: Call, batch: Batch, workspace: Workspace, trace: Trace, finished: GenerationResult[Any]
+    ) -> Array:
+        """Return what a batch gave, as its request wants it, and note what it took."""
+        stream, in_tiles = self.session.stream, batch.decoding.tile is not None
+        decode = call.output_type != "latent" and not in_tiles
+        last = workspace.pictures[PICTURES[call.output_type]] if decode else workspace.loop.latents(trace.steps)
+        output = last.read(stream)[: len(batch.images)]
+        check_finite(workspace, trace.steps, output, decode, stream)
+        finished.add(trace, trace.steps)
+        if call.output_type == "latent" or not in_tiles:
+            return output
+        return self._in_tiles(output, call, batch.decoding, finished)
+
+    def _in_tiles(self, latents: Array, call: Call, decoding: Decoding, finished: GenerationResult[Any]) -> Array:
+        """Return the pictures of latents that are decoded in tiles, and note what it took, and why where none asked."""
+        began = time.perf_counter()
+        if not call.request.tiled:
+            finished.warn(NO_WHOLE.format(call.request.width, call.request.height))
+        decoded = self.session.decode_in_tiles(latents, decoding)
+        check_pixels(decoded["pixels"])
+        finished.timings.decode += time.perf_counter() - began
+        taken = self.session.backend.device.bytes_taken()
+        finished.memory["decode"] = max(taken, finished.memory.get("decode", 0))
+        return decoded[PICTURES[call.output_type]]
 
     def _heard(self, callback: StepCallback, step: int, timestep: float, values: StepValues) -> StepValues | None:
         """Call a step's callback; raises `RequestError` when it has changed what only the next request can change."""

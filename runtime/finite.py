@@ -21,6 +21,10 @@ def check_finite(workspace: Workspace, steps: int, output: Array, decode: bool, 
         raise EngineError(NOT_FINITE.format(stage="denoiser", what="latents"))
     suspicious = not np.isfinite(output).all() if output.dtype.kind == "f" else not output.any()
     if decode and suspicious:
-        pixels = workspace.pictures["pixels"].read(stream)
-        if not np.isfinite(pixels).all():
-            raise EngineError(NOT_FINITE.format(stage="decoder", what="pixels"))
+        check_pixels(workspace.pictures["pixels"].read(stream))
+
+
+def check_pixels(pixels: Array) -> None:
+    """Raise `EngineError` for pictures of a decoder that are not finite."""
+    if not np.isfinite(pixels).all():
+        raise EngineError(NOT_FINITE.format(stage="decoder", what="pixels"))

@@ -25,6 +25,7 @@ from .batches import Batches
 from .call import Call, OutputType, calls_of_a_step, legacy_callback
 from .callbacks import BatchCallback, LegacyCallback, Listeners, StepCallback
 from .drawing import Drawing
+from .loop.decoding import DecoderName, decodings_of
 from .loop.denoise import Mode
 from .loop.session import Session
 from .pretrained import bundle_of
@@ -186,6 +187,8 @@ class Pipeline(Drawing):
         mask_image: Any = None,
         padding_mask_crop: int | None = None,
         strength: float | None = None,
+        decoder: DecoderName = "full",
+        tiled: bool | None = None,
         output_type: OutputType = "pil",
         return_dict: bool = True,
         callback_on_step_end: StepCallback | None = None,
@@ -208,6 +211,8 @@ class Pipeline(Drawing):
         `prompt_syntax` reads weights in prompts, and prompts of any length; without it a prompt is what it says.
         `forecast` ("taylor" or "spectrum") leaves out evaluations of the network in long runs, at a cost in fidelity;
         so do `guidance_interval` (shares of the run) and `guidance_reuse` (a share, from which on guidance is kept).
+        `decoder` "tiny" is the small one of a bundle that has it; `tiled` decodes a large picture in tiles, so that
+        memory does not grow with it (None: where there is no engine for it in one piece, and none may be built).
 
         `callback_on_step_end(pipe, step, timestep, {"latents": array})` may return replaced latents, show
         `pipe.decode(latents)`, end the request with `pipe.stop()`, or raise to cancel; with it no more than a step is
@@ -242,11 +247,12 @@ class Pipeline(Drawing):
         finished.timings.total = time.perf_counter() - start
         return finished if return_dict else (finished.images, None)
 
-    def decode(self, latents: Array) -> list[Image.Image]:
+    def decode(self, latents: Array, *, decoder: DecoderName = "full", tiled: bool | None = None) -> list[Image.Image]:
         """Return the pictures of latents [B, C, h, w] as they are: a preview, inside a step's callback or outside."""
         latents = np.asarray(latents, np.float32)
+        decoding = decodings_of(self.bundle, decoder, tiled, latents.shape[2:])[0]
         with self.session.turn():
-            return [Image.fromarray(picture) for picture in self.session.decode(latents)]
+            return [Image.fromarray(picture) for picture in self.session.decode(latents, decoding)]
 
     def warm_up(
         self,
@@ -260,6 +266,8 @@ class Pipeline(Drawing):
         eta: float = 0.0,
         forecast: str | None = None,
         strength: float | None = None,
+        decoder: DecoderName = "full",
+        tiled: bool | None = None,
     ) -> None:
         """Do what a first request would wait for, for every size (width, height) and batch: build, open, bind, capture.
 
@@ -269,7 +277,7 @@ class Pipeline(Drawing):
         """
         latent = self.bundle.manifest.latent
         arguments = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, "sampler": sampler}
-        arguments |= {"eta": eta, "forecast": forecast, "strength": strength}
+        arguments |= {"eta": eta, "forecast": forecast, "strength": strength, "decoder": decoder, "tiled": tiled}
         warm_up(self, sizes or [(latent.default_width, latent.default_height)], batches, pictures, arguments)
 
     def close(self) -> None:

@@ -14,7 +14,7 @@ from ..engines.errors import MissingExtraError, RequestError
 from ..engines.progress import Progress, silent, terminal_bar
 
 NUMBERS = ("num_inference_steps", "guidance_scale")
-EXPORT_OPTIONS = ("revision", "variant", "vae", "tokenizer", "prediction_type", "base", *NUMBERS)
+EXPORT_OPTIONS = ("revision", "variant", "vae", "tokenizer", "prediction_type", "base", "tiny_decoder", *NUMBERS)
 """Keywords of the export of a checkpoint."""
 
 IDLE = {

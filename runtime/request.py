@@ -18,6 +18,7 @@ from pydantic import (
 
 from ..engines.bundle import GuidanceInfo, Manifest
 from ..engines.errors import RequestError
+from .loop.decoding import DecoderName
 from .prompt.syntax import PromptSyntax
 from .sizes import check_size
 
@@ -83,6 +84,8 @@ class GenerationRequest(BaseModel):
     skip_layer_guidance_start: Share = 0.01
     skip_layer_guidance_stop: Share = 0.2
     strength: float = Field(default=1.0, gt=0, le=1)
+    decoder: DecoderName = "full"
+    tiled: bool | None = None
 
     @field_validator(*TEXTS, mode="before")
     @classmethod

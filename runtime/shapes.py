@@ -8,6 +8,7 @@ from ..engines.bundle import Bundle
 from ..engines.engine import Shapes
 from ..engines.errors import RequestError
 from .batches import Batches
+from .loop.decoding import GRAPHS
 from .loop.wiring import wired_shapes
 from .prompt.conditioning import blank_parts
 from .request import GenerationRequest
@@ -44,6 +45,8 @@ def requested_shapes(
         shapes |= wired_shapes(
             bundle, *Batches.blank(bundle, complete, table, images, blank_parts(bundle, prompt_parts))
         )
+    if bundle.has_graph(GRAPHS["tiny"]):
+        shapes[GRAPHS["tiny"]] = shapes[GRAPHS["full"]]
     if bundle.has_graph("image_encoder"):
         specs = bundle.graph("image_encoder").inputs
         shapes["image_encoder"] = {spec.name: (1, height, width, int(spec.shape[3])) for spec in specs}

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Any, get_args
 
 from ...engines.backends import unavailable_reasons
+from ...engines.bundle import Bundle
 from ...engines.errors import RequestError
 from ...engines.machine import has_bf16
+from ...runtime.loop.decoding import decodings_of
 from ...runtime.loop.denoise import Mode
 from ...runtime.loop.forecast import METHODS
 from .process import interpreter
@@ -30,6 +32,8 @@ LOSSY: Mapping[str, Mapping[str, Any]] = {
     **{name: {"forecast": name} for name in METHODS},
     "guided-half": {"guidance_interval": (0.0, 0.5)},
     "guidance-kept": {"guidance_reuse": 0.5},
+    "tiny-decoder": {"decoder": "tiny"},
+    "tiled": {"tiled": True},
 }
 """Modes that are not exact, by the end of a contender's name, and the arguments of a request that they stand for."""
 ON_A_PROCESSOR = ("onnxruntime-cpu", "openvino")
@@ -110,6 +114,21 @@ def choose(device: str, names: Sequence[str] | None = None, *, lossy: bool = Fal
     exact = {c.name for c in known if c.name.partition("+")[0] in names}
     beginnings = [name for name in names if name not in exact]
     return [c for c in known if c.name in exact or any(c.name.startswith(name) for name in beginnings)]
+
+
+def of_bundle(found: Sequence[Candidate], bundle: Bundle, height: int, width: int) -> list[Candidate]:
+    """Return candidates, and why those cannot run whose decoder a bundle lacks, or whose picture fits in one tile."""
+    cells = [side // bundle.manifest.latent.downscale for side in (height, width)]
+
+    def missing(candidate: Candidate) -> str | None:
+        lossy = LOSSY.get(candidate.name.partition("+")[2], {})
+        try:
+            decodings = decodings_of(bundle, lossy.get("decoder", "full"), lossy.get("tiled"), cells)
+        except RequestError:
+            return f"the bundle has no {lossy['decoder']} decoder"
+        return f"{width}x{height} fits in one tile" if lossy.get("tiled") and decodings[0].tile is None else None
+
+    return [replace(each, missing=each.missing or missing(each)) for each in found]
 
 
 def precision_apart(backend: str) -> tuple[str, str | None]:

@@ -71,6 +71,7 @@ def run(work: Workload, options: Options, say: Say, keep: Keep = lambda record: 
         check_memory(work, machine.memory_bytes(options.device))
     model = ensure_model(work, checkpoint=options.checkpoint, fresh=options.fresh, say=say)
     bundle = Bundle.open(model.bundle)
+    found = contenders.of_bundle(found, bundle, work.height, work.width)
     if options.contenders is None and options.device == "cpu" and model.weight_bytes > LARGE:
         found = [c for c in found if not c.ours or "/step" in c.name]
     names = [c.name for c in found if c.missing is None]

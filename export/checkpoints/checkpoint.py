@@ -189,6 +189,8 @@ class Checkpoint:
     """Defaults of a request that the bundle's manifest gets, where they are not the usual ones."""
     skip_layers: tuple[int, ...] | None = None
     """Layers of the denoiser that requests may have skipped, as asked for; None: the family's own choice."""
+    tiny_decoder: Origin | None = None
+    """The small autoencoder whose decoder the bundle also gets."""
 
     def config(self, component: str) -> Mapping[str, Any]:
         """Return the complete config of a component."""
@@ -204,5 +206,6 @@ class Checkpoint:
 
     def close(self) -> None:
         """Unmap all weight files; reading maps them again."""
-        for component in self.components.values():
+        beside = () if self.tiny_decoder is None else (self.tiny_decoder.component,)
+        for component in (*self.components.values(), *beside):
             component.weights.close()

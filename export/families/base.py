@@ -86,11 +86,14 @@ class Family(ABC):
         return {name.replace("tokenizer", "token_ids"): (lengths[name], sizes[name][1]) for name in sizes}
 
     def vae_graphs(self, checkpoint: Checkpoint, *, masked: bool = False) -> dict[str, Callable[[], Graph]]:
-        """Return decoder and image encoder, which with `masked` reads what is kept of a picture as well."""
-        return {
+        """Return decoders and image encoder, which with `masked` reads what is kept of a picture as well."""
+        graphs = {
             "decoder": lambda: decoder_graph(checkpoint.load("vae")),
             "image_encoder": lambda: image_encoder_graph(checkpoint.load("vae"), masked=masked),
         }
+        if (tiny := checkpoint.tiny_decoder) is not None:
+            graphs["tiny_decoder"] = lambda: decoder_graph(tiny.component.load(), "tiny_decoder")
+        return graphs
 
     @abstractmethod
     def graphs(

@@ -1,4 +1,4 @@
-"""diffusers' `AutoencoderKL` as graphs: the decoder at the end of every request, the encoder for initial pictures."""
+"""diffusers' autoencoders as graphs: the decoder at the end of every request, the encoder for initial pictures."""
 
 from __future__ import annotations
 
@@ -72,12 +72,12 @@ def _is_there(shift: Scale) -> bool:
     return isinstance(shift, Tensor) or bool(shift)
 
 
-def decoder_graph(vae: Any) -> Graph:
+def decoder_graph(vae: Any, name: str = "decoder") -> Graph:
     """Latents [B, C, h, w] to pictures [B, H, W, 3], as bytes and as floats in [0, 1]."""
     factor = vae_factor(vae.config)
     picture = ("B", f"{factor}*h", f"{factor}*w", vae.config.out_channels)
     return Graph(
-        "decoder",
+        name,
         "end",
         Decoder(vae),
         (TensorInfo(name="latents", dtype="float32", shape=("B", vae.config.latent_channels, "h", "w")),),
@@ -114,7 +114,8 @@ def image_encoder_graph(vae: Any, *, masked: bool = False) -> Graph:
 
 def vae_factor(config: Mapping[str, Any]) -> int:
     """Return how many pixels a latent cell covers on each side."""
-    return 2 ** (len(config["block_out_channels"]) - 1)
+    channels = config.get("decoder_block_out_channels") or config["block_out_channels"]
+    return int(config.get("upsampling_scaling_factor", 2)) ** (len(channels) - 1)
 
 
 def geometry(factor: int, channels: int, height: int, width: int, square: int = 1) -> LatentInfo:
@@ -159,4 +160,16 @@ AUTOENCODER_KL = diffusers_part(
     },
     renames=(_old_attention_name,),
     depth=("layers_per_block",),
+)
+AUTOENCODER_TINY = diffusers_part(
+    "AutoencoderTiny",
+    "autoencoders.autoencoder_tiny",
+    {
+        **dict.fromkeys(("in_channels", "out_channels", "latent_channels", "upsampling_scaling_factor"), WHOLE),
+        **{f"{half}_block_out_channels": WHOLES for half in ("encoder", "decoder")},
+        **{f"num_{half}_blocks": WHOLES for half in ("encoder", "decoder")},
+        "scaling_factor": SCALE,
+        "shift_factor": NUMBER,
+    },
+    depth=("num_encoder_blocks", "num_decoder_blocks"),
 )

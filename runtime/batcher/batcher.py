@@ -198,13 +198,16 @@ class Batcher:
                 with self._changed:
                     self._check_open()
                     pool = self._queue.pool(job.fit)
+                    pool.decodings.add(job.decoding)
                     self._queue.warm.add(job.fit)
                 warm_up(pool, job, self._encoder, pictures, progress)
 
     def _check_engines(self, job: Job) -> None:
         """Raise `RequestError` for a request whose engines are not there, where none may be built for it."""
         with self._changed:
-            if self._build or self.pipe.backend.dynamic or job.fit in self._queue.pools:
+            pool = self._queue.pools.get(job.fit)
+            known = pool is not None and job.decoding in pool.decodings
+            if self._build or self.pipe.backend.dynamic or known:
                 return
             sizes = self._queue.sizes()
         check_engines(job, self._queue.shared, sizes)

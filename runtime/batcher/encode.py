@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 import numpy as np
 
 from ...engines.bundle import Bundle, GraphInfo
 from ...engines.device import Array, Device, Stream
+from ..loop.decoding import GRAPHS, Decoding, decoded_in_tiles
 from ..loop.denoise import STATE, OpenEngine
 from ..loop.workspace import BoundGraph
 from ..prompt.cache import PromptCache
@@ -47,9 +49,21 @@ class Encoder:
             self._prompts.put(inputs, tensors)
         return {name: tensors[name] for name in self._read}
 
-    def decode(self, latents: Array) -> dict[str, Array]:
-        """Return the decoder's outputs for the latents of one image [1, C, h, w]."""
-        return self.run(self._bundle.graph("decoder"), {"latents": latents})
+    def decode(self, latents: Array, decoding: Decoding) -> dict[str, Array]:
+        """Return a decoder's outputs for the latents of one image [1, C, h, w]."""
+        graph = self._bundle.graph(decoding.graph)
+
+        def decode(latents: Array) -> dict[str, Array]:
+            return self.run(graph, {"latents": latents})
+
+        return decode(latents) if decoding.tile is None else decoded_in_tiles(latents, decoding.tile, decode)
+
+    def preview(self, latents: Array, decoding: Decoding) -> Array:
+        """Return the picture [H, W, 3] of latents [1, C, h, w] on their way, by the tiny decoder where there is one."""
+        if self._bundle.has_graph(GRAPHS["tiny"]):
+            decoding = replace(decoding, graph=GRAPHS["tiny"])
+        picture: Array = self.decode(latents, decoding)["image"][0]
+        return picture
 
     def run(self, graph: GraphInfo, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Run a graph on host arrays and return its outputs on the host."""

@@ -10,7 +10,7 @@ from PIL import Image
 from ...engines.device import Array
 from ...engines.errors import EngineError
 from ..drawing import PICTURES
-from ..finite import NOT_FINITE
+from ..finite import NOT_FINITE, check_pixels
 from .encode import Encoder
 from .events import Drawn, Event, Previewed
 from .job import Job
@@ -27,9 +27,8 @@ def output_of(job: Job, latents: Array, encoder: Encoder, tally: Tally) -> Array
     if job.call.output_type == "latent":
         return latents[0]
     began = time.perf_counter()
-    decoded = encoder.decode(latents)
-    if not np.isfinite(decoded["pixels"]).all():
-        raise EngineError(NOT_FINITE.format(stage="decoder", what="pixels"))
+    decoded = encoder.decode(latents, job.decoding)
+    check_pixels(decoded["pixels"])
     seconds = time.perf_counter() - began
     job.finished.timings.decode += seconds
     tally.tell("decoded", seconds)

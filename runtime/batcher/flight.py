@@ -15,7 +15,6 @@ from ...engines.device import Event
 from ...engines.engine import Shapes
 from ...engines.errors import EngineError, LatentRTError
 from ...engines.host import HostDevice
-from ..drawing import PICTURES
 from ..loop.denoise import Mode
 from ..loop.session import Session
 from ..loop.shared import Key
@@ -233,7 +232,7 @@ class Flight:
         if job.future.cancelled():
             return
         try:
-            output = self._shared.encoder.decode(latents)[PICTURES["pil"]][0]
+            output = self._shared.encoder.preview(latents, job.decoding)
         except LatentRTError as error:
             log.warning("a preview was left out: %s", str(error))
             return

@@ -13,6 +13,7 @@ from typing import Any
 from ...engines.errors import RequestError
 from ..batches import Arrays, Batch
 from ..call import Call
+from ..loop.decoding import NO_WHOLE, Decoding
 from ..loop.guidance import wide_rows
 from ..loop.inputs import InitialImage, go_on
 from ..pipeline import Pipeline
@@ -80,6 +81,8 @@ class Job:
     previews: Mapping[int, int] = field(default_factory=dict)
     """Numbers of previews by the evaluations after which they are shown."""
     listener: Listener | None = None
+    decoding: Decoding = field(init=False)
+    """How its latents become pictures."""
     future: BatchFuture = field(init=False)
     images: list[Image] = field(default_factory=list)
     finished_images: set[int] = field(default_factory=set)
@@ -135,6 +138,7 @@ class Job:
         fit = fit_of(bundle, inputs, (channels, height, width), table)
         due = None if timeout is None else began + timeout
         job = cls(pipe, call, table, fit, finished, began, due, listener=listener, _prompts=prompts, _lengths=lengths)
+        job.decoding = call.decodings[0]
         job.future = BatchFuture(request, finished.seeds, lambda: progress(job))
         branches = len(request.weights(pipe._manifest.guidance))
         candidate = Candidate(began, branches + table.skips, len(table), guided=wide_rows(table, branches))
@@ -145,6 +149,12 @@ class Job:
         job._blank = {name: array[:1] for name, array in inputs.items()}, arrays
         job._early = call.pictures is None and conditioning is None
         return job
+
+    def decode_as(self, decoding: Decoding) -> None:
+        """Choose how its latents become pictures, and note it where that is not the first that was asked for."""
+        self.decoding = decoding
+        if decoding != self.call.decodings[0]:
+            self.finished.warn(NO_WHOLE.format(self.call.request.width, self.call.request.height))
 
     def blank_row(self) -> Arrays:
         """Return arrays of the shapes of one network row's inputs, and of those of one image in the loop."""
@@ -200,7 +210,7 @@ class Job:
         for image in self.images:
             inputs, arrays = batches.arrays(
                 call.request,
-                Batch(image.index, [call.request.images[image.index]], 1, self._lengths),
+                Batch(image.index, [call.request.images[image.index]], 1, self._lengths, self.decoding),
                 table,
                 initial,
                 self.finished,

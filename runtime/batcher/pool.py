@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 
 from ...engines.errors import BundleError, DeadlineError, EngineError, StorageError
+from ..loop.decoding import Decoding
 from .flight import Flight, Shared, StepFailed
 from .job import Image, Job
 from .policy import StepTimes, decide
@@ -23,6 +24,8 @@ class Pool:
         self.fit = fit
         self.waiting: list[Image] = []
         """Images without a slot, also those that had one."""
+        self.decodings: set[Decoding] = set()
+        """How latents have become pictures: those have their engines."""
         self.times = StepTimes(shared.buckets)
         self.steps = 0
         """Steps that were enqueued."""

@@ -90,6 +90,7 @@ class Queue:
         self.check(job)
         pool = self.pool(job.fit)
         pool.waiting += job.images
+        pool.decodings.add(job.decoding)
         self.jobs[id(job)] = job
 
     def check(self, job: Job) -> None:

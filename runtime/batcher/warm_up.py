@@ -10,6 +10,7 @@ import numpy as np
 from ...engines.engine import Shapes
 from ...engines.errors import MissingPlanError, RequestError
 from ...engines.progress import Progress
+from ..loop.decoding import Decoding
 from ..loop.wiring import wired_shapes
 from .encode import Encoder
 from .flight import Shared, slot_shapes
@@ -36,7 +37,7 @@ def warm_up(pool: Pool, job: Job, encoder: Encoder, pictures: bool, progress: Pr
         image = job.images[0]
         assert image.prepared is not None
         encoder.conditioning(image.prepared.inputs)
-        encoder.decode(np.zeros((1, *pool.fit.latents), np.float32))
+        encoder.decode(np.zeros((1, *pool.fit.latents), np.float32), job.decoding)
         report("encoder of pictures", 1)
         if pictures and session.bundle.has_graph("image_encoder"):
             session.encode_picture(np.zeros((1, request.height or 0, request.width or 0, 3), np.uint8))
@@ -55,21 +56,30 @@ def _report(progress: Progress, size: str, total: int, what: str, done: int) -> 
 
 
 def check_engines(job: Job, shared: Shared, sizes: Sequence[str]) -> None:
-    """Raise `RequestError` for a request whose engines would have to be built, with the sizes that have theirs."""
-    request, session = job.call.request, shared.session
-    try:
-        session.backend.prepare(session.bundle, engine_shapes(job, shared, job.call.pictures is not None), build=False)
-    except MissingPlanError as error:
-        raise RequestError(
-            f"{request.width}x{request.height} has no engines, and none are built for a request: "
-            f"the sizes here are {', '.join(sizes) or 'none yet'}; {error}"
-        ) from error
+    """Raise `RequestError` for a request whose engines would have to be built, with the sizes that have theirs.
+
+    It is decoded in the first way that there are engines for.
+    """
+    request, session, missing = job.call.request, shared.session, None
+    for decoding in job.call.decodings:
+        shapes = engine_shapes(job, shared, job.call.pictures is not None, decoding)
+        try:
+            session.backend.prepare(session.bundle, shapes, build=False)
+        except MissingPlanError as error:
+            missing = missing or error
+        else:
+            job.decode_as(decoding)
+            return
+    raise RequestError(
+        f"{request.width}x{request.height} has no engines, and none are built for a request: "
+        f"the sizes here are {', '.join(sizes) or 'none yet'}; {missing}"
+    ) from missing
 
 
-def engine_shapes(job: Job, shared: Shared, pictures: bool) -> dict[str, list[Shapes]]:
+def engine_shapes(job: Job, shared: Shared, pictures: bool, decoding: Decoding) -> dict[str, list[Shapes]]:
     """Return the input shapes of all engines that requests like one need in a batcher, by graph."""
     bundle, request = shared.session.bundle, job.call.request
-    shapes = {name: [each] for name, each in wired_shapes(bundle, *job.blank_row()).items()}
+    shapes = {name: [each] for name, each in wired_shapes(bundle, *job.blank_row(), decoding).items()}
     shapes |= slot_shapes(shared, job.fit)
     if pictures and bundle.has_graph("image_encoder"):
         sides = request.height or 0, request.width or 0

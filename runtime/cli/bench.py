@@ -60,7 +60,10 @@ def run(
     rounds: Annotated[int | None, typer.Option("--rounds", min=1, help="Measured requests of each.")] = None,
     warmup: Annotated[int, typer.Option("--warmup", min=1, help="Requests before them.")] = 2,
     lossy: Annotated[
-        bool, typer.Option("--lossy", help="Also modes of latentrt that are not exact: forecasts, guidance in part.")
+        bool,
+        typer.Option(
+            "--lossy", help="Also modes of latentrt that are not exact: forecasts, guidance in part, other decoders."
+        ),
     ] = False,
     pictures: Annotated[
         int | None,

@@ -72,6 +72,10 @@ def export(
             "--textual-inversion", metavar="[TOKEN=]FILE", help="File with a learned word to add; may be repeated."
         ),
     ] = None,
+    tiny_decoder: Annotated[
+        str | None,
+        typer.Option(help="Tiny autoencoder (TAESD) for `generate --decoder tiny`: diffusers folder or hub id."),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")] = False,
 ) -> None:
     """Turn a checkpoint into a bundle of ONNX graphs (needs the export extra)."""
@@ -95,6 +99,7 @@ def export(
             guidance_scale=guidance,
             skip_layers=numbers("--skip-layers", skip_layers, int),
             textual_inversion=textual_inversion or (),
+            tiny_decoder=tiny_decoder,
             progress=progress,
         )
     typer.echo(f"{path}: {readable_size(sum(f.size for f in Bundle.open(path).manifest.files.values()))}")
@@ -127,6 +132,8 @@ def _lines(bundle: Bundle) -> list[str]:
     replaced = manifest.source.get("replaced")
     for component, origin in replaced.items() if isinstance(replaced, dict) else ():
         source += f", {component} of {origin.get('name') if isinstance(origin, dict) else origin}"
+    if isinstance(tiny := manifest.source.get("tiny_decoder"), dict):
+        source += f", tiny decoder of {tiny.get('name')}"
     lines = [
         f"{bundle.path}: {manifest.family}, {manifest.precision}, from {source}",
         f"  size {latent.default_width}x{latent.default_height}, multiples of {latent.size_multiple};"
@@ -200,6 +207,9 @@ def verify(
     vae: Annotated[str | None, typer.Option(help="The VAE that the bundle was exported with: as for export.")] = None,
     variant: Annotated[str | None, typer.Option(help="Variant of the checkpoint's weights.")] = None,
     base: Annotated[str | None, typer.Option(help="Folder or hub id with the rest, for a denoiser alone.")] = None,
+    tiny_decoder: Annotated[
+        str | None, typer.Option(help="The tiny autoencoder that the bundle was exported with: as for export.")
+    ] = None,
     any_checkpoint: Annotated[
         bool, typer.Option("--any-checkpoint", help="Compare although the bundle came from another checkpoint.")
     ] = False,
@@ -217,7 +227,7 @@ def verify(
     }
     lossy = {name: value for name, value in lossy.items() if value is not None}
     checkpoint: dict[str, Any] = {"tokenizer": tokenizer, "prediction_type": prediction_type, "vae": vae}
-    checkpoint |= {"variant": variant, "base": base, "any_checkpoint": any_checkpoint}
+    checkpoint |= {"variant": variant, "base": base, "tiny_decoder": tiny_decoder, "any_checkpoint": any_checkpoint}
     if against is None or (Path(against) / "manifest.json").is_file():
         if given := next((name for name, value in checkpoint.items() if value), None):
             raise RequestError(f"--{given.replace('_', '-')} is about a checkpoint: give the checkpoint with --against")

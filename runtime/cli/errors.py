@@ -47,6 +47,8 @@ SUBJECTS = {
     "width": "the width of --size",
     "height": "the height of --size",
     "sampler": "--sampler",
+    "decoder": "--decoder",
+    "tiled": "--tiled",
     "tokenizer": "--tokenizer",
     "variant": "--variant",
 }

@@ -83,6 +83,16 @@ def generate(
     skip_layer_interval: Annotated[
         str, typer.Option("--skip-layer-interval", help="The shares of the steps between which to do so.")
     ] = "0.01,0.2",
+    decoder: Annotated[
+        str, typer.Option("--decoder", help="Decoder: full, or the tiny one that a bundle may have; not exact.")
+    ] = "full",
+    tiled: Annotated[
+        bool | None,
+        typer.Option(
+            "--tiled/--no-tiled",
+            help="Decode a large picture in tiles, in less memory; not exact (default: only where it must be).",
+        ),
+    ] = None,
     size: Annotated[str | None, typer.Option("--size", metavar="WxH", help="Picture size in pixels.")] = None,
     count: Annotated[int, typer.Option("--count", "-c", help="Pictures per prompt.")] = 1,
     init_image: Annotated[Path | None, typer.Option("--init-image", help="Picture to start from.")] = None,
@@ -143,6 +153,8 @@ def generate(
         "skip_layer_guidance_scale": skip_layer_scale,
         "skip_layer_guidance_start": interval[0],
         "skip_layer_guidance_stop": interval[1],
+        "decoder": decoder,  # type: ignore[typeddict-item]
+        "tiled": tiled,
         "image": init_image,
         "mask_image": mask,
         "padding_mask_crop": padding,

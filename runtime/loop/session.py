@@ -9,19 +9,19 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
-import numpy as np
-
 from ...engines.backends import Backend
-from ...engines.bundle import Bundle, GraphInfo, Stage
+from ...engines.bundle import Bundle, GraphInfo
 from ...engines.device import Array
 from ...engines.engine import Engine, Shapes
 from ...engines.errors import EngineError, RequestError
 from ...engines.progress import Progress, silent
 from ..prompt.cache import PromptCache
+from .decoding import GRAPHS, WHOLE, Decoding
 from .denoise import OpenEngine
 from .shared import Key, SharedEngines
+from .single import SingleGraphs
 from .wiring import wired_shapes
-from .workspace import Workspace, run_once
+from .workspace import Workspace
 
 MAX_WORKSPACES = 4
 """Request shapes whose buffers, engines and captured graphs are kept; the least recently used goes first."""
@@ -30,7 +30,7 @@ PART_OF_FREE_MEMORY = 3 / 4
 """How much of a GPU's free memory a session may fill by default; the rest is for the next shape to open in."""
 
 
-class Session:
+class Session(SingleGraphs):
     """A bundle open on a backend. One request runs at a time, on all sessions of a backend: others wait their turn."""
 
     def __init__(
@@ -66,7 +66,8 @@ class Session:
         self._busy = self._closed = False
         self._process = os.getpid()
         _SESSIONS.add(self)
-        graphs = [graph for graph in bundle.manifest.graphs if graph.stage != "image"]  # most start from noise
+        # most requests start from noise, and end in the full decoder
+        graphs = [g for g in bundle.manifest.graphs if g.stage != "image" and g.name != GRAPHS["tiny"]]
         try:
             self._budget = _default_budget(backend) if memory_budget is None else memory_budget
             for number, graph in enumerate(graphs if backend.dynamic and not low_memory else []):
@@ -116,83 +117,41 @@ class Session:
         """Bytes of the device's memory that have gone to this process since the session was opened."""
         return self.backend.device.bytes_taken() - self._taken_before
 
-    def decode(self, latents: Array) -> Array:
-        """Return the pictures [B, H, W, 3] of latents, on the decoder of a kept workspace where one takes them."""
-        fewer = not self.backend.dynamic  # a smaller batch costs a static backend a plan, and others less time
-        for workspace in () if self.low_memory else reversed(self._workspaces.values()):
-            batch, *rest = workspace.loop.latents(0).shape
-            if latents.shape[1:] == tuple(rest) and (len(latents) == batch or (fewer and 0 < len(latents) < batch)):
-                return workspace.preview(latents, self.stream)
-        return self._run("decoder", {"latents": latents})["image"]
-
-    def encode_picture(self, pixels: Array, mask: Array | None = None) -> dict[str, Array]:
-        """Return the latent moments of a picture [1, H, W, 3]; the encoder stays bound while a workspace uses it.
-
-        Where `mask` [1, H, W] is true the picture is gray, for an encoder that reads what is kept of it.
-        """
-        inputs = {"image": pixels}
-        if "kept" in (spec.name for spec in self.bundle.graph("image_encoder").inputs):
-            kept = np.ones(pixels.shape[:3], np.float32) if mask is None else ~mask
-            inputs["kept"] = kept[..., None].astype(np.float32)
-        return self._run_bound("image_encoder", inputs)
-
-    def encode_prompt(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """Return, on the host, what later graphs read of the stage "prompt" for token ids and numbers [n, ...]."""
-        if (known := self.prompts.get(inputs)) is not None:
-            return dict(known)
-        tensors = dict(inputs)
-        for graph in self.bundle.manifest.graphs:
-            if graph.stage == "prompt":
-                tensors |= self._run_bound(graph.name, {spec.name: tensors[spec.name] for spec in graph.inputs})
-        self.prompts.put(inputs, tensors)
-        return {name: tensors[name] for name in self.prompts.names}
-
-    def _run_bound(self, name: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """Run one graph on host arrays; it stays bound while the running request's workspace is kept."""
-        if self.low_memory:
-            return self._run(name, inputs)
-        bound, keys = self._shared.bound(self.bundle.graph(name), inputs)
-        self._wanted |= keys
-        return bound.run(inputs, self.stream)
-
-    def _run(self, name: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """Run one graph on host arrays, bound for this once, and return its outputs on the host."""
-        graph = self.bundle.graph(name)
-        try:
-            engine = self._shared.engine(graph, {name: array.shape for name, array in inputs.items()})
-            return run_once(self.backend.device, engine, graph, inputs, self.stream)
-        finally:
-            if self.low_memory:
-                self.release(graph.stage)
-
-    def keeps(self, inputs: Mapping[str, Array], arrays: Mapping[str, Array]) -> bool:
+    def keeps(self, inputs: Mapping[str, Array], arrays: Mapping[str, Array], decoding: Decoding = WHOLE) -> bool:
         """Tell whether there is a workspace of a request's shapes."""
-        return _key(inputs, arrays) in self._workspaces
+        return _key(inputs, arrays, decoding) in self._workspaces
 
     def prepare(
-        self, inputs: Mapping[str, Array], arrays: Mapping[str, Array], picture: tuple[int, ...] | None = None
+        self,
+        inputs: Mapping[str, Array],
+        arrays: Mapping[str, Array],
+        picture: tuple[int, ...] | None = None,
+        decoding: Decoding = WHOLE,
     ) -> None:
         """Build the engines that a request of these shapes lacks, with an initial picture [1, H, W, 3] or without.
 
         Raises `MissingPlanError` where the backend builds none.
         """
-        shapes = {} if self.keeps(inputs, arrays) else wired_shapes(self.bundle, inputs, arrays)
+        kept = self.keeps(inputs, arrays, decoding)
+        shapes = {} if kept else wired_shapes(self.bundle, inputs, arrays, decoding)
         if picture is not None:
             specs = self.bundle.graph("image_encoder").inputs
             shapes["image_encoder"] = {spec.name: (*picture[:3], int(spec.shape[3])) for spec in specs}
         if shapes:
             self.backend.prepare(self.bundle, shapes)
 
-    def workspace(self, inputs: Mapping[str, Array], arrays: Mapping[str, Array]) -> Workspace:
+    def workspace(
+        self, inputs: Mapping[str, Array], arrays: Mapping[str, Array], decoding: Decoding = WHOLE
+    ) -> Workspace:
         """Return the workspace of a request's shapes: the one that is kept, or a new one."""
-        key, wanted = _key(inputs, arrays), self._wanted
+        key, wanted = _key(inputs, arrays, decoding), self._wanted
         if key in self._workspaces:
             self._workspaces.move_to_end(key)
         else:
             own: set[Key] = set()
             if not self.backend.dynamic:
-                self.prepare(inputs, arrays)  # before anything is let go of for it
-                shapes = wired_shapes(self.bundle, inputs, arrays)
+                self.prepare(inputs, arrays, decoding=decoding)  # before anything is let go of for it
+                shapes = wired_shapes(self.bundle, inputs, arrays, decoding)
                 own = {self._shared.key(self.bundle.graph(name), each) for name, each in shapes.items()}
             self._wanted = wanted | own
             self._shrink(self.kept - 1, 0)
@@ -202,7 +161,7 @@ class Session:
                 own.add(self._shared.key(graph, shapes))
                 return self._shared.engine(graph, shapes)
 
-            workspace = Workspace(self.backend.device, self.bundle, engine, inputs, arrays, release)
+            workspace = Workspace(self.backend.device, self.bundle, engine, inputs, arrays, release, decoding)
             workspace.uses = own
             self._workspaces[key] = workspace
         self._workspaces[key].uses |= wanted
@@ -254,10 +213,6 @@ class Session:
         finally:
             self.kept = max(before, len(self._workspaces))
 
-    def release(self, stage: Stage) -> None:
-        """Close the engines of a stage."""
-        self._shared.release({graph.name for graph in self.bundle.manifest.graphs if graph.stage == stage})
-
     def close(self) -> None:
         """Free all engines and memory once a running request is done; calling it again does nothing.
 
@@ -276,8 +231,8 @@ class Session:
                     closing.callback(self._workspaces.popitem()[1].close)
 
 
-def _key(inputs: Mapping[str, Array], arrays: Mapping[str, Array]) -> Key:
-    return "workspace", tuple((name, array.shape) for name, array in {**inputs, **arrays}.items())
+def _key(inputs: Mapping[str, Array], arrays: Mapping[str, Array], decoding: Decoding) -> Key:
+    return "workspace", (decoding, *((name, array.shape) for name, array in {**inputs, **arrays}.items()))
 
 
 def _default_budget(backend: Backend) -> int | None:

@@ -8,6 +8,7 @@ from ...engines.bundle import Bundle, GraphInfo
 from ...engines.device import Array, Tensor
 from ...engines.engine import BoundEngine, Shapes
 from ...engines.host import HostDevice
+from .decoding import WHOLE, Decoding
 from .workspace import Workspace
 
 
@@ -29,13 +30,17 @@ class Notes:
         """Do nothing."""
 
 
-def wired_shapes(bundle: Bundle, inputs: Mapping[str, Array], arrays: Mapping[str, Array]) -> dict[str, Shapes]:
-    """Return the input shapes of every graph that a workspace of these arrays opens, by graph."""
+def wired_shapes(
+    bundle: Bundle, inputs: Mapping[str, Array], arrays: Mapping[str, Array], decoding: Decoding = WHOLE
+) -> dict[str, Shapes]:
+    """Return the input shapes of every graph that a workspace of these arrays opens, by graph, and of its tiles."""
     shapes: dict[str, Shapes] = {}
 
     def open_engine(graph: GraphInfo, wanted: Shapes) -> Notes:
         shapes[graph.name] = {name: tuple(shape) for name, shape in wanted.items()}
         return Notes(graph)
 
-    Workspace(HostDevice(), bundle, open_engine, inputs, arrays).close()
+    Workspace(HostDevice(), bundle, open_engine, inputs, arrays, decoding=decoding).close()
+    if decoding.tile is not None:
+        shapes[decoding.graph] = {"latents": (1, arrays["latents"].shape[1], *decoding.tile)}
     return shapes

@@ -14,6 +14,7 @@ from ...engines.bundle import STAGES, Bundle, GraphInfo, Stage, TensorInfo
 from ...engines.device import Array, Device, Event, Stream, Tensor
 from ...engines.engine import BoundEngine, Engine, shape_of, solve_sizes
 from ...engines.errors import BundleError, EngineError
+from .decoding import WHOLE, Decoding
 from .denoise import CapturedWork, DenoiseLoop, Mode, OpenEngine, allocate, allocate_like, shapes_of
 
 Release = Callable[[Stage], None]
@@ -103,8 +104,12 @@ class Workspace:
         inputs: Mapping[str, Array],
         arrays: Mapping[str, Array],
         release: Release | None = None,
+        decoding: Decoding = WHOLE,
     ) -> None:
-        """Allocate all tensors and, unless engines are released after each stage, bind them."""
+        """Allocate all tensors and, unless engines are released after each stage, bind them.
+
+        Pictures in tiles are decoded elsewhere, from the latents that a run without `decode` leaves.
+        """
         self._device, self._bundle, self._open, self._release = device, bundle, open_engine, release
         prompt_graphs = [graph for graph in bundle.manifest.graphs if graph.stage == "prompt"]
         # what is given in place of all that a graph writes is not computed
@@ -116,7 +121,10 @@ class Workspace:
         self._requests = CapturedWork()
         self.uses: set[Any] = set()
         """Keys of what it shares with other workspaces."""
-        denoiser, decoder = bundle.graph("denoiser"), bundle.graph("decoder")
+        denoiser = bundle.graph("denoiser")
+        self.decoding = decoding
+        self._decoder = None if decoding.tile else bundle.graph(decoding.graph)
+        self.pictures: dict[str, Tensor] = {}
         with ExitStack() as memory:
             self._tensors = allocate_like(device, inputs, memory)
             for graph in self._prompt_graphs:
@@ -124,7 +132,8 @@ class Workspace:
             conditioning = self._inputs(denoiser, [spec for spec in denoiser.inputs if spec.name not in arrays])
             self.loop = DenoiseLoop(device, denoiser, arrays, conditioning)
             memory.callback(self.loop.close)
-            self.pictures = allocate_outputs(device, decoder, {"latents": self.loop.latents(0)}, memory)
+            if self._decoder is not None:
+                self.pictures = allocate_outputs(device, self._decoder, {"latents": self.loop.latents(0)}, memory)
             memory.callback(self._unbind)  # runs first: what is bound goes before its memory
             if release is None:
                 self._bind_prompt()
@@ -228,11 +237,13 @@ class Workspace:
         self.loop.bind(self._open, self._bundle.graph("denoiser"), self._bundle.graph("step"))
 
     def _bind_decoder(self) -> None:
-        graph, bound = self._bundle.graph("decoder"), []
-        for parity in (0, 1) if not self._decoders else ():
+        if (graph := self._decoder) is None or self._decoders:
+            return
+        bound = []
+        for parity in (0, 1):
             inputs = {"latents": self.loop.latents(parity)}
             bound.append(self._open(graph, shapes_of(inputs)).bind({**inputs, **self.pictures}))
-        self._decoders = self._decoders or bound
+        self._decoders = bound
 
     def _done(self, name: str, stage: Stage, trace: Trace, stream: Stream) -> None:
         """Note the end of a stage, and let go of its engines when they are not to stay."""

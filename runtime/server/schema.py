@@ -49,6 +49,8 @@ class Generation(BaseModel):
     skip_layer_guidance_scale: Number | None = None
     skip_layer_guidance_start: Number | None = None
     skip_layer_guidance_stop: Number | None = None
+    decoder: Annotated[Literal["full", "tiny"] | None, Field(description="The bundle's own, or its small one.")] = None
+    tiled: Annotated[bool | None, Field(description="Decode a large picture in tiles.")] = None
     true_cfg_scale: Number | None = None
     sampler: Annotated[str | None, Field(max_length=200)] = None
     eta: Number | None = None
@@ -107,7 +109,7 @@ PASSED = (
     *("negative_prompt", "prompt_2", "prompt_3", "negative_prompt_2", "negative_prompt_3", "prompt_syntax"),
     *("num_inference_steps", "timesteps", "sigmas", "guidance_scale", "true_cfg_scale", "sampler", "eta"),
     *("guidance_interval", "guidance_reuse", "skip_guidance_layers", "skip_layer_guidance_scale"),
-    *("skip_layer_guidance_start", "skip_layer_guidance_stop"),
+    *("skip_layer_guidance_start", "skip_layer_guidance_stop", "decoder", "tiled"),
     *("forecast", "seed", "clip_skip", "max_sequence_length", "strength", "padding_mask_crop"),
 )
 """Fields that are arguments of a pipeline's call as they are."""

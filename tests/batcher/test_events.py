@@ -88,11 +88,11 @@ def test_previews_come_at_even_distances(pipe: Pipeline, gate: Gate, previews: i
 def test_a_preview_that_cannot_be_decoded_is_left_out(batcher: Batcher, monkeypatch: pytest.MonkeyPatch) -> None:
     decode, calls = Encoder.decode, []
 
-    def broken(encoder: Encoder, latents: Any) -> Any:
+    def broken(encoder: Encoder, latents: Any, decoding: Any) -> Any:
         calls.append(latents)
         if len(calls) == 1:
             raise EngineError("the decoder had enough")
-        return decode(encoder, latents)
+        return decode(encoder, latents, decoding)
 
     monkeypatch.setattr(Encoder, "decode", broken)
     events: list[Event] = []

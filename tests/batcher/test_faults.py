@@ -18,6 +18,7 @@ from latentrt.runtime.batcher import Batcher
 from latentrt.runtime.batcher.encode import Encoder
 from latentrt.runtime.batcher.pool import Pool
 from latentrt.runtime.batcher.slots import Slots
+from latentrt.runtime.loop.decoding import Decoding
 
 from .conftest import Gate
 
@@ -137,8 +138,8 @@ def test_pixels_that_are_no_numbers_fail_one_request_alone(
 ) -> None:
     decode = Encoder.decode
 
-    def broken(encoder: Encoder, latents: Array) -> dict[str, Array]:
-        return {**decode(encoder, latents), "pixels": np.full((1, 64, 64, 3), np.nan, np.float32)}
+    def broken(encoder: Encoder, latents: Array, decoding: Decoding) -> dict[str, Array]:
+        return {**decode(encoder, latents, decoding), "pixels": np.full((1, 64, 64, 3), np.nan, np.float32)}
 
     monkeypatch.setattr(Encoder, "decode", broken)
     lost = batcher.submit(**{**ONE, "output_type": "pil"})

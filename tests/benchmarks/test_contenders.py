@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 from latentrt.benchmarks import contenders
 from latentrt.benchmarks.measure import workloads
+from latentrt.engines.bundle import Bundle
 from latentrt.engines.errors import RequestError
+from latentrt.export.embedded import ensure_bundle
 
 IN_BF16 = {"latentrt/openvino-bf16/step", "diffusers/eager-bf16", "diffusers/compile-bf16", "openvino/bf16"}
 
@@ -24,14 +26,24 @@ def test_modes_that_are_not_exact_are_measured_when_asked_for() -> None:
     exact = [each.name for each in contenders.choose("cpu", ["latentrt/onnxruntime-cpu/step", "diffusers/eager"])]
     assert exact[0] == "latentrt/onnxruntime-cpu/step" and not [name for name in exact if "+" in name]
     more = contenders.choose("cpu", ["latentrt/onnxruntime-cpu/step"], lossy=True)
-    assert [each.name.partition("+")[2] for each in more] == ["", "taylor", "spectrum", "guided-half", "guidance-kept"]
-    assert [contenders.is_exact(each.name) for each in more] == [True, *[False] * 4]
+    names = ["taylor", "spectrum", "guided-half", "guidance-kept", "tiny-decoder", "tiled"]
+    assert [each.name.partition("+")[2] for each in more] == ["", *names]
+    assert [contenders.is_exact(each.name) for each in more] == [True, *[False] * len(names)]
     assert more[1].title == "latentrt (onnxruntime-cpu, step, forecast taylor)"
 
 
 def test_bf16_is_not_exact_beside_what_was_asked_for() -> None:
     rounded = {each.name for each in contenders.candidates("cpu") if not contenders.is_exact(each.name)}
     assert {name for name in rounded if "+" not in name} == IN_BF16
+
+
+def test_decoders_that_a_bundle_lacks_and_tiles_that_are_the_picture_are_missing() -> None:
+    bundle = Bundle.open(ensure_bundle())
+    found = contenders.choose("cpu", ["latentrt/onnxruntime-cpu/step"], lossy=True)
+    for side, tiles in ((128, "128x128 fits in one tile"), (1024, None)):
+        missing = {c.name.partition("+")[2]: c.missing for c in contenders.of_bundle(found, bundle, side, side)}
+        assert missing["tiny-decoder"] == "the bundle has no tiny decoder" and missing["tiled"] == tiles
+        assert missing[""] is None and missing["taylor"] is None
 
 
 def test_a_whole_name_is_that_contender_alone() -> None:

@@ -9,6 +9,7 @@ SIZES = "runtime/sizes.py"
 FINITE = "runtime/finite.py"
 CALLBACKS = "runtime/callbacks.py"
 DRAWING = "runtime/drawing.py"
+DECODING = "runtime/loop/decoding.py"
 ARGUMENTS = "runtime/arguments.py"
 NUMBERS = "runtime/prompt/numbers.py"
 EMBEDDINGS = "runtime/prompt/embeddings.py"
@@ -42,7 +43,7 @@ RUNTIME: list[tuple[str, str, str, str]] = [
     ("strength dropped", DRAWING, ', "strength": request.strength', ""),
     ("eta dropped in silence", "runtime/call.py", "        if request.eta and not takes_eta:", "        if False:"),
     ("latents not checked for NaN", FINITE, "    if not np.isfinite(latents).all():", "    if False:"),
-    ("pixels not checked for NaN", FINITE, "        if not np.isfinite(pixels).all():", "        if False:"),
+    ("pixels not checked for NaN", FINITE, "    if not np.isfinite(pixels).all():", "    if False:"),
     ("on_batch pictures kept", PIPELINE, "                if keep_images:\n", "                if True:\n"),
     (
         "negative prompts last",
@@ -206,7 +207,10 @@ RUNTIME: list[tuple[str, str, str, str]] = [
     ),
     ("stop of the last request ends the next", PIPELINE, "len(table), False\n", "len(table), self._interrupt\n"),
     ("guidance changed in silence", DRAWING, "        if self._guidance_scale != before:", "        if False:"),
-    ("padding drawn", DRAWING, "output = last.read(stream)[:count]", "output = last.read(stream)"),
+    ("tiles without ramps", DECODING, "np.square(np.sin(np.pi / 2 * position))", "np.round(position)"),
+    ("tiles that share too little", DECODING, "OVERLAP, RAMP = 1 / 4, 1 / 8", "OVERLAP, RAMP = 1 / 64, 1 / 64"),
+    ("tiny decoder never", DECODING, '"tiny": "tiny_decoder"', '"tiny": "decoder"'),
+    ("padding drawn", DRAWING, "output = last.read(stream)[: len(batch.images)]", "output = last.read(stream)"),
     (
         "latents before the last step",
         DRAWING,

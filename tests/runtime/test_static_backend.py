@@ -22,8 +22,10 @@ from latentrt.engines.tensorrt import backend as tensorrt
 from latentrt.engines.tensorrt.backend import TensorRt
 from latentrt.engines.tensorrt.step import FREE
 from latentrt.runtime import Pipeline
+from latentrt.runtime.batcher import Batcher
 from latentrt.runtime.batches import Batches
 from latentrt.runtime.cli import run
+from latentrt.runtime.loop.decoding import NO_WHOLE
 from latentrt.runtime.loop.forecast import METHODS, folded, forecast_named
 from latentrt.runtime.loop.inputs import blank_arrays
 from latentrt.runtime.loop.wiring import wired_shapes
@@ -258,6 +260,30 @@ def test_where_building_is_forbidden_a_batch_runs_at_the_next_size_that_is_built
         with pytest.raises(MissingPlanError, match="--batch 4`"):
             draw(pipe, ["a"] * 4)
         assert len(pipe.session._workspaces) == 1
+
+
+def test_without_a_plan_for_the_whole_picture_it_is_decoded_in_tiles_and_says_so(
+    tiny_sd15_bundle: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    cache, bundle, wide = EngineCache(tmp_path), Bundle.open(tiny_sd15_bundle), {"width": 320}
+    with Pipeline(bundle, tensorrt_backend(monkeypatch, cache)) as pipe:
+        expected = draw(pipe, tiled=True, **wide)
+        assert loaded(pipe.backend)["decoder"] == 1  # type: ignore[arg-type]
+        with Batcher(pipe, slots=1) as batcher:
+            batcher.warm_up([(320, 32)], tiled=True)
+    request = {"output_type": "np", "seed": 1, **QUICK, **wide}
+    with Pipeline(bundle, tensorrt_backend(monkeypatch, cache, build=False)) as pipe:
+        results = [pipe("a", **request)]
+        with Batcher(pipe, slots=1, build=False) as batcher:
+            results.append(batcher.submit("a", **request).result(120))
+            with pytest.raises(RequestError, match=r"320x32 has no engines, .*no tensorrt plan of decoder fits"):
+                batcher.submit("a", **request, tiled=False)
+        for result in results:
+            assert np.abs(result.images - expected).max() <= 1 / 255
+            assert result.warnings == [NO_WHOLE.format(320, 32)]
+        assert not pipe("a", **request, tiled=True).warnings
+        with pytest.raises(MissingPlanError, match="no tensorrt plan of decoder fits"):
+            pipe("a", **request, tiled=False)
 
 
 def test_after_warming_up_a_request_makes_nothing_new(
