@@ -6,6 +6,7 @@ against them once, so the loop that the CPU tests run is the loop that a GPU run
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
@@ -49,6 +50,9 @@ class Tensor(Protocol):
     def rows(self, first: int, count: int) -> Tensor:
         """Return a part of the outermost axis as a tensor that owns no memory: use it while this one is open."""
 
+    def shaped(self, shape: tuple[int, ...]) -> Tensor:
+        """Return the same memory in another shape, as `rows` does."""
+
     def close(self) -> None:
         """Free the memory; calling it again does nothing."""
 
@@ -57,6 +61,12 @@ def check_rows(tensor: Tensor, first: int, count: int) -> None:
     """Raise `ShapeError` unless a tensor has `count` rows from `first` on."""
     if not tensor.shape or first < 0 or count < 1 or first + count > tensor.shape[0]:
         raise ShapeError(f"rows {first} to {first + count} of a tensor {list(tensor.shape)} were asked for")
+
+
+def check_shape(tensor: Tensor, shape: Sequence[int]) -> None:
+    """Raise `ShapeError` unless a shape has as many numbers as a tensor."""
+    if math.prod(shape) != math.prod(tensor.shape):
+        raise ShapeError(f"a tensor {list(tensor.shape)} was asked for in the shape {list(shape)}")
 
 
 def check_copy(target: Tensor, source: Tensor) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .device import Array, Event, Stream, Tensor, check_copy, check_rows
+from .device import Array, Event, Stream, Tensor, check_copy, check_rows, check_shape
 from .errors import EngineError, ShapeError
 
 
@@ -55,6 +55,11 @@ class HostTensor:
         """Return a part of the outermost axis, which owns no memory."""
         return HostRows(self, first, count)
 
+    def shaped(self, shape: tuple[int, ...]) -> HostRows:
+        """Return the same memory in another shape."""
+        check_shape(self, shape)
+        return HostRows(self, 0, self.shape[0], shape)
+
     def close(self) -> None:
         """Give the memory back; calling it again does nothing."""
         if self._device is not None:
@@ -64,12 +69,12 @@ class HostTensor:
 
 
 class HostRows(HostTensor):
-    """A part of another tensor's outermost axis."""
+    """A part of another tensor's outermost axis, in its shape or another."""
 
-    def __init__(self, whole: HostTensor, first: int, count: int) -> None:
+    def __init__(self, whole: HostTensor, first: int, count: int, shape: tuple[int, ...] | None = None) -> None:
         check_rows(whole, first, count)
-        self.shape, self.dtype = (count, *whole.shape[1:]), whole.dtype
-        self.array = whole.array[first : first + count]
+        self.shape, self.dtype = shape or (count, *whole.shape[1:]), whole.dtype
+        self.array = whole.array[first : first + count].reshape(self.shape)
         self.nbytes, self.pointer = self.array.nbytes, whole.pointer + first * (whole.nbytes // whole.shape[0])
         self._device = None
 

@@ -29,6 +29,7 @@ def export_checkpoint(
     skip_layers: Sequence[int] | None = None,
     textual_inversion: Sequence[str | Path] = (),
     tiny_decoder: str | Path | None = None,
+    hoist: bool = False,
     progress: Progress = silent,
 ) -> Path:
     """Turn a checkpoint into a bundle and return the bundle's folder.
@@ -43,7 +44,8 @@ def export_checkpoint(
     `skip_layers` are the layers of a Stable Diffusion 3 that requests may have skipped (default: 7, 8 and 9 of 3.5
     medium; of others none; `()` for none).
     `textual_inversion` are files with learned words, as `FILE` or `TOKEN=FILE`, that prompts may then use.
-    `tiny_decoder` is a folder or hub id of diffusers' `AutoencoderTiny`, which requests may then ask for. Safety
+    `tiny_decoder` is a folder or hub id of diffusers' `AutoencoderTiny`, which requests may then ask for. With `hoist`
+    what the denoiser computes from the prompt or the timesteps alone runs once for a request, not in every step. Safety
     checker and feature extractor are not part of a bundle. Nothing is left behind when an error is raised:
     `CheckpointError`, `UnsupportedModelError`, `ExportError`, `StorageError`, `RequestError` or `MissingExtraError`.
     """
@@ -70,5 +72,6 @@ def export_checkpoint(
         skip_layers=skip_layers,
         textual_inversion=textual_inversion,
         tiny_decoder=tiny_decoder,
+        hoist=hoist,
         progress=progress,
     )

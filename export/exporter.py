@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from importlib import metadata
 from math import inf
 from pathlib import Path
@@ -23,7 +24,6 @@ from ..engines.bundle import (
     Precision,
     ScheduleRule,
     SkippedLayers,
-    TensorInfo,
     TokenizerInfo,
     atomic_folder,
     describe_files,
@@ -33,6 +33,7 @@ from ..engines.bundle.references import write_reference
 from ..engines.errors import UnsupportedModelError
 from ..engines.files import sha256_of
 from ..engines.progress import Progress
+from ..runtime.loop.hoisted import MODULATION
 from ..runtime.sampling import check_scheduler
 from ..runtime.sampling.step_table import STEP_INPUTS, StepOption
 from .activations import HALF_LIMIT, largest_activation
@@ -44,10 +45,11 @@ from .checkpoints.tokenizer import write_tokenizer
 from .checkpoints.vae import with_tiny_decoder
 from .families import Family, family_named
 from .graph import Graph
-from .onnx_writer import OPSET, onnx_model, save_model
-from .parity import check_parity, native_case, record, reference_cases
+from .onnx_writer import onnx_model
+from .parity import check_parity, native_case, reference_cases
+from .passes.parts import outputs_of, with_references, write_parts, write_whole
 from .pieces import memory_given_back
-from .step_graph import step_graph
+from .step_graph import step_graph, tensor_info
 from .step_rows import limits, step_rows
 
 TOOLS = ("torch", "onnx", "onnxscript", "diffusers", "transformers")
@@ -81,6 +83,7 @@ def export(
     skip_layers: Sequence[int] | None,
     textual_inversion: Sequence[str | Path],
     tiny_decoder: str | Path | None,
+    hoist: bool,
     progress: Progress,
 ) -> Path:
     """Export a checkpoint; see `latentrt.export.export_checkpoint`."""
@@ -107,7 +110,7 @@ def export(
         graphs, stages = [], len(networks) + 2
         for number, name in enumerate(networks, start=1):
             progress(name.replace("_", " "), number, stages)
-            graphs.append(write_network(family, checkpoint, lengths, name, folder, precision))
+            graphs += write_network(family, checkpoint, lengths, name, folder, precision, hoist=hoist)
         graphs.append(write_step_graph(folder, precision, latent.channels, options))
         progress("hashing", stages - 1, stages)
         write_manifest(
@@ -137,9 +140,19 @@ def export(
 
 
 def write_network(
-    family: Family, checkpoint: Checkpoint, lengths: Mapping[str, int], name: str, folder: Path, precision: Precision
-) -> GraphInfo:
-    """Export one network of a checkpoint; `lengths` are the tokens of a prompt, for each tokenizer."""
+    family: Family,
+    checkpoint: Checkpoint,
+    lengths: Mapping[str, int],
+    name: str,
+    folder: Path,
+    precision: Precision,
+    *,
+    hoist: bool = False,
+) -> list[GraphInfo]:
+    """Export one network of a checkpoint; `lengths` are the tokens of a prompt, for each tokenizer.
+
+    With `hoist` a denoiser becomes several graphs, of which each step runs as few as it can.
+    """
 
     def alike(precision: Precision, few: bool) -> Graph:
         like, layers = (checkpoint.shallow(), LAYERS_OF_A_STACK) if few else (checkpoint, None)
@@ -148,9 +161,10 @@ def write_network(
     latent = family.latent(checkpoint)
     cells = (latent.default_height // latent.downscale, latent.default_width // latent.downscale)
     with memory_given_back():
-        info = write_graph(family.graphs(checkpoint, precision, lengths)[name], folder, precision, cells, alike)
+        build = family.graphs(checkpoint, precision, lengths)[name]
+        infos = write_graph(build, folder, precision, cells, alike, hoist=hoist and name == "denoiser")
         checkpoint.close()
-    return info
+    return infos
 
 
 def write_tokenizers(
@@ -179,8 +193,10 @@ def write_graph(
     precision: Precision,
     cells: tuple[int, int],
     alike: Callable[[Precision, bool], Graph] | None = None,
-) -> GraphInfo:
-    """Export one graph into `folder`, check it against its module, and describe it.
+    *,
+    hoist: bool = False,
+) -> list[GraphInfo]:
+    """Export one graph into `folder`, check it against its module, and describe it, or with `hoist` its parts.
 
     Reference rows are recorded at a small size and at `cells`, the latent height and width of the default picture.
     `alike` builds the graph in another precision, of all layers or of the first and the last alone: what is checked
@@ -198,25 +214,17 @@ def write_graph(
     if precision != "fp32":
         graph.module.to(TORCH_DTYPES_INSIDE[precision])
     kinds = {"small": cases[-1]} if native is None else {"small": cases[-1], "native": native}
-    references = record(graph, folder, kinds)
-    files = save_model(onnx_model(graph), folder / f"{graph.name}.onnx")
-    if alike is not None and (precision == "bf16" or size > MOST_AT_FULL_SIZE):
-        parity = _parity_of(alike("fp32" if precision == "bf16" else precision, size > MOST_AT_FULL_SIZE), precision)
+    parts = (write_parts if hoist else write_whole)(graph, onnx_model(graph), folder, precision)
+    runs_here = alike is None or (precision != "bf16" and size <= MOST_AT_FULL_SIZE)
+    if runs_here:
+        parity = check_parity(graph.name, partial(outputs_of, parts, folder), cases, precision)
     else:
-        parity = check_parity(graph.name, files[0], cases, precision)
+        assert alike is not None
+        parity = _parity_of(alike("fp32" if precision == "bf16" else precision, size > MOST_AT_FULL_SIZE), precision)
+    if runs_here or not hoist:
+        parts = with_references(parts, folder, kinds)
     log.info("%s: relative error %.2g against its module", graph.name, parity.relative_error)
-    return GraphInfo(
-        name=graph.name,
-        stage=graph.stage,
-        files=tuple(file.name for file in files),
-        inputs=graph.inputs,
-        outputs=graph.outputs,
-        opset=OPSET,
-        precision=precision,
-        parity=parity,
-        references=references,
-        limits=dict(graph.limits),
-    )
+    return [part if part.name == MODULATION else part.model_copy(update={"parity": parity}) for part in parts]
 
 
 def _parity_of(graph: Graph, precision: Precision) -> Parity:
@@ -225,8 +233,9 @@ def _parity_of(graph: Graph, precision: Precision) -> Parity:
     if precision == "fp16":
         graph.module.half()
     with TemporaryDirectory() as folder:
-        files = save_model(onnx_model(graph), Path(folder) / f"{graph.name}.onnx")
-        parity = check_parity(graph.name, files[0], cases, "fp32" if precision == "bf16" else precision)
+        precision = "fp32" if precision == "bf16" else precision
+        parts = write_whole(graph, onnx_model(graph), Path(folder), precision)
+        parity = check_parity(graph.name, partial(outputs_of, parts, Path(folder)), cases, precision)
     return parity.model_copy(update={"layers": graph.layers})
 
 
@@ -254,7 +263,7 @@ def write_step_graph(
     """Write the graph that applies the step table; it comes from no module."""
     model = step_graph(precision, channels, options)
     onnx.save(model, folder / "step.onnx")
-    inputs, outputs = tuple(map(_tensor_info, model.graph.input)), tuple(map(_tensor_info, model.graph.output))
+    inputs, outputs = tuple(map(tensor_info, model.graph.input)), tuple(map(tensor_info, model.graph.output))
     rows = step_rows(precision, channels, options)
     return GraphInfo(
         name="step",
@@ -266,12 +275,6 @@ def write_step_graph(
         references=(write_reference(folder, "step", inputs + outputs, rows),),
         limits=limits(options),
     )
-
-
-def _tensor_info(value: onnx.ValueInfoProto) -> TensorInfo:
-    tensor = value.type.tensor_type
-    dtype: Any = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name
-    return TensorInfo(name=value.name, dtype=dtype, shape=tuple(d.dim_param or d.dim_value for d in tensor.shape.dim))
 
 
 def _provenance(checkpoint: Checkpoint, words: Sequence[LearnedWord]) -> dict[str, Any]:

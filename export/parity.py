@@ -6,19 +6,16 @@ What the module gives for a few rows goes into the bundle, so that every engine 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
 
-from ..engines.bundle import Parity, Precision, ReferenceInfo
-from ..engines.bundle.references import write_reference
+from ..engines.bundle import Parity, Precision
 from ..engines.errors import ExportError, reason
 from .checkpoints.streamed import filled
 from .compare import EXPORT_BOUND, TensorReport, compare
 from .graph import Graph, split_size
-from .pieces import run_in_pieces
 
 CHECK_SIZES = (((1, 16, 8), 2), ((4, 9, 13), 1))
 """Batch, latent height and latent width of the two checks, and how many times the usual tokens: even and odd, none as
@@ -30,6 +27,8 @@ LARGE_ROW = 1 << 20
 """Bytes of a row, all its inputs and outputs, above which one is recorded: a picture with its pixels in float32."""
 
 Case = tuple[dict[str, torch.Tensor], list[np.ndarray]]
+Run = Callable[[Sequence[Mapping[str, np.ndarray]]], list[list[np.ndarray]]]
+"""Computes what an exported graph gives for inputs by name."""
 
 
 def reference_cases(graph: Graph) -> list[Case]:
@@ -51,16 +50,6 @@ def native_case(graph: Graph, cells: tuple[int, int]) -> Case | None:
     return _case(graph, [1 if row > LARGE_ROW else ROWS, *sizes[1:]], seed=len(CHECK_SIZES) + 1)
 
 
-def record(graph: Graph, folder: Path, cases: Mapping[str, Case]) -> tuple[ReferenceInfo, ...]:
-    """Write the first rows of cases beside a graph, by the end of a file's name, in its inputs' and outputs' types."""
-    written, specs = [], graph.inputs + graph.outputs
-    for kind, (inputs, outputs) in cases.items():
-        values = [*(value.numpy() for value in inputs.values()), *outputs]
-        arrays = {spec.name: value[:ROWS] for spec, value in zip(specs, values, strict=True)}
-        written.append(write_reference(folder, f"{graph.name}-{kind}", specs, arrays))
-    return tuple(written)
-
-
 @torch.no_grad()
 def _case(graph: Graph, sizes: Iterable[int], seed: int) -> Case:
     inputs = graph.random_inputs(sizes, seed)
@@ -70,7 +59,7 @@ def _case(graph: Graph, sizes: Iterable[int], seed: int) -> Case:
     return inputs, [output.numpy() for output in outputs]
 
 
-def check_parity(name: str, file: Path, cases: Sequence[Case], precision: Precision) -> Parity:
+def check_parity(name: str, run: Run, cases: Sequence[Case], precision: Precision) -> Parity:
     """Run an exported graph on the CPU and return how far it is from its module; a byte may be off by one.
 
     Raises `ExportError` beyond `EXPORT_BOUND`, also when either side is not finite.
@@ -79,7 +68,7 @@ def check_parity(name: str, file: Path, cases: Sequence[Case], precision: Precis
     worst = TensorReport(name, 0.0, 0.0, 1.0, 0, bound)
     arrays = [{key: value.numpy() for key, value in inputs.items()} for inputs, _ in cases]
     try:
-        found_outputs = run_in_pieces(file, arrays)
+        found_outputs = run(arrays)
     except Exception as error:  # onnxruntime's own exceptions share no base class
         raise ExportError(f"graph {name} does not run on the CPU, to be checked ({reason(error)})") from error
     for (_, references), outputs in zip(cases, found_outputs, strict=True):

@@ -59,7 +59,7 @@ def run_in_pieces(
     for number, nodes in enumerate(pieces):
         read = {name for node in nodes for name in _reads(node)}
         later = {name for piece in pieces[number + 1 :] for node in piece for name in _reads(node)} | set(outputs)
-        given = {name: held[0][name] for name in read if name in held[0]}
+        given = {name: [values[name] for values in held] for name in read if name in held[0]}
         made = [name for node in nodes for name in node.output if name in later]
         session = _session(_piece(model, nodes, read, given, made), file.parent)
         for values in held:
@@ -96,14 +96,18 @@ def _piece(
     model: onnx.ModelProto,
     nodes: Sequence[onnx.NodeProto],
     read: set[str],
-    given: Mapping[str, np.ndarray],
+    given: Mapping[str, Sequence[np.ndarray]],
     made: Sequence[str],
 ) -> bytes:
-    """Return some nodes as a model of their own; the types of its inputs are those of the values that it gets."""
-    inputs = [
-        onnx.helper.make_tensor_value_info(name, onnx.helper.np_dtype_to_tensor_dtype(value.dtype), [None] * value.ndim)
-        for name, value in given.items()
-    ]
+    """Return some nodes as a model of their own; the types of its inputs are those of the values that it gets.
+
+    Sizes that all of them have are told: ONNX Runtime takes those of attention for others where it knows none.
+    """
+    inputs = []
+    for name, (first, *others) in given.items():
+        kind = onnx.helper.np_dtype_to_tensor_dtype(first.dtype)
+        shape = [n if all(other.shape[axis] == n for other in others) else None for axis, n in enumerate(first.shape)]
+        inputs.append(onnx.helper.make_tensor_value_info(name, kind, shape))
     types = {value.name: value for value in model.graph.output}
     outputs = [types.get(name, onnx.ValueInfoProto(name=name)) for name in made]
     weights = [tensor for tensor in model.graph.initializer if tensor.name in read]

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, checker, helper, numpy_helper
 
-from ..engines.bundle import Precision
+from ..engines.bundle import Precision, TensorInfo
 from ..runtime.sampling.step_table import STEP_INPUTS, StepOption
 
 __all__ = ["step_graph"]
@@ -211,3 +211,10 @@ def node(kind: str, inputs: list[str], output: str, **attributes: Any) -> NodePr
 def value(name: str, shape: list[str | int], kind: int = TensorProto.FLOAT) -> ValueInfoProto:
     """Return a typed graph input or output."""
     return helper.make_tensor_value_info(name, kind, shape)
+
+
+def tensor_info(value: ValueInfoProto) -> TensorInfo:
+    """Return what a manifest says of a graph input or output."""
+    tensor = value.type.tensor_type
+    dtype: Any = helper.tensor_dtype_to_np_dtype(tensor.elem_type).name
+    return TensorInfo(name=value.name, dtype=dtype, shape=tuple(d.dim_param or d.dim_value for d in tensor.shape.dim))

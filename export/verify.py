@@ -23,6 +23,7 @@ from ..engines.errors import BundleError
 from ..engines.files import sha256_of
 from ..engines.progress import Progress, silent
 from ..engines.selfcheck import BOUND
+from ..runtime.loop.hoisted import at_one_step, of_request, picks
 from ..runtime.loop.workspace import run_once
 from ..runtime.pipeline import Pipeline
 from .checkpoints.checkpoint import Checkpoint
@@ -121,17 +122,24 @@ def check_source(bundle: Bundle, checkpoint: Checkpoint) -> None:
 def _compare_graph(bundle: Bundle, backend: Backend, graph: Graph) -> list[TensorReport]:
     """Run one graph and its float32 module on the same random inputs at the bundle's default size."""
     info, latent = bundle.graph(graph.name), bundle.manifest.latent
+    before = [*of_request(bundle.manifest), *picks(bundle.manifest)] if graph.name == "denoiser" else []
     known = {"R": 2, "h": latent.default_height // latent.downscale, "w": latent.default_width // latent.downscale}
     sizes = [{**known, **graph.usual}.get(letter, 1) for letter in graph.symbols]
     inputs = graph.random_inputs(sizes, seed=0)
     declared = {"inputs": (info.inputs, graph.inputs), "outputs": (info.outputs, graph.outputs)}
+    if before:  # each of its parts reads some of the inputs
+        read = {spec.name: spec for part in (info, *before) for spec in part.inputs}
+        declared["inputs"] = tuple(read.get(spec.name, spec) for spec in graph.inputs), graph.inputs
     for what, (theirs, ours) in declared.items():
         if theirs != ours:
             raise BundleError(
                 f"graph {info.name} of {bundle.path} has other {what} than the checkpoint's: "
                 "give the checkpoint that it came from, or export again"
             )
-    outputs = run_graph(bundle, backend, info, {name: value.numpy() for name, value in inputs.items()})
+    outputs = {name: value.numpy() for name, value in inputs.items()}
+    outputs |= at_one_step(outputs["timestep"]) if before else {}
+    for part in (*before, info):
+        outputs |= run_graph(bundle, backend, part, {spec.name: outputs[spec.name] for spec in part.inputs})
     expected = graph.module(**{k: v.float() if v.is_floating_point() else v for k, v in inputs.items()})
     expected = expected if isinstance(expected, tuple) else (expected,)
     bound = BOUND[bundle.manifest.precision]

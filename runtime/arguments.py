@@ -9,6 +9,7 @@ from typing import Any, TypedDict
 from ..engines.bundle import Manifest
 from ..engines.errors import RequestError
 from .loop.decoding import DecoderName
+from .loop.hoisted import conditioning
 from .prompt.syntax import PromptSyntax
 from .request import GenerationRequest
 
@@ -259,7 +260,7 @@ def _sequence_length(manifest: Manifest) -> int | None:
     lengths = [info.max_length for info in manifest.tokenizers]
     graphs = manifest.graphs
     written = {spec.name for graph in graphs if graph.stage == "prompt" for spec in graph.outputs}
-    inputs = [spec for graph in graphs if graph.name == "denoiser" for spec in graph.inputs if spec.name in written]
+    inputs = [spec for spec in conditioning(manifest) if spec.name in written]
     rows = next((spec.shape[1] for spec in inputs if len(spec.shape) == 3), None)
     if not lengths or not isinstance(rows, int) or rows == max(lengths):
         return max(lengths, default=None)

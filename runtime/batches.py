@@ -15,6 +15,7 @@ from ..engines.device import Array
 from ..engines.errors import MissingPlanError
 from .loop.decoding import WHOLE, Decoding
 from .loop.generators import Noise
+from .loop.hoisted import row_timesteps
 from .loop.inputs import Draws, InitialImage, Latents, blank_arrays, draw_each, draw_together, loop_arrays
 from .loop.session import Session
 from .prompt.conditioning import takes_long_prompts
@@ -157,6 +158,7 @@ class Batches:
         rows += count * table.skips
         cells = ((request.height or 0) // latent.downscale, (request.width or 0) // latent.downscale)
         types = {spec.name: spec.dtype for spec in bundle.graph("denoiser").inputs}
+        inputs |= row_timesteps(bundle.manifest, table, rows)
         if (masked := bundle.manifest.masked_input) is not None:
             inputs[masked] = np.zeros((rows, 1 + latent.channels, *cells), types[masked])
         arrays = blank_arrays(

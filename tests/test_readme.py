@@ -66,12 +66,12 @@ def test_the_commands_run_as_printed(
 
     made = {graph.name: graph for graph in Bundle.open(tiny_sd15_bundle).manifest.graphs}
 
-    def copied(build: Callable[[], Any], folder: Path, precision: str, *_: object) -> GraphInfo:
+    def copied(build: Callable[[], Any], folder: Path, precision: str, *_: object, **__: object) -> list[GraphInfo]:
         assert precision == "fp32"
         graph = made[build().name]
         for name in (*graph.files, *(reference.file for reference in graph.references)):
             shutil.copy(tiny_sd15_bundle / name, folder / name)
-        return graph
+        return [graph]
 
     monkeypatch.setattr(exporter, "write_graph", copied)
     monkeypatch.chdir(tmp_path)

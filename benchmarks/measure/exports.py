@@ -44,7 +44,7 @@ if names:
     family = family_named(checkpoint.family)
     family.check(checkpoint)
     lengths = {name: info.max_length for name, info in write_tokenizers(family, checkpoint, out).items()}
-    graphs = [write_network(family, checkpoint, lengths, name, out, precision) for name in names]
+    graphs = [info for name in names for info in write_network(family, checkpoint, lengths, name, out, precision)]
 else:
     graphs = Bundle.open(export_checkpoint(source, out, precision=precision)).manifest.graphs
 for info in graphs:

@@ -17,8 +17,8 @@ MAX_PATH = 200
 
 Precision = Literal["fp32", "fp16", "bf16"]
 """A number format that networks compute in. The inputs and outputs of a bf16 graph are float32, as numpy lacks bf16."""
-Stage = Literal["prompt", "image", "step", "end"]
-"""When a graph runs: once per prompt, per initial image, per step, or at the end."""
+Stage = Literal["prompt", "image", "request", "step", "end"]
+"""When a graph runs: once per prompt, per initial image, per request before its steps, per step, or at the end."""
 STAGES: tuple[Stage, ...] = get_args(Stage)
 
 
@@ -155,6 +155,10 @@ class Manifest(Strict):
     """Where the checkpoint came from: name, revision, and the SHA-256 of each source file."""
     tools: dict[str, str] = Field(default={})
     """Versions of the libraries that wrote the graphs."""
+
+    def bytes_of(self, stage: Stage) -> int:
+        """Return the bytes of the graphs of a stage with their weights, each file counted once."""
+        return sum(self.files[name].size for name in {f for g in self.graphs if g.stage == stage for f in g.files})
 
     @field_validator("scheduler", mode="before")
     @classmethod

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..device import Array, Stream, Tensor, check_copy, check_rows
+from ..device import Array, Stream, Tensor, check_copy, check_rows, check_shape
 from ..errors import EngineError, ShapeError
 from .context import CudaContext
 from .driver import Driver
@@ -103,6 +103,11 @@ class CudaTensor:
         """Return a part of the outermost axis, which owns no memory of the GPU."""
         return CudaRows(self, first, count)
 
+    def shaped(self, shape: tuple[int, ...]) -> CudaRows:
+        """Return the same memory in another shape."""
+        check_shape(self, shape)
+        return CudaRows(self, 0, self.shape[0], shape)
+
     def close(self) -> None:
         """Free the memory once the work that uses it is done; calling it again does nothing."""
         if not self.pointer:
@@ -127,12 +132,12 @@ class CudaTensor:
 
 
 class CudaRows(CudaTensor):
-    """A part of another tensor's outermost axis, with a pinned block of its own."""
+    """A part of another tensor's outermost axis, in its shape or another, with a pinned block of its own."""
 
-    def __init__(self, whole: CudaTensor, first: int, count: int) -> None:
+    def __init__(self, whole: CudaTensor, first: int, count: int, shape: tuple[int, ...] | None = None) -> None:
         check_rows(whole, first, count)
         each = whole.nbytes // whole.shape[0]
-        self.shape, self.dtype, self.nbytes = (count, *whole.shape[1:]), whole.dtype, count * each
+        self.shape, self.dtype, self.nbytes = shape or (count, *whole.shape[1:]), whole.dtype, count * each
         self.pointer = whole.pointer + first * each
         self._whole, self._context, self._pinned = whole, whole._context, None
 

@@ -10,8 +10,9 @@ import numpy as np
 
 from ...engines.bundle import Bundle, GraphInfo
 from ...engines.device import Array, Device, Stream
+from ..loop import hoisted
 from ..loop.decoding import GRAPHS, Decoding, decoded_in_tiles
-from ..loop.denoise import STATE, OpenEngine
+from ..loop.denoise import OpenEngine
 from ..loop.workspace import BoundGraph
 from ..prompt.cache import PromptCache
 
@@ -29,7 +30,8 @@ class Encoder:
         self._device, self._bundle, self._open, self._stream = device, bundle, open_engine, stream
         self._prompts = prompts
         self._graphs = [graph for graph in bundle.manifest.graphs if graph.stage == "prompt"]
-        self._read = [spec.name for spec in bundle.graph("denoiser").inputs if spec.name not in STATE]
+        self._of_request = [g for g in hoisted.of_request(bundle.manifest) if not hoisted.reads_timesteps(g)]
+        self._read = [spec.name for spec in hoisted.row_conditioning(bundle.manifest)]
         self._bound: OrderedDict[tuple[str, tuple[tuple[int, ...], ...]], BoundGraph] = OrderedDict()
 
     def conditioning(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
@@ -47,6 +49,8 @@ class Encoder:
                 if not all(spec.name in tensors for spec in graph.outputs):
                     tensors |= self.run(graph, {spec.name: tensors[spec.name] for spec in graph.inputs})
             self._prompts.put(inputs, tensors)
+        for graph in self._of_request:
+            tensors |= self.run(graph, {spec.name: tensors[spec.name] for spec in graph.inputs})
         return {name: tensors[name] for name in self._read}
 
     def decode(self, latents: Array, decoding: Decoding) -> dict[str, Array]:

@@ -21,6 +21,7 @@ from ...engines.bundle import Bundle
 from ...engines.device import Array, Device, Tensor
 from ...engines.engine import shape_of, solve_sizes
 from ...engines.errors import BundleError
+from ..loop import hoisted
 from ..loop.denoise import STATE, allocate
 from ..sampling.noise import Generator
 from ..sampling.step_table import StepTable
@@ -110,10 +111,11 @@ def table_names(bundle: Bundle) -> list[str]:
     graph = bundle.graph("step")
     tables = [spec.name for spec in graph.inputs if spec.shape[0] == "T"]
     known = {*tables, *STATE, *OF_IMAGES}
-    per_row = [spec for spec in bundle.graph("denoiser").inputs if spec.shape[:1] != ("R",)]
+    network = (bundle.graph("denoiser"), *hoisted.of_request(bundle.manifest))
+    per_row = [spec for graph in network for spec in graph.inputs if spec.shape[:1] != ("R",)]
     steps = [each.name for each in bundle.manifest.graphs if each.stage == "step"]
     strange = [spec.name for spec in graph.inputs if spec.name not in known] + [spec.name for spec in per_row]
-    strange += [name for name in steps if name not in ("denoiser", "step")]
+    strange += [name for name in steps if name not in ("denoiser", "step", hoisted.MODULATION)]
     if strange:
         raise BundleError(f"bundle {bundle.path} has {strange[0]!r} in its steps, which is of no image alone: use pipe")
     return tables
@@ -121,10 +123,10 @@ def table_names(bundle: Bundle) -> list[str]:
 
 def fit_of(bundle: Bundle, inputs: Mapping[str, Array], latents: tuple[int, int, int], table: StepTable) -> Fit:
     """Return what an image of these inputs [G, ...] and this table needs."""
-    read = [spec for spec in bundle.graph("denoiser").inputs if spec.name not in STATE]
+    read = hoisted.row_conditioning(bundle.manifest)
     shapes = {name: array.shape for name, array in inputs.items()}
     for graph in bundle.manifest.graphs:
-        if graph.stage == "prompt" and not all(spec.name in inputs for spec in graph.outputs):
+        if graph.stage in ("prompt", "request") and not all(spec.name in inputs for spec in graph.outputs):
             sizes = solve_sizes({spec.name: spec for spec in graph.inputs}, shapes)
             shapes |= {spec.name: shape_of(spec, sizes) for spec in graph.outputs}
     rows = -(-(len(table) + 1) // TABLE_ROWS) * TABLE_ROWS

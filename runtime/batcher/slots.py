@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ import numpy as np
 from ...engines.bundle import Bundle
 from ...engines.device import Array, Device, Stream, Tensor
 from ...engines.engine import BoundEngine
+from ..loop import hoisted
 from ..loop.denoise import CapturedWork, Mode, OpenEngine, allocate, allocate_like, shapes_of
 from ..loop.workspace import allocate_outputs
 from .prepared import Fit, Parked, Prepared, table_names
@@ -47,13 +47,13 @@ class Slots:
         self.fit, self.slots, self.buckets = fit, slots, tuple(buckets)
         self._denoiser, self._step = bundle.graph("denoiser"), bundle.graph("step")
         self._device, self._open, self._mode, self._stream = device, open_engine, mode, stream
-        self._tables = table_names(bundle)
+        self._tables, self._before = table_names(bundle), hoisted.of_steps(bundle.manifest)
         self._of_rows = (*(name for name, _ in fit.conditioning), "model_input", "timestep")
         self._rows: list[tuple[int, int]] = []  # slot and branch of every row in use
         self._taken: set[int] = set()  # slots in use
         self._rows_of_image = np.zeros((slots, fit.branches), np.int64)
         self._parity = 0
-        self._bound: dict[tuple[int, int], tuple[BoundEngine, BoundEngine]] = {}
+        self._bound: dict[tuple[int, int], tuple[BoundEngine, ...]] = {}
         self._captured = CapturedWork(2 * len(self.buckets))
         self._views: dict[tuple[str, int, int, int], Tensor] = {}
         state, rest, conditioning = self._blank()
@@ -82,7 +82,7 @@ class Slots:
     def _blank(self) -> tuple[dict[str, Array], dict[str, Array], dict[str, Array]]:
         """Return the first contents of state, of the step's other inputs and of the conditioning: every slot idle."""
         fit, slots, rows = self.fit, self.slots, self.buckets[-1]
-        network = {spec.name: spec.dtype for spec in self._denoiser.inputs}
+        network = {spec.name: spec.dtype for graph in (*self._before, self._denoiser) for spec in graph.inputs}
         total, cells = slots * fit.table_rows, fit.latents[1:]
         sizes = {"T": total, "P": 1 + fit.history, "K": 3 + fit.branches + fit.history, "L": 1 + fit.branches}
         specs = {spec.name: spec for spec in self._step.inputs}
@@ -97,7 +97,7 @@ class Slots:
             "latents": np.zeros((slots, *fit.latents), np.float32),
             "history": np.zeros((slots, fit.history, *fit.latents), np.float32),
             "model_input": np.zeros((rows, *fit.latents), network["model_input"]),
-            "timestep": np.zeros(rows, network["timestep"]),
+            "timestep": np.zeros(rows, np.float32),
             "row": np.arange(slots, dtype=np.int64) * fit.table_rows,
         }
         rest = tables | {
@@ -108,7 +108,8 @@ class Slots:
             "mask": np.ones((slots, 1, *cells), bool),
         }
         conditioning: dict[str, Array] = {
-            name: np.zeros((rows, *shape), network[name]) for name, shape in fit.conditioning
+            name: np.zeros((rows, *shape), network[name])
+            for name, shape in (*fit.conditioning, *hoisted.modulation_of(self._denoiser))
         }
         return state, rest, conditioning
 
@@ -247,24 +248,26 @@ class Slots:
     def step(self, bucket: int) -> None:
         """Enqueue a step of all slots; what a step that failed has written is written again by the next one."""
         key = (bucket, self._parity)
-        enqueue = partial(self._enqueue, self._pair(*key))
+        each = self._pair(*key)
+
+        def enqueue(stream: Stream) -> None:
+            for bound in each:
+                bound.enqueue(stream)
+
         if self._mode == "eager":
             enqueue(self._stream)
         else:
             self._captured.run(key, enqueue, self._stream)
         self._parity = 1 - self._parity
 
-    @staticmethod
-    def _enqueue(pair: tuple[BoundEngine, BoundEngine], stream: Stream) -> None:
-        for bound in pair:
-            bound.enqueue(stream)
-
-    def _pair(self, bucket: int, parity: int) -> tuple[BoundEngine, BoundEngine]:
-        """Return denoiser and step bound to the first rows of one set of buffers, and to the other set."""
+    def _pair(self, bucket: int, parity: int) -> tuple[BoundEngine, ...]:
+        """Return what a step runs, bound to the first rows of one set of buffers, and to the other set."""
         if (bucket, parity) not in self._bound:
             here, there = self._sets[parity], self._sets[1 - parity]
-            network = {name: self._part(name, 0, bucket) for name in self._conditioning}
-            network |= {name: self._part(name, 0, bucket, parity) for name in ("model_input", "timestep")}
+            rows = {name: self._part(name, 0, bucket) for name in self._conditioning}
+            rows |= {name: self._part(name, 0, bucket, parity) for name in ("model_input", "timestep")}
+            before = [hoisted.bound_to_rows(self._open, graph, rows) for graph in self._before]
+            network = {spec.name: rows[spec.name] for spec in self._denoiser.inputs}
             update = {**self._constants, **here}
             update |= {name: self._part(name, 0, bucket, parity) for name in OF_ROWS}
             update = {spec.name: update[spec.name] for spec in self._step.inputs}
@@ -272,7 +275,7 @@ class Slots:
             outputs = {name: self._part(name, 0, bucket) for name in self._outputs}
             after = {name: self._part(name, 0, bucket, 1 - parity) for name in ("model_input", "timestep")}
             update |= {f"next_{name}": tensor for name, tensor in {**there, **after}.items()}
-            self._bound[bucket, parity] = engines[0].bind({**network, **outputs}), engines[1].bind(update)
+            self._bound[bucket, parity] = *before, engines[0].bind({**network, **outputs}), engines[1].bind(update)
         return self._bound[bucket, parity]
 
     def _part(self, name: str, first: int, count: int, parity: int = 0) -> Tensor:

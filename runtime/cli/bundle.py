@@ -76,6 +76,9 @@ def export(
         str | None,
         typer.Option(help="Tiny autoencoder (TAESD) for `generate --decoder tiny`: diffusers folder or hub id."),
     ] = None,
+    hoist: Annotated[
+        bool, typer.Option("--hoist", help="Compute what steps have in common once for a request.")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")] = False,
 ) -> None:
     """Turn a checkpoint into a bundle of ONNX graphs (needs the export extra)."""
@@ -100,6 +103,7 @@ def export(
             skip_layers=numbers("--skip-layers", skip_layers, int),
             textual_inversion=textual_inversion or (),
             tiny_decoder=tiny_decoder,
+            hoist=hoist,
             progress=progress,
         )
     typer.echo(f"{path}: {readable_size(sum(f.size for f in Bundle.open(path).manifest.files.values()))}")
@@ -144,6 +148,9 @@ def _lines(bundle: Bundle) -> list[str]:
     ]
     if (skipped := manifest.guidance.skipped) is not None:
         lines.append(f"  requests may skip layers {', '.join(map(str, skipped.layers))}")
+    if moved := manifest.bytes_of("request"):
+        steps = readable_size(manifest.bytes_of("step"))
+        lines.append(f"  {steps} of graphs and weights for every step, {readable_size(moved)} once for a request")
     for graph in manifest.graphs:
         size = readable_size(sum(manifest.files[name].size for name in graph.files))
         inside = f", {graph.precision} inside" if graph.precision not in (None, manifest.precision) else ""
@@ -170,6 +177,7 @@ def _tokens(info: TokenizerInfo) -> str:
 _STAGES: dict[str, Any] = {
     "prompt": "prompt",
     "image": "initial picture",
+    "request": "request",
     "step": "step",
     "end": "picture",
 }

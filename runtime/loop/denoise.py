@@ -70,28 +70,42 @@ class DenoiseLoop:
         """Of how many branches of guidance, the last ones, each step of the request runs the rows; empty: of all."""
         self._unchanged: dict[str, Array] = {}
         self._bound: list[tuple[BoundEngine, BoundEngine]] = []
+        self._picks: list[list[BoundEngine]] = []
         self._of_some: dict[int, list[OfSome]] = {}  # by the number of branches
         self._views: list[Tensor] = []
         self._captured = CapturedWork()
 
-    def bind(self, open_engine: OpenEngine, denoiser: GraphInfo, step: GraphInfo) -> None:
+    def bind(
+        self, open_engine: OpenEngine, denoiser: GraphInfo, step: GraphInfo, picks: Sequence[GraphInfo] = ()
+    ) -> None:
         """Open both engines and bind them to each set of buffers; does nothing when they are bound.
 
         For a request whose guidance is not the same at every step the denoiser is bound to the rows of fewer branches
         as well.
+        `picks` run before the denoiser, between tensors of the conditioning, and read the counter.
         """
-        bound = []
+        bound, picked = [], []
         for here, there in (self._sets, self._sets[::-1]) if not self._bound else ():
-            network = {**self._conditioning, "model_input": here["model_input"], "timestep": here["timestep"]}
+            picked.append([self._bound_pick(open_engine, graph, here) for graph in picks])
+            network = self._network(denoiser, here)
             update = {"prediction": self._prediction, **self._constants, **here}
             update = {spec.name: update[spec.name] for spec in step.inputs}
             pair = (open_engine(denoiser, shapes_of(network)), open_engine(step, shapes_of(update)))
             update |= {f"next_{name}": tensor for name, tensor in there.items()}
             bound.append((pair[0].bind({**network, "prediction": self._prediction}), pair[1].bind(update)))
-        self._bound = self._bound or bound
+        self._bound, self._picks = self._bound or bound, self._picks or picked
         for branches in {*self.asked} - {self._branches, *self._of_some}:
             some = [self._bound_to_some(open_engine, denoiser, here, branches * self._batch) for here in self._sets]
             self._of_some[branches] = some
+
+    def _network(self, graph: GraphInfo, here: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return what a graph reads of the conditioning and of one set of buffers."""
+        return {spec.name: {**self._conditioning, **here}[spec.name] for spec in graph.inputs}
+
+    def _bound_pick(self, open_engine: OpenEngine, graph: GraphInfo, here: Mapping[str, Tensor]) -> BoundEngine:
+        inputs = self._network(graph, here)
+        outputs = {spec.name: self._conditioning[spec.name] for spec in graph.outputs}
+        return open_engine(graph, shapes_of(inputs)).bind({**inputs, **outputs})
 
     def _bound_to_some(
         self, open_engine: OpenEngine, denoiser: GraphInfo, here: Mapping[str, Tensor], count: int
@@ -101,15 +115,14 @@ class DenoiseLoop:
         All rows of an image have one model input and one timestep, so that these are the first rows. What begins at an
         address that engines do not take is copied to and from memory of its own.
         """
-        state = {name: here[name] for name in ("model_input", "timestep")}
-        tensors = {**self._conditioning, **state, "prediction": self._prediction}
+        tensors = {**self._network(denoiser, here), "prediction": self._prediction}
         symbol = next(spec.shape[0] for spec in denoiser.inputs if spec.name == "model_input")
         copies: dict[bool, list[tuple[Tensor, Tensor]]] = {True: [], False: []}
         for spec in (*denoiser.inputs, *denoiser.outputs):
             if spec.name not in tensors or spec.shape[:1] != (symbol,):
                 continue
             whole = tensors[spec.name]
-            rows = whole.rows(0 if spec.name in state else whole.shape[0] - count, count)
+            rows = whole.rows(0 if spec.name in STATE else whole.shape[0] - count, count)
             self._views.append(rows)
             tensors[spec.name] = rows
             if (rows.pointer - whole.pointer) % ALIGNMENT:
@@ -122,7 +135,7 @@ class DenoiseLoop:
     def unbind(self) -> None:
         """Let go of the engines and of what was captured of them; the buffers stay."""
         self._captured.close()
-        self._bound, self._of_some = [], {}
+        self._bound, self._picks, self._of_some = [], [], {}
         while self._views:
             self._views.pop().close()
 
@@ -189,6 +202,8 @@ class DenoiseLoop:
 
     def _enqueue_step(self, parity: int, branches: int, stream: Stream) -> None:
         denoiser, step = self._bound[parity]
+        for pick in self._picks[parity]:
+            pick.enqueue(stream)
         (denoiser if branches == self._branches else self._of_some[branches][parity]).enqueue(stream)
         step.enqueue(stream)
 

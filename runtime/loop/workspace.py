@@ -14,6 +14,7 @@ from ...engines.bundle import STAGES, Bundle, GraphInfo, Stage, TensorInfo
 from ...engines.device import Array, Device, Event, Stream, Tensor
 from ...engines.engine import BoundEngine, Engine, shape_of, solve_sizes
 from ...engines.errors import BundleError, EngineError
+from . import hoisted
 from .decoding import WHOLE, Decoding
 from .denoise import CapturedWork, DenoiseLoop, Mode, OpenEngine, allocate, allocate_like, shapes_of
 
@@ -117,6 +118,8 @@ class Workspace:
         self._encoded = False  # what the prompt graphs write is there
         self._held: Mapping[str, Array] = {}  # of it, by the arrays that it is equal to
         self._prompt: list[BoundEngine] = []
+        self._request: list[BoundEngine] = []
+        self._request_graphs, self._picks = hoisted.of_request(bundle.manifest), hoisted.picks(bundle.manifest)
         self._decoders: list[BoundEngine] = []
         self._requests = CapturedWork()
         self.uses: set[Any] = set()
@@ -127,9 +130,11 @@ class Workspace:
         self.pictures: dict[str, Tensor] = {}
         with ExitStack() as memory:
             self._tensors = allocate_like(device, inputs, memory)
-            for graph in self._prompt_graphs:
-                self._tensors |= allocate_outputs(device, graph, self._inputs(graph, graph.inputs), memory)
-            conditioning = self._inputs(denoiser, [spec for spec in denoiser.inputs if spec.name not in arrays])
+            for graph in (*self._prompt_graphs, *self._request_graphs, *self._picks):
+                given = self._inputs(graph, [spec for spec in graph.inputs if spec.name not in arrays])
+                self._tensors |= allocate_outputs(device, graph, given, memory)
+            read = [spec for graph in (denoiser, *self._picks) for spec in graph.inputs if spec.name not in arrays]
+            conditioning = self._inputs(denoiser, read)
             self.loop = DenoiseLoop(device, denoiser, arrays, conditioning)
             memory.callback(self.loop.close)
             if self._decoder is not None:
@@ -137,6 +142,7 @@ class Workspace:
             memory.callback(self._unbind)  # runs first: what is bound goes before its memory
             if release is None:
                 self._bind_prompt()
+                self._bind_request()
                 self._bind_loop()
                 self._bind_decoder()
             self._memory = memory.pop_all()
@@ -175,6 +181,7 @@ class Workspace:
 
             def enqueue(stream: Stream) -> None:
                 self._encode(stream)
+                self._enqueue_request(stream)
                 self.loop.enqueue(steps, stream)
                 if decode:
                     self._decoders[steps % 2].enqueue(stream)
@@ -188,6 +195,9 @@ class Workspace:
                 self._bind_prompt()
             self._encode(stream)
             self._done("encode", "prompt", trace, stream)
+            self._bind_request()
+            self._enqueue_request(stream)
+            self._let_go("request", stream)
             self._bind_loop()
             self.loop.run(steps, stream, mode=mode, on_step=on_step)
             trace.steps = self.loop.steps_done
@@ -225,16 +235,22 @@ class Workspace:
         for bound in () if self._encoded else self._prompt:
             bound.enqueue(stream)
 
+    def _enqueue_request(self, stream: Stream) -> None:
+        for bound in self._request:
+            bound.enqueue(stream)
+
     def _bind_prompt(self) -> None:
-        bound = []
-        for graph in self._prompt_graphs if not self._prompt else ():
-            inputs = self._inputs(graph, graph.inputs)
-            outputs = self._inputs(graph, graph.outputs)
-            bound.append(self._open(graph, shapes_of(inputs)).bind({**inputs, **outputs}))
-        self._prompt = self._prompt or bound
+        self._prompt = self._prompt or [self._bound(graph) for graph in self._prompt_graphs]
+
+    def _bind_request(self) -> None:
+        self._request = self._request or [self._bound(graph) for graph in self._request_graphs]
+
+    def _bound(self, graph: GraphInfo) -> BoundEngine:
+        inputs, outputs = self._inputs(graph, graph.inputs), self._inputs(graph, graph.outputs)
+        return self._open(graph, shapes_of(inputs)).bind({**inputs, **outputs})
 
     def _bind_loop(self) -> None:
-        self.loop.bind(self._open, self._bundle.graph("denoiser"), self._bundle.graph("step"))
+        self.loop.bind(self._open, self._bundle.graph("denoiser"), self._bundle.graph("step"), self._picks)
 
     def _bind_decoder(self) -> None:
         if (graph := self._decoder) is None or self._decoders:
@@ -258,6 +274,8 @@ class Workspace:
         stream.synchronize()
         if stage == "prompt":
             self._prompt = []
+        elif stage == "request":
+            self._request = []
         elif stage == "step":
             self.loop.unbind()
         elif stage == "end":
@@ -271,7 +289,7 @@ class Workspace:
     def _unbind(self) -> None:
         self._requests.close()
         self.loop.unbind()
-        self._prompt, self._decoders = [], []
+        self._prompt, self._request, self._decoders = [], [], []
 
     def _inputs(self, graph: GraphInfo, specs: Sequence[TensorInfo]) -> dict[str, Tensor]:
         if missing := [spec.name for spec in specs if spec.name not in self._tensors]:

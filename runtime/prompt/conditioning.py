@@ -9,6 +9,7 @@ import numpy as np
 from ...engines.bundle import Bundle
 from ...engines.device import Array
 from ...engines.errors import RequestError
+from ..loop.hoisted import conditioning
 from ..request import GenerationRequest
 from .a1111 import A1111Prompt
 from .chunks import Chunk, ParsedPrompt, Tokens, takes_chunks
@@ -83,7 +84,7 @@ class WeightedPrompts:
 
 def takes_long_prompts(bundle: Bundle) -> bool:
     """Tell whether prompts of several parts can be drawn: with one text encoder, and a denoiser for every length."""
-    read = [spec for spec in bundle.graph("denoiser").inputs if len(spec.shape) == 3]
+    read = [spec for spec in conditioning(bundle.manifest) if len(spec.shape) == 3]
     tokenizers = bundle.manifest.tokenizers
     whole = len(tokenizers) == 1 == len(read) and takes_chunks(tokenizers[0])
     return whole and isinstance(read[0].shape[1], str)

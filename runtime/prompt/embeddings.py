@@ -12,6 +12,7 @@ import numpy.typing as npt
 from ...engines.bundle import Bundle, TensorInfo
 from ...engines.device import Array
 from ...engines.errors import RequestError
+from ..loop.hoisted import conditioning
 
 Encode = Callable[[str, bool], Mapping[str, Array]]
 """Returns the conditioning [1, …] of a text by tensor; the second argument tells a negative prompt."""
@@ -83,7 +84,7 @@ def conditioning_tensors(bundle: Bundle) -> list[TensorInfo]:
     """
     graphs = [graph for graph in bundle.manifest.graphs if graph.stage == "prompt"]
     written = {spec.name for graph in graphs for spec in (*graph.inputs, *graph.outputs)}
-    read = [spec for spec in bundle.graph("denoiser").inputs if spec.name in written]
+    read = [spec for spec in conditioning(bundle.manifest) if spec.name in written]
     counted = any(np.dtype(spec.dtype).kind != "f" for spec in read)  # such as a mask of tokens
     if counted or sorted(len(spec.shape) for spec in read) not in ([3], [2, 3]):
         names = ", ".join(spec.name for spec in read) or "nothing"

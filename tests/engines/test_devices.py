@@ -85,6 +85,18 @@ def test_rows_are_a_part_of_their_tensor(device: Device) -> None:
     whole.close()
 
 
+def test_memory_has_another_shape(device: Device) -> None:
+    stream, whole, array = device.stream(), device.empty((4, 3), np.float32), random(4, 3)
+    whole.write(array, stream)
+    part = whole.rows(2, 2).shaped((3, 1, 2))
+    assert part.shape == (3, 1, 2) and part.pointer == whole.pointer + 24 and part.nbytes == 24
+    np.testing.assert_array_equal(part.read(stream), array[2:].reshape(3, 1, 2))
+    with pytest.raises(ShapeError, match=r"a tensor \[4, 3\] was asked for in the shape \[5\]"):
+        whole.shaped((5,))
+    part.close()
+    whole.close()
+
+
 def test_a_tensor_is_copied_in_the_order_of_its_stream(device: Device) -> None:
     stream, one, other = device.stream(), device.empty((4, 3), np.float32), device.empty((2, 3), np.float32)
     first, second = random(4, 3), random(4, 3, seed=1)

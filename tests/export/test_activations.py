@@ -46,7 +46,7 @@ def test_a_decoder_that_would_overflow_in_half_stays_in_float(
 ) -> None:
     inputs, outputs = ((TensorInfo(name=name, dtype="float32", shape=("B", 4)),) for name in "xy")
     with caplog.at_level(logging.WARNING, "latentrt"):
-        info = write_graph(
+        (info,) = write_graph(
             lambda: Graph("decoder", "end", Loud(gain), inputs, outputs, limits={"x": 1}), tmp_path, "fp16", (8, 8)
         )
     assert info.precision == kept

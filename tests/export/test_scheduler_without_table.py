@@ -31,7 +31,7 @@ def test_refused_at_export_with_the_nearest_sampler(
     index = json.loads((folder / "model_index.json").read_text())
     index["scheduler"] = ["diffusers", options["_class_name"]]
     (folder / "model_index.json").write_text(json.dumps(index))
-    monkeypatch.setattr(exporter, "write_graph", lambda *_: pytest.fail("a graph was exported"))
+    monkeypatch.setattr(exporter, "write_graph", lambda *_, **__: pytest.fail("a graph was exported"))
     with pytest.raises(UnsupportedModelError) as caught:
         export_checkpoint(folder, tmp_path / "bundle")
     assert message in str(caught.value) and "\n" not in str(caught.value)
