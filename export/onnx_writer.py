@@ -6,7 +6,6 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
@@ -25,9 +24,6 @@ from .passes.weights import attach, transpose
 
 OPSET = 23
 """The first with `Attention` as one node, which an engine can fuse or expand as it likes."""
-
-EXTERNAL_BYTES = 64 << 20
-"""Weights above this go to `<graph>.onnx.data`, below they stay in the graph's file."""
 
 TRACE_SIZES = (3, 23, 37)
 """Batch, latent height and latent width while tracing: never 1, which would be taken for a constant, and odd, so that
@@ -60,16 +56,6 @@ def onnx_model(graph: Graph) -> ir.Model:
         _name_sizes(graph.name, value, tensor.shape)
     clean(model)
     return model
-
-
-def save_model(model: ir.Model, file: Path) -> list[Path]:
-    """Write an ONNX model and return its files, the external data last when there is any."""
-    weights = model.graph.initializers.values()
-    files = [file]
-    if sum(value.const_value.nbytes for value in weights if value.const_value) > EXTERNAL_BYTES:
-        files.append(file.with_name(file.name + ".data"))
-    ir.save(model, file, external_data=files[1].name if files[1:] else None)
-    return files
 
 
 def _converted(graph: Graph, stored: Mapping[int, Stored], *, shortcut: bool) -> ir.Model:

@@ -13,13 +13,14 @@ from ...engines.bundle import GraphInfo, Precision, ReferenceInfo, Stage, Tensor
 from ...engines.bundle.references import write_reference
 from ...runtime.loop.hoisted import MODULATION, MODULATIONS, ROW_TIMESTEPS, at_one_step
 from ..graph import Graph
-from ..onnx_writer import OPSET, save_model
+from ..onnx_writer import OPSET
 from ..parity import LARGE_ROW, ROWS, Case
 from ..pieces import run_in_pieces
 from ..step_graph import IR_VERSION, node, tensor_info, value
 from ..step_graph import OPSET as OWN_OPSET
 from .clean import clean
 from .hoist import hoist
+from .save import save_model
 
 Arrays = dict[str, np.ndarray]
 

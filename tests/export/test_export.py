@@ -28,6 +28,7 @@ from latentrt.export import exporter, onnx_writer, parity  # noqa: E402
 from latentrt.export.checkpoints.sources import open_checkpoint  # noqa: E402
 from latentrt.export.networks.autoencoder import decoder_graph  # noqa: E402
 from latentrt.export.networks.clip import text_encoder_graph  # noqa: E402
+from latentrt.export.passes import save  # noqa: E402
 from latentrt.export.pieces import run_in_pieces  # noqa: E402
 
 
@@ -101,14 +102,14 @@ def test_the_same_checkpoint_gives_the_same_bytes(
         graph = decoder_graph(checkpoint.load("vae"))
     else:
         graph = text_encoder_graph(checkpoint.load("text_encoder"), 77, "fp32")
-    files = onnx_writer.save_model(onnx_writer.onnx_model(graph), tmp_path / f"{name}.onnx")
+    files = save.save_model(onnx_writer.onnx_model(graph), tmp_path / f"{name}.onnx")
     assert [sha256_of(file) for file in files] == [sha256_of(tiny_sd15_bundle / f"{name}.onnx")]
 
 
 def test_large_weights_are_external(
     tiny_sd15_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(onnx_writer, "EXTERNAL_BYTES", 1000)
+    monkeypatch.setattr(save, "EXTERNAL_BYTES", 1000)
     checkpoint = open_checkpoint(tiny_sd15_checkpoint)
     (graph,) = exporter.write_graph(
         lambda: text_encoder_graph(checkpoint.load("text_encoder"), 77, "fp32"), tmp_path, "fp32", (8, 8)
@@ -136,7 +137,7 @@ def test_a_wrong_number_is_an_error(tiny_sd15_checkpoint: Path, tmp_path: Path) 
     checkpoint = open_checkpoint(tiny_sd15_checkpoint)
     graph = text_encoder_graph(checkpoint.load("text_encoder"), 77, "fp32")
     cases = parity.reference_cases(graph)
-    file = onnx_writer.save_model(onnx_writer.onnx_model(graph), tmp_path / "graph.onnx")[0]
+    file = save.save_model(onnx_writer.onnx_model(graph), tmp_path / "graph.onnx")[0]
     run = partial(run_in_pieces, file)
     assert parity.check_parity("graph", run, cases, "fp32").relative_error < 1e-5
     wrong = [(inputs, [output * 1.001 for output in outputs]) for inputs, outputs in cases]
