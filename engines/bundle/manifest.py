@@ -17,6 +17,8 @@ MAX_PATH = 200
 
 Precision = Literal["fp32", "fp16", "bf16"]
 """A number format that networks compute in. The inputs and outputs of a bf16 graph are float32, as numpy lacks bf16."""
+EightBits = Literal["int8", "fp8"]
+"""What layers are quantized to: whole numbers, or floating point of the format E4M3."""
 Stage = Literal["prompt", "image", "request", "step", "end"]
 """When a graph runs: once per prompt, per initial image, per request before its steps, per step, or at the end."""
 STAGES: tuple[Stage, ...] = get_args(Stage)
@@ -52,6 +54,39 @@ class Parity(Strict):
     """How many of a network's layers were compared, the first and the last with their true weights; None: all."""
 
 
+LayerName = Annotated[str, Field(max_length=200)]
+
+
+class Quantization(Strict):
+    """What a denoiser with layers in 8 bits has lost, measured against the bundle that it was made from.
+
+    Measured on prompts that took no part in the calibration, on the CPU, each with the same noise in both.
+    """
+
+    precision: EightBits
+    """What its layers multiply in; fp8 is E4M3, and was simulated where it was measured."""
+    layers: int = Field(ge=1)
+    """How many convolutions and matrix products have weights and inputs in 8 bits."""
+    kept: tuple[LayerName, ...] = Field(max_length=10_000)
+    """The layers that were left as they are: the first and the last, those that lost most, and those asked for."""
+    tool: str = Field(max_length=100)
+    """What chose the scales, with its version."""
+    samples: int = Field(ge=1)
+    """Calls of the network that it was calibrated on."""
+    relative_error: float
+    """Of predictions: root-mean-square of the difference over root-mean-square of what the other bundle gives."""
+    psnr: float | None
+    """Peak signal-to-noise ratio of the finished pictures, in decibels; null: they are equal."""
+
+    def __str__(self) -> str:
+        """Return what was done and what it costs, in one line."""
+        pictures = "equal pictures" if self.psnr is None else f"pictures {self.psnr:.1f} dB"
+        return (
+            f"{self.precision} in {self.layers} of {self.layers + len(self.kept)} layers by {self.tool} on "
+            f"{self.samples} samples: error {self.relative_error:.1e}, {pictures} from what it was made from"
+        )
+
+
 Letter = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,31}$")]
 
 
@@ -80,6 +115,8 @@ class GraphInfo(Strict):
     """Number format inside the graph; an fp16 bundle keeps a VAE that would overflow in fp32."""
     parity: Parity | None = None
     """None for a graph that comes from no module."""
+    quantization: Quantization | None = None
+    """Of a graph whose layers are in 8 bits; its parity is that of the graph before."""
     references: tuple[ReferenceInfo, ...] = Field(default=(), max_length=16)
     """Rows by which every engine of the graph is checked once; none in bundles of early exports."""
     limits: dict[TensorName, Letter | Annotated[float, Field(ge=1, allow_inf_nan=False)]] = Field(

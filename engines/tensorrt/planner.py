@@ -21,6 +21,9 @@ from .plan import PLAN, Plan, PlanOptions, Profile, find_dynamic, missing_plan, 
 Target = Mapping[str, str]
 """What a plan runs on, as far as it matters to it."""
 
+FIRST_WITH_FP8 = (8, 9)
+"""The first compute capability that multiplies in fp8."""
+
 
 def target_of_device(backend: str, device: CudaDevice, options: PlanOptions) -> Target:
     """Return the target of plans that are built for this machine's GPU."""
@@ -125,6 +128,7 @@ class Planner:
 
     def build(self, bundle: Bundle, graph: GraphInfo, profile: Profile) -> Plan:
         """Return the plan of exactly this profile, building it when the cache has none."""
+        _check_eight_bits(graph, self.target)
 
         def work(folder: Path) -> dict[str, Any]:
             start = time.perf_counter()
@@ -167,6 +171,17 @@ class Planner:
         report = self._progress
         assert report is not None
         return lambda phase, done, total: report(f"{graph}: {phase}", done, total)
+
+
+def _check_eight_bits(graph: GraphInfo, target: Target) -> None:
+    """Raise `EngineError` for a graph in fp8 and a GPU that has no units for it."""
+    capability = target.get("compute_capability", "")
+    number = tuple(map(int, capability.partition(" ")[0].split("."))) if capability else FIRST_WITH_FP8
+    if graph.quantization is not None and graph.quantization.precision == "fp8" and number < FIRST_WITH_FP8:
+        raise EngineError(
+            f"graph {graph.name} computes in fp8, which GPUs of compute capability {capability} cannot: it takes 8.9 "
+            "or later; use the bundle before, or quantize it with --precision int8"
+        )
 
 
 def sizes_of(bundle: Bundle, shapes: Mapping[str, Shapes]) -> Sizes:
