@@ -19,6 +19,9 @@ EXPORT_BOUND: Mapping[Precision, float] = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1
 PSNR_BOUND: Mapping[Precision, float] = {"fp32": 45.0, "fp16": 35.0, "bf16": 30.0}
 """Smallest peak signal-to-noise ratio of a picture, in decibels."""
 
+QUANTIZED_ERROR, QUANTIZED_PSNR = 0.2, 15.0
+"""The same two of a network in 8 bits, whatever it computes in beside: its manifest says what to expect of it."""
+
 
 @dataclass(frozen=True)
 class TensorReport:

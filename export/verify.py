@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from ..engines.backends import Backend, open_backend
-from ..engines.bundle import Bundle, GraphInfo, LatentInfo
+from ..engines.bundle import Bundle, GraphInfo, LatentInfo, Manifest
 from ..engines.device import Array
 from ..engines.errors import BundleError
 from ..engines.files import sha256_of
@@ -29,7 +29,17 @@ from ..runtime.pipeline import Pipeline
 from .checkpoints.checkpoint import Checkpoint
 from .checkpoints.sources import open_checkpoint
 from .checkpoints.vae import with_tiny_decoder
-from .compare import PSNR_BOUND, Report, RequestReport, TensorReport, compare, compare_requests, pictures_needed
+from .compare import (
+    PSNR_BOUND,
+    QUANTIZED_ERROR,
+    QUANTIZED_PSNR,
+    Report,
+    RequestReport,
+    TensorReport,
+    compare,
+    compare_requests,
+    pictures_needed,
+)
 from .families import family_named
 from .graph import Graph
 from .reference import opened_by
@@ -74,7 +84,7 @@ def verify(
     checkpoint = replace(checkpoint, skip_layers=skipped.layers if skipped else ())
     family.check(checkpoint)
     engines = open_backend(backend, **options)
-    report = Report(str(opened.path), engines.name, manifest.precision, "PyTorch fp32")
+    report = Report(str(opened.path), engines.name, manifest.precision, "PyTorch fp32", _quantized(manifest))
     if len(checkpoint.tokenizers) != len(manifest.tokenizers):
         raise BundleError(
             f"bundle {opened.path} has {len(manifest.tokenizers)} tokenizers and {checkpoint.name!r} has "
@@ -142,7 +152,7 @@ def _compare_graph(bundle: Bundle, backend: Backend, graph: Graph) -> list[Tenso
         outputs |= run_graph(bundle, backend, part, {spec.name: outputs[spec.name] for spec in part.inputs})
     expected = graph.module(**{k: v.float() if v.is_floating_point() else v for k, v in inputs.items()})
     expected = expected if isinstance(expected, tuple) else (expected,)
-    bound = BOUND[bundle.manifest.precision]
+    bound = BOUND[bundle.manifest.precision] if info.quantization is None else QUANTIZED_ERROR
     return [
         compare(f"{graph.name}.{spec.name}", outputs[spec.name], value.numpy(), bound)
         for spec, value in zip(graph.outputs, expected, strict=True)
@@ -171,7 +181,14 @@ def _compare_request(pipe: Pipeline, reference: Any, prompt: str, steps: int, se
     result = pipe(**request, seed=seed, callback_on_step_end=keep)
     theirs, picture = _reference(pipe, reference, request, seed)
     pixels = np.stack([np.asarray(image) for image in result.images])
-    return compare_requests((ours, theirs), (pixels, picture), PSNR_BOUND[pipe.bundle.manifest.precision])
+    manifest = pipe.bundle.manifest
+    bound = QUANTIZED_PSNR if _quantized(manifest) else PSNR_BOUND[manifest.precision]
+    return compare_requests((ours, theirs), (pixels, picture), bound)
+
+
+def _quantized(manifest: Manifest) -> dict[str, Any]:
+    """Return what graphs in 8 bits compute in, by their names."""
+    return {graph.name: graph.quantization.precision for graph in manifest.graphs if graph.quantization}
 
 
 @torch.no_grad()

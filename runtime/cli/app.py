@@ -38,12 +38,18 @@ COMMANDS: list[tuple[str, Callable[..., None], str, str]] = [
         "latentrt export my-checkpoint/ -o my-bundle --precision fp16",
     ),
     (
+        "quantize",
+        bundle.quantize,
+        "Write a bundle with its denoiser in 8 bits.",
+        "latentrt quantize my-bundle -o my-bundle-int8 --precision int8 --prompts prompts.txt",
+    ),
+    (
         "build",
         build.build,
         "Build a bundle's engines ahead of time.",
         "latentrt build my-bundle --size 512x512 --batch 1 --batch 4",
     ),
-    ("inspect", bundle.inspect, "Show and check a bundle.", "latentrt inspect my-bundle"),
+    ("inspect", env.inspect, "Show and check a bundle.", "latentrt inspect my-bundle"),
     (
         "triton-repository",
         serving.triton_repository,

@@ -1,9 +1,8 @@
-"""`latentrt export`, `latentrt inspect` and `latentrt verify`: a bundle, and the checkpoint it came from."""
+"""`latentrt export`, `quantize` and `verify`: a bundle, and what it came from."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ...engines.bundle import Bundle, TokenizerInfo
+from ...engines.bundle import Bundle
 from ...engines.errors import MissingExtraError, RequestError
 from .options import (
     BackendOptions,
@@ -36,6 +35,13 @@ class PrecisionChoice(str, Enum):
     fp32 = "fp32"
     fp16 = "fp16"
     bf16 = "bf16"
+
+
+class EightBitsChoice(str, Enum):
+    """What quantized layers compute in."""
+
+    int8 = "int8"
+    fp8 = "fp8"
 
 
 def export(
@@ -109,78 +115,56 @@ def export(
     typer.echo(f"{path}: {readable_size(sum(f.size for f in Bundle.open(path).manifest.files.values()))}")
 
 
-def inspect(
-    bundle: Annotated[Path, typer.Argument(help="A bundle.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print the manifest and what is wrong as JSON.")] = False,
+def quantize(
+    bundle: Annotated[Path, typer.Argument(help="A bundle in fp32 or fp16.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the new bundle.")],
+    precision: Annotated[EightBitsChoice, typer.Option(help="What most layers of the denoiser compute in.")],
+    prompt_file: Annotated[
+        Path | None,
+        typer.Option("--prompts", help="File with two or more prompts, one a line, like those to be drawn."),
+    ] = None,
+    keep: Annotated[
+        list[str] | None,
+        typer.Option("--keep", metavar="LAYER", help="Layers to leave as they are; * is anything; may be repeated."),
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option("--steps", min=1, help="Steps of a picture (default: the bundle's, up to 20).")
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the first picture.")] = 0,
+    python: Annotated[
+        Path | None,
+        typer.Option("--python", help="Python that has nvidia-modelopt (default: an environment that is made once)."),
+    ] = None,
+    threads: Annotated[int | None, typer.Option("--threads", min=1, help="Processor threads.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")] = False,
 ) -> None:
-    """Show a bundle's graphs, tensors, sizes and sampler, and check every file's hash."""
-    opened = opened_bundle(bundle)
-    manifest = opened.manifest
-    with progress_bar("checking") as progress:
-        done = iter(range(len(manifest.files)))
-        problems = opened.problems(lambda name: progress(name, next(done), len(manifest.files)))
-    if as_json:
-        typer.echo(json.dumps({"manifest": manifest.model_dump(mode="json"), "problems": problems}, indent=2))
-    else:
-        typer.echo("\n".join(_lines(opened)))
-        for name, problem in problems.items():
-            typer.echo(f"  {name} {problem}")
-        typer.echo("every file matches its hash" if not problems else "do not use this bundle: export it again")
-    if problems:
-        raise typer.Exit(1)
+    """Write a bundle whose denoiser computes in 8 bits, with what that costs in its manifest.
 
+    Pictures that the bundle draws on the processor calibrate NVIDIA's Model Optimizer, which runs in an environment of
+    its own; others measure what is lost.
+    """
+    from ...export.quantize import quantize_bundle
+    from .generate import read_prompts
 
-def _lines(bundle: Bundle) -> list[str]:
-    manifest, latent = bundle.manifest, bundle.manifest.latent
-    source = manifest.source.get("name", "unknown")
-    replaced = manifest.source.get("replaced")
-    for component, origin in replaced.items() if isinstance(replaced, dict) else ():
-        source += f", {component} of {origin.get('name') if isinstance(origin, dict) else origin}"
-    if isinstance(tiny := manifest.source.get("tiny_decoder"), dict):
-        source += f", tiny decoder of {tiny.get('name')}"
-    lines = [
-        f"{bundle.path}: {manifest.family}, {manifest.precision}, from {source}",
-        f"  size {latent.default_width}x{latent.default_height}, multiples of {latent.size_multiple};"
-        f" latents {latent.channels} channels, 1/{latent.downscale} of the pixels",
-        f"  sampler {manifest.scheduler.get('_class_name')}, prediction {_prediction(manifest.scheduler)}, default "
-        f"{manifest.default_num_inference_steps} steps, guidance {manifest.default_guidance_scale:g}",
-        *(f"  {info.source} of {_tokens(info)} tokens" for info in manifest.tokenizers),
-    ]
-    if (skipped := manifest.guidance.skipped) is not None:
-        lines.append(f"  requests may skip layers {', '.join(map(str, skipped.layers))}")
-    if moved := manifest.bytes_of("request"):
-        steps = readable_size(manifest.bytes_of("step"))
-        lines.append(f"  {steps} of graphs and weights for every step, {readable_size(moved)} once for a request")
-    for graph in manifest.graphs:
-        size = readable_size(sum(manifest.files[name].size for name in graph.files))
-        inside = f", {graph.precision} inside" if graph.precision not in (None, manifest.precision) else ""
-        parity = f", error against PyTorch {graph.parity.relative_error:.1e}" if graph.parity else ""
-        lines.append(f"  {graph.name} (once per {_STAGES[graph.stage]}): {size}, opset {graph.opset}{inside}{parity}")
-        for arrow, tensors in (("<-", graph.inputs), ("->", graph.outputs)):
-            lines += [f"    {arrow} {t.name} {t.dtype}[{', '.join(map(str, t.shape))}]" for t in tensors]
-        lines += [f"    {name} sha256 {manifest.files[name].sha256}" for name in graph.files]
-    return lines
-
-
-def _prediction(scheduler: Mapping[str, Any]) -> str:
-    """Return what the denoiser predicts: schedulers of flows do not say it."""
-    flow = str(scheduler.get("_class_name")).startswith("FlowMatch")
-    return "flow" if flow else str(scheduler.get("prediction_type", "epsilon"))
-
-
-def _tokens(info: TokenizerInfo) -> str:
-    """Return how many tokens the rows of a tokenizer have."""
-    shorter = "".join(f"{length}, " for length in info.lengths)
-    return f"up to {info.max_length}" if info.any_length else f"{shorter}{info.max_length}"
-
-
-_STAGES: dict[str, Any] = {
-    "prompt": "prompt",
-    "image": "initial picture",
-    "request": "request",
-    "step": "step",
-    "end": "picture",
-}
+    opened_bundle(bundle)
+    prompts = None if prompt_file is None else read_prompts(None, prompt_file)
+    with progress_bar("quantizing") as progress:
+        path = quantize_bundle(
+            bundle,
+            output,
+            precision=precision.value,
+            prompts=prompts,
+            keep=keep or (),
+            steps=steps,
+            seed=seed,
+            python=python,
+            threads=threads,
+            replace=force,
+            progress=progress,
+        )
+    done = Bundle.open(path)
+    size = readable_size(sum(f.size for f in done.manifest.files.values()))
+    typer.echo(f"{path}: {size}, {done.graph('denoiser').quantization}")
 
 
 def readable_size(count: float) -> str:

@@ -1,10 +1,11 @@
-"""`latentrt env`, `latentrt samplers` and `latentrt backends`: what works here, and what there is to choose."""
+"""`latentrt env`, `samplers`, `backends`, `inspect`: what works here, what there is to choose, what is in a bundle."""
 
 from __future__ import annotations
 
 import json
 import os
 import platform
+from collections.abc import Mapping
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -13,12 +14,15 @@ from typing import Annotated, Any
 import typer
 
 from ...engines.backends import names, option_help, unavailable_reasons
+from ...engines.bundle import Bundle, TokenizerInfo
 from ...engines.cache import EngineCache, home
 from ...engines.cuda.device import CudaDevice
 from ...engines.cuda.driver import load_driver, unavailable_reason
 from ...engines.errors import LatentRTError
 from ...engines.machine import has_bf16, processor_name, usable_cores
 from .bundle import readable_size
+from .options import opened_bundle
+from .progress import progress_bar
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -164,3 +168,79 @@ def _options(name: str) -> dict[str, dict[str, Any]]:
 
 def _text(default: Any) -> str:
     return {True: "yes", False: "no"}[default] if isinstance(default, bool) else str(default)
+
+
+def inspect(
+    bundle: Annotated[Path, typer.Argument(help="A bundle.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the manifest and what is wrong as JSON.")] = False,
+) -> None:
+    """Show a bundle's graphs, tensors, sizes and sampler, and check every file's hash."""
+    opened = opened_bundle(bundle)
+    manifest = opened.manifest
+    with progress_bar("checking") as progress:
+        done = iter(range(len(manifest.files)))
+        problems = opened.problems(lambda name: progress(name, next(done), len(manifest.files)))
+    if as_json:
+        typer.echo(json.dumps({"manifest": manifest.model_dump(mode="json"), "problems": problems}, indent=2))
+    else:
+        typer.echo("\n".join(_lines(opened)))
+        for name, problem in problems.items():
+            typer.echo(f"  {name} {problem}")
+        typer.echo("every file matches its hash" if not problems else "do not use this bundle: export it again")
+    if problems:
+        raise typer.Exit(1)
+
+
+def _lines(bundle: Bundle) -> list[str]:
+    manifest, latent = bundle.manifest, bundle.manifest.latent
+    source = manifest.source.get("name", "unknown")
+    replaced = manifest.source.get("replaced")
+    for component, origin in replaced.items() if isinstance(replaced, dict) else ():
+        source += f", {component} of {origin.get('name') if isinstance(origin, dict) else origin}"
+    if isinstance(tiny := manifest.source.get("tiny_decoder"), dict):
+        source += f", tiny decoder of {tiny.get('name')}"
+    lines = [
+        f"{bundle.path}: {manifest.family}, {manifest.precision}, from {source}",
+        f"  size {latent.default_width}x{latent.default_height}, multiples of {latent.size_multiple};"
+        f" latents {latent.channels} channels, 1/{latent.downscale} of the pixels",
+        f"  sampler {manifest.scheduler.get('_class_name')}, prediction {_prediction(manifest.scheduler)}, default "
+        f"{manifest.default_num_inference_steps} steps, guidance {manifest.default_guidance_scale:g}",
+        *(f"  {info.source} of {_tokens(info)} tokens" for info in manifest.tokenizers),
+    ]
+    if (skipped := manifest.guidance.skipped) is not None:
+        lines.append(f"  requests may skip layers {', '.join(map(str, skipped.layers))}")
+    if moved := manifest.bytes_of("request"):
+        steps = readable_size(manifest.bytes_of("step"))
+        lines.append(f"  {steps} of graphs and weights for every step, {readable_size(moved)} once for a request")
+    for graph in manifest.graphs:
+        size = readable_size(sum(manifest.files[name].size for name in graph.files))
+        inside = f", {graph.precision} inside" if graph.precision not in (None, manifest.precision) else ""
+        parity = f", error against PyTorch {graph.parity.relative_error:.1e}" if graph.parity else ""
+        lines.append(f"  {graph.name} (once per {_STAGES[graph.stage]}): {size}, opset {graph.opset}{inside}{parity}")
+        if graph.quantization is not None:
+            lines.append(f"    {graph.quantization}; not {', '.join(graph.quantization.kept)}")
+        for arrow, tensors in (("<-", graph.inputs), ("->", graph.outputs)):
+            lines += [f"    {arrow} {t.name} {t.dtype}[{', '.join(map(str, t.shape))}]" for t in tensors]
+        lines += [f"    {name} sha256 {manifest.files[name].sha256}" for name in graph.files]
+    return lines
+
+
+def _prediction(scheduler: Mapping[str, Any]) -> str:
+    """Return what the denoiser predicts: schedulers of flows do not say it."""
+    flow = str(scheduler.get("_class_name")).startswith("FlowMatch")
+    return "flow" if flow else str(scheduler.get("prediction_type", "epsilon"))
+
+
+def _tokens(info: TokenizerInfo) -> str:
+    """Return how many tokens the rows of a tokenizer have."""
+    shorter = "".join(f"{length}, " for length in info.lengths)
+    return f"up to {info.max_length}" if info.any_length else f"{shorter}{info.max_length}"
+
+
+_STAGES: dict[str, Any] = {
+    "prompt": "prompt",
+    "image": "initial picture",
+    "request": "request",
+    "step": "step",
+    "end": "picture",
+}

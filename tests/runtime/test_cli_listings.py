@@ -27,6 +27,7 @@ COMMANDS = [
     "generate",
     "serve",
     "export",
+    "quantize",
     "build",
     "inspect",
     "triton-repository",
