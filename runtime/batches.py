@@ -81,10 +81,11 @@ class Batches:
         counts = [len(images[first : first + max_batch]) for first in range(0, len(images), max_batch)]
         rows = {count: count for count in counts}
         if not session.backend.dynamic:
+            asked = table.asked(len(request.weights(self._bundle.manifest.guidance)))
             encoded = (1, request.height or 0, request.width or 0, 3) if picture else None
             blank = partial(self.blank, self._bundle, request, table, conditioning=conditioning)
             sizes = product(decodings, range(counts[0], max_batch + 1), self._longer(lengths))
-            decoding, rows[counts[0]], lengths = self._size(blank, session, sizes, encoded)
+            decoding, rows[counts[0]], lengths = self._size(blank, session, sizes, encoded, asked)
             last = counts[-1]
             if last < counts[0] and not session.keeps(*blank(last, lengths=lengths), decoding):
                 rows[last] = rows[counts[0]]
@@ -118,12 +119,13 @@ class Batches:
         session: Session,
         sizes: Iterable[tuple[Decoding, int, Mapping[str, int]]],
         picture: tuple[int, ...] | None,
+        asked: tuple[int, ...],
     ) -> tuple[Decoding, int, Mapping[str, int]]:
         """Return how to decode, how many images to compute, and how long rows are: the first that has engines."""
         missing = None
         for decoding, rows, lengths in sizes:
             try:
-                session.prepare(*blank(rows, lengths=lengths), picture, decoding)
+                session.prepare(*blank(rows, lengths=lengths), picture, decoding, asked)
                 return decoding, rows, lengths
             except MissingPlanError as error:
                 missing = missing or error

@@ -265,6 +265,8 @@ class Pipeline(Drawing):
         sampler: str | None = None,
         eta: float = 0.0,
         forecast: str | None = None,
+        guidance_interval: tuple[float, float] | None = None,
+        guidance_reuse: float | None = None,
         strength: float | None = None,
         decoder: DecoderName = "full",
         tiled: bool | None = None,
@@ -272,13 +274,15 @@ class Pipeline(Drawing):
         """Do what a first request would wait for, for every size (width, height) and batch: build, open, bind, capture.
 
         With `pictures`, also requests that start from a picture or show previews. Every shape that fits the memory
-        budget is kept from then on. Other samplers, numbers of steps or guidance scales may have other shapes: call it
-        for each that is served. Raises as a request does.
+        budget is kept from then on. Other samplers, numbers of steps or guidance may have other shapes: call it for
+        each that is served. Raises as a request does.
         """
+        given: dict[str, Any] = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+        given |= {"guidance_interval": guidance_interval, "guidance_reuse": guidance_reuse}
+        given |= {"sampler": sampler, "eta": eta, "forecast": forecast, "strength": strength}
+        given |= {"decoder": decoder, "tiled": tiled}
         latent = self.bundle.manifest.latent
-        arguments = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, "sampler": sampler}
-        arguments |= {"eta": eta, "forecast": forecast, "strength": strength, "decoder": decoder, "tiled": tiled}
-        warm_up(self, sizes or [(latent.default_width, latent.default_height)], batches, pictures, arguments)
+        warm_up(self, sizes or [(latent.default_width, latent.default_height)], batches, pictures, given)
 
     def close(self) -> None:
         """Free all engines and memory, once a request of another thread is done; calling it again does nothing."""

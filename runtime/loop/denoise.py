@@ -132,6 +132,10 @@ class DenoiseLoop:
         shapes = shapes_of({spec.name: tensors[spec.name] for spec in denoiser.inputs})
         return OfSome(open_engine(denoiser, shapes).bind(tensors), copies[False], copies[True])
 
+    def binds(self, asked: tuple[int, ...]) -> bool:
+        """Tell whether the denoiser is bound to the rows of so many branches as steps ask for."""
+        return {*asked} <= {self._branches, *self._of_some}
+
     def unbind(self) -> None:
         """Let go of the engines and of what was captured of them; the buffers stay."""
         self._captured.close()

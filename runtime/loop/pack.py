@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from ..sampling.step_table import HISTORY, STEP_INPUTS, Guided, StepOption, StepTable
 
-__all__ = ["pack"]
+__all__ = ["branch_weights", "pack"]
 
 
 def pack(
@@ -53,7 +53,7 @@ def pack(
         dynamic = table.quantiles >= 0
         limits = np.where((table.clip_limits > 0) & ~dynamic, table.clip_limits, 1.0)
         latents, prediction, noise, clipped, history = np.split(table.weights, [1, 2, 3, HISTORY], axis=2)
-        mixed = _mixes(table, mix, branches)
+        mixed = branch_weights(table, mix, branches)
         parts = [latents, prediction * mixed[:, None], noise, clipped * limits[:, None, None], history]
         weights[rows, :lines, : columns - slots + table.history] = np.concatenate(parts, axis=2)
         _add_guidance(weights[rows], table, mixed)
@@ -89,7 +89,7 @@ def pack(
     }
 
 
-def _mixes(table: StepTable, mix: Sequence[float], branches: int) -> NDArray[np.float64]:
+def branch_weights(table: StepTable, mix: Sequence[float], branches: int) -> NDArray[np.float64]:
     """Return the weights of the branches in each row, [N, G]."""
     mixes = np.tile([*[0.0] * (branches - len(mix)), *mix], (len(table), 1))
     for row, guided in enumerate(table.guided):

@@ -18,16 +18,13 @@ from ...engines.progress import Progress, silent
 from ..prompt.cache import PromptCache
 from .decoding import GRAPHS, WHOLE, Decoding
 from .denoise import OpenEngine
-from .shared import Key, SharedEngines
+from .shared import Key, SharedEngines, default_budget
 from .single import SingleGraphs
-from .wiring import wired_shapes
+from .wiring import shapes_of_rows, wired_shapes
 from .workspace import Workspace
 
 MAX_WORKSPACES = 4
 """Request shapes whose buffers, engines and captured graphs are kept; the least recently used goes first."""
-
-PART_OF_FREE_MEMORY = 3 / 4
-"""How much of a GPU's free memory a session may fill by default; the rest is for the next shape to open in."""
 
 
 class Session(SingleGraphs):
@@ -69,7 +66,7 @@ class Session(SingleGraphs):
         # most requests start from noise, and end in the full decoder
         graphs = [g for g in bundle.manifest.graphs if g.stage != "image" and g.name != GRAPHS["tiny"]]
         try:
-            self._budget = _default_budget(backend) if memory_budget is None else memory_budget
+            self._budget = default_budget(backend) if memory_budget is None else memory_budget
             for number, graph in enumerate(graphs if backend.dynamic and not low_memory else []):
                 progress(f"opening {graph.name}", number, len(graphs))
                 self._shared.engine(graph, {})
@@ -117,9 +114,16 @@ class Session(SingleGraphs):
         """Bytes of the device's memory that have gone to this process since the session was opened."""
         return self.backend.device.bytes_taken() - self._taken_before
 
-    def keeps(self, inputs: Mapping[str, Array], arrays: Mapping[str, Array], decoding: Decoding = WHOLE) -> bool:
-        """Tell whether there is a workspace of a request's shapes."""
-        return _key(inputs, arrays, decoding) in self._workspaces
+    def keeps(
+        self,
+        inputs: Mapping[str, Array],
+        arrays: Mapping[str, Array],
+        decoding: Decoding = WHOLE,
+        asked: tuple[int, ...] = (),
+    ) -> bool:
+        """Tell whether there is a workspace of a request's shapes, which runs the branches that steps ask for."""
+        kept = self._workspaces.get(_key(inputs, arrays, decoding))
+        return kept is not None and kept.loop.binds(asked)
 
     def prepare(
         self,
@@ -127,13 +131,18 @@ class Session(SingleGraphs):
         arrays: Mapping[str, Array],
         picture: tuple[int, ...] | None = None,
         decoding: Decoding = WHOLE,
+        asked: tuple[int, ...] = (),
     ) -> None:
         """Build the engines that a request of these shapes lacks, with an initial picture [1, H, W, 3] or without.
 
-        Raises `MissingPlanError` where the backend builds none.
+        `asked` is as in `DenoiseLoop.load`. Raises `MissingPlanError` where the backend builds none.
         """
-        kept = self.keeps(inputs, arrays, decoding)
+        images, denoiser = len(arrays["latents"]), self.bundle.graph("denoiser")
+        kept = self.keeps(inputs, arrays, decoding, asked)
         shapes = {} if kept else wired_shapes(self.bundle, inputs, arrays, decoding)
+        for branches in {*asked} - {len(arrays["model_input"]) // images} if shapes else ():  # plans of their own
+            rows = shapes_of_rows(denoiser, shapes["denoiser"], branches * images)
+            self.backend.prepare(self.bundle, {"denoiser": rows})
         if picture is not None:
             specs = self.bundle.graph("image_encoder").inputs
             shapes["image_encoder"] = {spec.name: (*picture[:3], int(spec.shape[3])) for spec in specs}
@@ -233,12 +242,6 @@ class Session(SingleGraphs):
 
 def _key(inputs: Mapping[str, Array], arrays: Mapping[str, Array], decoding: Decoding) -> Key:
     return "workspace", (decoding, *((name, array.shape) for name, array in {**inputs, **arrays}.items()))
-
-
-def _default_budget(backend: Backend) -> int | None:
-    """Return the bytes that may be in use on a GPU; the host's memory is left to the number of kept shapes."""
-    memory = backend.device.memory_free()
-    return None if memory is None else backend.device.bytes_taken() + int(memory[0] * PART_OF_FREE_MEMORY)
 
 
 _SESSIONS: weakref.WeakSet[Session] = weakref.WeakSet()

@@ -18,6 +18,15 @@ Key = tuple[str, Any]
 BOUND = "bound "
 """Before the name of a graph in keys of bindings."""
 
+PART_OF_FREE_MEMORY = 3 / 4
+"""How much of a GPU's free memory a session may fill by default; the rest is for the next shape to open in."""
+
+
+def default_budget(backend: Backend) -> int | None:
+    """Return the bytes that may be in use on a GPU; the host's memory is left to the number of kept shapes."""
+    memory = backend.device.memory_free()
+    return None if memory is None else backend.device.bytes_taken() + int(memory[0] * PART_OF_FREE_MEMORY)
+
 
 class SharedEngines:
     """What is open of a bundle on a backend, by graph and shapes."""

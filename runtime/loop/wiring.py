@@ -30,6 +30,15 @@ class Notes:
         """Do nothing."""
 
 
+def shapes_of_rows(denoiser: GraphInfo, shapes: Shapes, rows: int) -> Shapes:
+    """Return a denoiser's input shapes where it runs so many rows alone."""
+    symbol = next(spec.shape[0] for spec in denoiser.inputs if spec.name == "model_input")
+    return {
+        spec.name: (rows, *shapes[spec.name][1:]) if spec.shape[:1] == (symbol,) else shapes[spec.name]
+        for spec in denoiser.inputs
+    }
+
+
 def wired_shapes(
     bundle: Bundle, inputs: Mapping[str, Array], arrays: Mapping[str, Array], decoding: Decoding = WHOLE
 ) -> dict[str, Shapes]:

@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 from latentrt.engines.bundle import Bundle
 from latentrt.engines.cache import EngineCache
-from latentrt.engines.errors import RequestError
+from latentrt.engines.errors import MissingPlanError, RequestError
 from latentrt.engines.tensorrt import backend as tensorrt
 from latentrt.runtime import Pipeline
 from latentrt.runtime.loop.denoise import DenoiseLoop
 from latentrt.runtime.loop.guidance import guided_in_part, with_skipped_layers
 from latentrt.runtime.loop.pack import pack
+from latentrt.runtime.loop.session import Session
+from latentrt.runtime.loop.workspace import Workspace
 from latentrt.runtime.sampling import step_table
 from latentrt.runtime.sampling.step_table import Guided
 
@@ -222,3 +224,28 @@ def test_rows_that_skip_layers_are_packed_as_a_plain_loop_computes_them(guided: 
         basis = [ours, *predictions, np.zeros_like(ours), np.zeros_like(ours), *mine]
         ours, *mine = np.einsum("lk,kchw->lchw", packed["weights"][i, :, :, 0, 0, 0].astype(float), np.stack(basis))
         np.testing.assert_allclose(ours, latents, atol=1e-4)
+
+
+def test_the_engine_for_the_rows_of_prompts_is_built_before_a_request_takes_anything(
+    tiny_sd15_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tensorrt, "accept", lambda *_: None)
+    cache, workspace = EngineCache(tmp_path), Session.workspace
+    bundle, plans = Bundle.open(tiny_sd15_bundle), list[int]()
+    request: dict[str, Any] = {**REQUEST, "num_inference_steps": 2, "guidance_interval": (0.0, 0.5), "seed": 3}
+
+    def built(session: Session, *arrays: Any) -> Workspace:
+        plans.append(sum(entry["graph"] == "denoiser" for entry in cache.entries()))
+        return workspace(session, *arrays)
+
+    monkeypatch.setattr(Session, "workspace", built)
+    with Pipeline(bundle, tensorrt_backend(monkeypatch, cache, SimulatedDriver())) as fixed:
+        fixed(**{**request, "guidance_interval": None})
+        with monkeypatch.context() as patch:
+            patch.setattr(fixed.backend, "_build", False)
+            with pytest.raises(MissingPlanError, match="no tensorrt plan of denoiser fits"):
+                fixed(**request)
+        fixed.warm_up(pictures=False, num_inference_steps=2, guidance_scale=SCALE, guidance_interval=(0.0, 0.5))
+        known = len(list(cache.entries()))
+        fixed(**request)
+    assert plans == [1, 2, 2, 2] and len(list(cache.entries())) == known
