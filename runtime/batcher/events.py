@@ -31,7 +31,10 @@ class Stepped:
 
 @dataclass(frozen=True, eq=False)
 class Previewed:
-    """A picture of image `index` on its way, the `number`-th of those asked for, from 1."""
+    """A picture of image `index` on its way, the `number`-th of those asked for, from 1.
+
+    It is what the network's last prediction speaks of: the picture without the noise that is still in the latents.
+    """
 
     index: int
     number: int

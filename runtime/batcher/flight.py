@@ -205,17 +205,18 @@ class Flight:
 
         The others then have the network rows of their next step.
         """
+        for slot, image in self.images.items():  # while what the step had is there
+            if image.done in image.job.previews:
+                self._preview(slot, image)
         for slot, image in list(self.images.items()):
             if image.done == image.candidate.evaluations:
                 self._finish(slot)
-            elif image.done in image.job.previews:
-                self._preview(slot, image)
         in_part = [(slot, image) for slot, image in self.images.items() if image.candidate.guided is not None]
         for slot, image in in_part:
-            if image.now.width < self.slots.width(slot):
+            if image.now.width < len(self.slots.rows_of(slot)):
                 self.slots.narrow(slot)
         for slot, image in in_part:  # into rows that were kept for them, or others have left
-            if image.now.width > self.slots.width(slot):
+            if image.now.width > len(self.slots.rows_of(slot)):
                 self._widen(slot, image)
 
     def _widen(self, slot: int, image: Image) -> None:
@@ -228,16 +229,16 @@ class Flight:
             self.slots.widen(slot, conditioning)
 
     def _preview(self, slot: int, image: Image) -> None:
-        job, latents = image.job, self.slots.latents(slot)
+        job = image.job
         if job.future.cancelled():
             return
+        latents = job.clean(image.done - 1, *self.slots.before(slot))
         try:
             output = self._shared.encoder.preview(latents, job.decoding)
         except LatentRTError as error:
             log.warning("a preview was left out: %s", str(error))
             return
-        number = job.previews[image.done]
-        work = partial(preview, job, image.index, number, output)
+        work = partial(preview, job, image.index, number := job.previews[image.done], output)
         self._shared.deliverer.post(job.box, ("preview", image.index, number), work)
 
     def _finish(self, slot: int) -> None:

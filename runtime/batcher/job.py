@@ -10,17 +10,22 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
+
+from ...engines.device import Array
 from ...engines.errors import RequestError
 from ..batches import Arrays, Batch
 from ..call import Call
 from ..loop.decoding import NO_WHOLE, Decoding
 from ..loop.guidance import wide_rows
 from ..loop.inputs import InitialImage, go_on
+from ..loop.pack import branch_weights
 from ..pipeline import Pipeline
 from ..prompt.conditioning import WeightedPrompts
 from ..prompt.embeddings import Conditioning
 from ..result import GenerationResult
-from ..sampling import takes_eta
+from ..sampling import clean_factors, takes_eta
+from ..sampling.step_table import Guided
 from .deliver import Box
 from .events import Event, Listener
 from .future import BatchFuture, JobProgress
@@ -187,6 +192,20 @@ class Job:
     def work(self) -> int:
         """Network rows times evaluations that are still to be run."""
         return 0 if self.over else sum(image.now.work for image in self.images)
+
+    def clean(self, row: int, latents: Array, history: Array, *predictions: Array) -> Array:
+        """Return the clean latents [1, C, h, w] that the network's predictions [1, ...] in a row of the table speak of.
+
+        They are those of the last branches, as many as the row asks for. `latents` and `history` are what it read.
+        """
+        table, parts = self.table, [each[:, : latents.shape[1]] for each in predictions]  # behind: learned variances
+        mix = self.call.request.weights(self.pipe._manifest.guidance)
+        weights = branch_weights(table, mix, len(mix) + table.skips)[row]
+        predicted = np.tensordot(weights[-len(parts) :], parts, 1)
+        if table.guided and table.guided[row] is Guided.AS_BEFORE:
+            predicted = predicted + history[:, table.added]
+        a, b = clean_factors(self.pipe._manifest.scheduler, self.call.request.sampler, table, row)
+        return (a * latents + b * predicted).astype(np.float32)
 
     def prepare(self) -> None:
         """Encode pictures and prompts that need it, and prepare the images; on the thread that holds the session."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any
+from operator import itemgetter
 
 import numpy as np
 
@@ -118,11 +118,7 @@ class Slots:
         """Network rows in use."""
         return len(self._rows)
 
-    def width(self, slot: int) -> int:
-        """Return how many network rows a slot has."""
-        return len(self._rows_of(slot))
-
-    def _rows_of(self, slot: int) -> list[tuple[int, int]]:
+    def rows_of(self, slot: int) -> list[tuple[int, int]]:
         """Return the rows of a slot, each with its branch."""
         return [(row, branch) for row, (owner, branch) in enumerate(self._rows) if owner == slot]
 
@@ -133,7 +129,7 @@ class Slots:
         here, stream = self._parity, self._stream
         self._part("latents", slot, 1, here).write(image.state["latents"], stream)
         self._part("history", slot, 1, here).copy(self._still, stream)  # weights of 0 do not silence what is not finite
-        for row, branch in self._rows_of(slot):
+        for row, branch in self.rows_of(slot):
             self._condition(row, branch, conditioning)
             for name in ("model_input", "timestep"):
                 self._part(name, row, 1, here).write(image.state[name], stream)
@@ -145,7 +141,7 @@ class Slots:
 
     def widen(self, slot: int, conditioning: Mapping[str, Array]) -> None:
         """Give an image that has the rows of its other branches that of the first, of its conditioning [n, ...]."""
-        (source, _), row = self._rows_of(slot)[0], self.used
+        (source, _), row = self.rows_of(slot)[0], self.used
         self._rows.append((slot, 0))
         self._condition(row, 0, conditioning)
         for name in ("model_input", "timestep"):  # they are the same in all rows of an image
@@ -154,21 +150,21 @@ class Slots:
 
     def narrow(self, slot: int) -> None:
         """Let an image go on without the row of its first branch."""
-        self._let_go([row for row, branch in self._rows_of(slot) if branch == 0])
+        self._let_go([row for row, branch in self.rows_of(slot) if branch == 0])
 
     def resume(self, image: Prepared, parked: Parked, done: int) -> int:
         """Let a parked image go on, after `done` steps, in a free slot, and return that; `parked` stays as it is."""
         slot = self._occupy(image, parked.branches, done)
         for name in ("latents", "history"):
             self._part(name, slot, 1, self._parity).copy(parked.tensors[name], self._stream)
-        for row, branch in self._rows_of(slot):
+        for row, branch in self.rows_of(slot):
             for name in self._of_rows:
                 self._part(name, row, 1, self._parity).copy(parked.part(name, branch), self._stream)
         return slot
 
     def park(self, slot: int, parked: Parked) -> None:
         """Copy what an image has come to, after the steps so far, out of its slot; the slot stays as it is."""
-        rows = self._rows_of(slot)
+        rows = self.rows_of(slot)
         parked.branches = tuple(branch for _, branch in rows)
         for name in ("latents", "history"):
             parked.tensors[name].copy(self._part(name, slot, 1, self._parity), self._stream)
@@ -178,13 +174,9 @@ class Slots:
 
     def parking(self) -> Parked:
         """Allocate a place beside the slots, for one image."""
-        shapes: dict[str, tuple[tuple[int, ...], np.dtype[Any]]] = {}
-        for name in ("latents", "history"):
-            tensor = self._sets[0][name]
-            shapes[name] = (1, *tensor.shape[1:]), tensor.dtype
-        for name in self._of_rows:
-            tensor = self._whole(name, 0)
-            shapes[name] = (self.fit.branches, *tensor.shape[1:]), tensor.dtype
+        counts = {"latents": 1, "history": 1, **dict.fromkeys(self._of_rows, self.fit.branches)}
+        whole = {name: self._whole(name, 0) for name in counts}
+        shapes = {name: ((counts[name], *tensor.shape[1:]), tensor.dtype) for name, tensor in whole.items()}
         return Parked(self._device, shapes)
 
     def _occupy(self, image: Prepared, branches: Sequence[int], done: int) -> int:
@@ -207,7 +199,7 @@ class Slots:
         self._part("row", slot, 1, self._parity).write(
             np.array([(slot + 1) * self.fit.table_rows - 1], np.int64), self._stream
         )
-        self._let_go([row for row, _ in self._rows_of(slot)])
+        self._let_go([row for row, _ in self.rows_of(slot)])
 
     def _let_go(self, rows: Sequence[int]) -> None:
         """Free rows, in increasing order: the last ones in use take their places."""
@@ -231,6 +223,17 @@ class Slots:
             self._rows_of_image[slot, branch] = row
         self._constants["rows_of_image"].write(self._rows_of_image, self._stream)
         self._constants["image_of_row"].write(images, self._stream)
+
+    def before(self, slot: int) -> list[Array]:
+        """Wait for the last step, and return what a slot had in it: latents, history, predictions by branch, [1, …].
+
+        They are there until an image comes or goes, or rows change.
+        """
+        found = [self._part(name, slot, 1, 1 - self._parity) for name in ("latents", "history")]
+        rows = sorted(self.rows_of(slot), key=itemgetter(1))
+        return [
+            tensor.read(self._stream) for tensor in (*found, *(self._part("prediction", row, 1) for row, _ in rows))
+        ]
 
     def write_noise(self, slot: int, noise: Array) -> None:
         """Write what an image draws [C, h, w] for the next step."""

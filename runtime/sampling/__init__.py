@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from .registry import Churn, check_scheduler, names, step_table, takes_eta
+from .registry import Churn, check_scheduler, clean_factors, names, step_table, takes_eta
 
-__all__ = ["Churn", "check_scheduler", "names", "step_table", "takes_eta"]
+__all__ = ["Churn", "check_scheduler", "clean_factors", "names", "step_table", "takes_eta"]

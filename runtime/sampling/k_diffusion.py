@@ -15,6 +15,7 @@ __all__ = [
     "churned",
     "close_row",
     "consistency",
+    "consistent",
     "euler",
     "euler_ancestral",
     "first_sigma",
@@ -70,9 +71,7 @@ def consistency(schedule: Schedule, options: Options) -> StepTable:
     table, s = TableBuilder(), schedule.sigmas
     least, unit, several = float(options["sigma_min"]), float(options["sigma_data"]), len(schedule) > 1
     for i in range(schedule.start, len(schedule)):
-        skip = unit**2 / ((s[i] - least) ** 2 + unit**2)
-        out = (s[i] - least) * unit / (s[i] ** 2 + unit**2) ** 0.5
-        clean = out * table.prediction + skip * table.latents
+        clean = consistent(table.latents, table.prediction, s[i], options)
         clean = table.clip(clean, 1.0) if options["clip_denoised"] else clean
         follows = min(max(s[i + 1], least), float(options["sigma_max"]))
         spread = float(options["s_noise"]) * max(follows**2 - least**2, 0.0) ** 0.5
@@ -95,6 +94,13 @@ def lms(schedule: Schedule, options: Options, order: int = 4) -> StepTable:
         latents = table.latents + sum(factor * slope for factor, slope in zip(factors, slopes, strict=False))
         close_row(table, schedule.timesteps[i], s[i], latents, slopes[: order - 1])
     return table.table(first_sigma(schedule, options))
+
+
+def consistent(latents: Form, prediction: Form, sigma: float, options: Options) -> Form:
+    """Return x0 for latents = x0 + sigma * epsilon and a consistency model (Song et al. 2023, appendix C)."""
+    least, unit = float(options["sigma_min"]), float(options["sigma_data"])
+    skip = unit**2 / ((sigma - least) ** 2 + unit**2)
+    return (sigma - least) * unit / (sigma**2 + unit**2) ** 0.5 * prediction + skip * latents
 
 
 def kdpm2(schedule: Schedule, options: Options) -> StepTable:

@@ -14,12 +14,23 @@ from ..schedules.custom import checked_values
 from ..schedules.flow import flow_schedule
 from ..schedules.rule import applied
 from ..schedules.schedule import Schedule
+from .algebra import clean_and_noise, preconditioned
 from .catalog import SAMPLERS, Sampler
+from .k_diffusion import consistent
 from .names import SHORT_NAMES
 from .resolve import resolved, suffixes_of
 from .step_table import StepOption, StepTable
 
-__all__ = ["Churn", "SamplerDescription", "check_scheduler", "describe", "names", "step_table", "takes_eta"]
+__all__ = [
+    "Churn",
+    "SamplerDescription",
+    "check_scheduler",
+    "clean_factors",
+    "describe",
+    "names",
+    "step_table",
+    "takes_eta",
+]
 
 MAX_TRAIN_TIMESTEPS = 100_000
 MOST_CONTINUOUS_STEPS = 1000
@@ -39,6 +50,11 @@ class Churn(NamedTuple):
 
 
 NO_CHURN = Churn()
+CONSISTENCY = "CMStochasticIterativeScheduler"
+PRECONDITIONED = (CONSISTENCY, "EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
+"""Classes whose networks are preconditioned for the data's deviation (Karras et al. 2022)."""
+UNSAID = {"DDPMWuerstchenScheduler": "epsilon", "IPNDMScheduler": "v_prediction", "SCMScheduler": "v_prediction"}
+"""What networks predict of the classes whose configs do not say so; those of flows, the flow."""
 WHOLE = (0.0, 1.0)
 """All of the training schedule."""
 TYPICAL_STEPS = 4
@@ -132,6 +148,31 @@ def step_table(
             f"the scheduler config makes no schedule ({reason(error)}): export the checkpoint again, "
             "or choose another sampler"
         ) from error
+
+
+def clean_factors(
+    scheduler_config: Mapping[str, Any], sampler: str | None, table: StepTable, row: int
+) -> tuple[float, float]:
+    """Return (a, b) with x0 = a * latents + b * prediction: the clean latents that the prediction of a row speaks of.
+
+    `table` is of that config and sampler. Latents that are not variance preserving are so where the network reads them.
+    """
+    name, options = resolved(scheduler_config, sampler)
+    kind = UNSAID.get(name) or options.get("prediction_type", "flow_prediction")
+    (signal, noise), scale = table.original[row], table.input_scales[row]
+    latents, prediction = np.eye(2)
+    if name in PRECONDITIONED:
+        sigma = (scale**-2 - options["sigma_data"] ** 2) ** 0.5
+        if name == CONSISTENCY:
+            x0 = consistent(latents, prediction, sigma, options)
+        else:
+            x0 = preconditioned(kind, latents, prediction, sigma, options["sigma_data"])
+    else:
+        if scale != 1:
+            signal, noise = scale, (1 - scale**2) ** 0.5
+        falls = -1 if options.get("invert_sigmas") else 1  # then it is the way from noise to the picture
+        x0, _ = clean_and_noise(kind, scale * latents, falls * prediction, signal, noise)
+    return float(x0[0]), float(x0[1])
 
 
 def _share(

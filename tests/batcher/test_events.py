@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from latentrt.engines.device import Array
 from latentrt.engines.errors import DeadlineError, EngineError, QueueFullError, RequestError
 from latentrt.runtime import Pipeline
 from latentrt.runtime.batcher import (
@@ -83,6 +84,43 @@ def test_previews_come_at_even_distances(pipe: Pipeline, gate: Gate, previews: i
         assert shown == steps and [event.number for event in of(events, Previewed)] == list(range(1, previews + 1))
         assert all(event.picture.size == (64, 64) for event in of(events, Previewed))
         assert future.result(300)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"guidance_scale": 1.0},
+        {"guidance_interval": (0.0, 0.4)},  # the last two previews are of steps without guidance
+        {"guidance_interval": (0.5, 1.0)},
+        {"guidance_reuse": 0.4},
+    ],
+    ids=str,
+)
+def test_previews_show_the_picture_without_the_noise_that_is_left(
+    pipe: Pipeline, batcher: Batcher, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    request = {**SMALL, "sampler": "euler", "output_type": "latent", **options}
+    steps: list[tuple[int, Array]] = []  # timestep of each, and the latents after it
+
+    def note(pipe: Any, step: int, timestep: float, values: dict[str, Array]) -> None:
+        steps.append((round(timestep), values["latents"].copy()))
+
+    pipe(**request, callback_on_step_end=note)
+    config = pipe.bundle.manifest.scheduler
+    betas = np.linspace(config["beta_start"] ** 0.5, config["beta_end"] ** 0.5, 1000) ** 2
+    alphas = np.cumprod(1 - betas)
+    sigmas = [float(((1 - alphas[t]) / alphas[t]) ** 0.5) for t, _ in steps]
+    shown: list[Array] = []
+    decode = Encoder.decode
+    monkeypatch.setattr(Encoder, "decode", lambda encoder, latents: shown.append(latents) or decode(encoder, latents))
+    assert batcher.submit(**request, previews=3, on_event=lambda event: None).result(300)
+    for done, latents in zip((2, 3, 4), shown, strict=True):
+        before, after = steps[done - 2][1], steps[done - 1][1]
+        slope = (after - before) / (
+            sigmas[done] - sigmas[done - 1]
+        )  # of Euler's method, from x to x0 = x - sigma slope
+        np.testing.assert_allclose(latents, before - sigmas[done - 1] * slope, atol=2e-3)
 
 
 def test_a_preview_that_cannot_be_decoded_is_left_out(batcher: Batcher, monkeypatch: pytest.MonkeyPatch) -> None:
