@@ -148,6 +148,7 @@ def check(pipe: Pipeline, poison: str, monkeypatch: pytest.MonkeyPatch, count: i
         assert stats.submitted == stats.finished + stats.cancelled + sum(stats.failed.values())
 
 
+@pytest.mark.long
 def test_a_small_crowd_in_trouble(eager: Pipeline, poison: str, monkeypatch: pytest.MonkeyPatch) -> None:
     check(eager, poison, monkeypatch, count=12, most_steps=5)
 

@@ -24,7 +24,7 @@ from latentrt.runtime import Pipeline
 from latentrt.runtime.batcher import Batcher, pool
 
 from ..engines import simulated_backends
-from ..engines.simulated_codes import CUresult, Failure
+from ..engines.failures import OF_THE_LIBRARY, Nth, broken, no_memory
 from ..engines.simulated_cuda import SimulatedDriver
 from .test_swaps import Unsettled
 
@@ -39,21 +39,7 @@ EVERY = pytest.mark.parametrize("stride", [None, SLOW], ids=["a few", "every one
 EVERY_OF_A_GPU = pytest.mark.parametrize(
     "stride", [pytest.param(None, marks=pytest.mark.long), SLOW], ids=["a few", "every one"]
 )
-A_FEW = 3
-
-
-class Nth:
-    """Counts the calls that it stands for, and lets one of them fail."""
-
-    def __init__(self, failure: Callable[[], Any]) -> None:
-        self.failure, self.calls, self.fails_at = failure, 0, 0
-
-    def instead_of(self, real: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*arguments: Any, **options: Any) -> Any:
-            self.calls += 1
-            return self.failure() if self.calls == self.fails_at else real(*arguments, **options)
-
-        return call
+A_FEW = 2
 
 
 def survives(pipe: Pipeline, nth: Nth, held: Callable[[], object], stride: int | None) -> None:
@@ -118,26 +104,11 @@ def gpu(plans: EngineCache, driver: SimulatedDriver, monkeypatch: pytest.MonkeyP
     assert not +driver.live
 
 
-def no_memory() -> Any:
-    raise Failure(CUresult.CUDA_ERROR_OUT_OF_MEMORY)
-
-
-def broken() -> Any:
-    raise EngineError("the call was made to fail")
-
-
 ON_THE_GPU = {
     "memory": ["_cuMemAlloc", "_cuMemHostAlloc"],
     "captures": ["_cuStreamBeginCapture", "_cuGraphInstantiate", "_cuGraphUpload", "_cuGraphLaunch"],
     "points": ["_cuEventCreate", "_cuEventRecord", "_cuEventSynchronize"],
     "copies": ["_cuMemcpyHtoDAsync", "_cuMemcpyDtoHAsync", "_cuMemcpyDtoDAsync", "_cuStreamSynchronize"],
-}
-OF_THE_LIBRARY: dict[str, tuple[str, Callable[[], Any]]] = {
-    "profiles": ("set_optimization_profile_async", lambda: False),
-    "shapes": ("set_input_shape", lambda: False),
-    "addresses": ("set_tensor_address", lambda: False),
-    "runs": ("execute_async_v3", lambda: False),
-    "contexts": ("__init__", broken),
 }
 
 
@@ -155,7 +126,7 @@ def test_calls_of_the_driver(
 
 
 @EVERY_OF_A_GPU
-@pytest.mark.parametrize("what", [what for what in OF_THE_LIBRARY if what != "profiles"])
+@pytest.mark.parametrize("what", OF_THE_LIBRARY)
 def test_calls_of_the_library(
     gpu: Pipeline, driver: SimulatedDriver, what: str, stride: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

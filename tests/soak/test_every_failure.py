@@ -24,8 +24,8 @@ from latentrt.runtime import Pipeline
 from latentrt.runtime.cli.pictures import PictureWriter, Target
 
 from ..engines import simulated_backends
+from ..engines.failures import OF_THE_LIBRARY, Nth, broken, no_memory
 from ..engines.simulated_backends import tensorrt_backend
-from ..engines.simulated_codes import CUresult, Failure
 from ..engines.simulated_cuda import SimulatedDriver
 
 pytestmark = pytest.mark.slow
@@ -33,41 +33,6 @@ pytestmark = pytest.mark.slow
 REQUEST: dict[str, Any] = {"prompt": "a red circle", "seed": 1, "num_inference_steps": 5, "height": 32, "width": 32}
 PICTURE = np.full((32, 32, 3), 200, np.uint8)
 """Even and odd steps run as they are, are captured, and are replayed."""
-
-
-class Nth:
-    """Counts the calls that it stands for and lets one of them fail."""
-
-    def __init__(self, failure: Callable[[], Any]) -> None:
-        """`failure` raises, or returns what a call that failed returns."""
-        self.failure = failure
-        self.calls = 0
-        self.fails_at: int | None = None
-
-    def instead_of(self, real: Callable[..., Any]) -> Callable[..., Any]:
-        """Return a function that is `real`, but for the call that fails."""
-
-        def call(*arguments: Any, **options: Any) -> Any:
-            self.calls += 1
-            return self.failure() if self.calls == self.fails_at else real(*arguments, **options)
-
-        return call
-
-    def quiet(self) -> None:
-        """Let nothing fail."""
-        self.fails_at = None
-
-    def armed(self, number: int) -> None:
-        """Let the call of this number, counted from 1 and from now on, fail."""
-        self.calls, self.fails_at = 0, number
-
-
-def no_memory() -> Any:
-    raise Failure(CUresult.CUDA_ERROR_OUT_OF_MEMORY)
-
-
-def broken() -> Any:
-    raise EngineError("the call was made to fail")
 
 
 def one_line(error: LatentRTError) -> None:
@@ -117,12 +82,6 @@ ON_THE_GPU = {
     "graphs": ["_cuGraphInstantiate", "_cuGraphUpload", "_cuGraphLaunch"],
     "events": ["_cuEventCreate", "_cuEventRecord", "_cuStreamWaitEvent", "_cuEventSynchronize"],
     "copies": ["_cuMemcpyHtoDAsync", "_cuMemcpyDtoHAsync", "_cuStreamSynchronize"],
-}
-OF_THE_LIBRARY = {
-    "shapes": ("set_input_shape", lambda: False),
-    "addresses": ("set_tensor_address", lambda: False),
-    "runs": ("execute_async_v3", lambda: False),
-    "contexts": ("__init__", broken),
 }
 
 
