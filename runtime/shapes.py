@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from ..engines.bundle import Bundle
 from ..engines.engine import Shapes
 from ..engines.errors import RequestError
-from .batches import Batches
+from .batcher.prepared import fit_of
+from .batcher.warm_up import engine_shapes
+from .batches import Arrays, Batches
 from .loop.decoding import GRAPHS
 from .loop.wiring import wired_shapes
 from .prompt.conditioning import blank_parts
 from .request import GenerationRequest
 from .sampling import step_table
+from .sampling.step_table import StepTable
 
 
 def requested_shapes(
@@ -32,25 +36,64 @@ def requested_shapes(
     those with rows of any. With `skips` its guidance also skips layers, at some step. Raises
     `RequestError` where the bundle takes no prompts of several parts, or none of so many tokens.
     """
-    manifest = bundle.manifest
-    guided = {} if guidance_scale is None else {manifest.guidance.scale: guidance_scale, "negative_prompt": ""}
-    request = GenerationRequest.of(prompt="", width=width, height=height, **guided)
-    steps, size = manifest.default_num_inference_steps, (width, height)
-    table = step_table(manifest.scheduler, steps, rule=manifest.schedule, size=size)
-    table = replace(table, skipped=(1.0,) * len(table)) if skips else table
-    complete = request.with_defaults(manifest)
-    lengths = row_lengths_for(bundle, prompt_tokens)
-    shapes = wired_shapes(bundle, *Batches.blank(bundle, complete, table, images, lengths=lengths))
+    arrays, _ = _blank(bundle, width, height, images, guidance_scale, 1, prompt_tokens, skips)
+    shapes = wired_shapes(bundle, *arrays)
     if prompt_parts > 1:
-        shapes |= wired_shapes(
-            bundle, *Batches.blank(bundle, complete, table, images, blank_parts(bundle, prompt_parts))
-        )
+        arrays, _ = _blank(bundle, width, height, images, guidance_scale, prompt_parts, prompt_tokens, skips)
+        shapes |= wired_shapes(bundle, *arrays)
     if bundle.has_graph(GRAPHS["tiny"]):
         shapes[GRAPHS["tiny"]] = shapes[GRAPHS["full"]]
     if bundle.has_graph("image_encoder"):
         specs = bundle.graph("image_encoder").inputs
         shapes["image_encoder"] = {spec.name: (1, height, width, int(spec.shape[3])) for spec in specs}
     return shapes
+
+
+def batcher_shapes(
+    bundle: Bundle,
+    width: int,
+    height: int,
+    slots: int,
+    buckets: Sequence[int],
+    prompt_parts: int = 1,
+    prompt_tokens: int | None = None,
+) -> dict[str, list[Shapes]]:
+    """Return the input shapes of every graph for a batcher of so many slots and these numbers of rows, one for each.
+
+    Prompts are as in `requested_shapes`, and what is raised as well.
+    """
+    shapes: dict[str, list[Shapes]] = {}
+    for parts in dict.fromkeys((1, prompt_parts)):
+        (inputs, arrays), table = _blank(bundle, width, height, 1, None, parts, prompt_tokens)
+        channels, *cells = arrays["latents"].shape[1:]
+        fit = fit_of(bundle, inputs, (channels, cells[0], cells[1]), table)
+        row = {name: array[:1] for name, array in inputs.items()}
+        shapes |= engine_shapes(bundle, (row, arrays), fit, slots, buckets)
+    if bundle.has_graph(GRAPHS["tiny"]):
+        shapes[GRAPHS["tiny"]] = shapes[GRAPHS["full"]]
+    return shapes
+
+
+def _blank(
+    bundle: Bundle,
+    width: int,
+    height: int,
+    images: int,
+    scale: float | None,
+    parts: int,
+    tokens: int | None,
+    skips: bool = False,
+) -> tuple[Arrays, StepTable]:
+    """Return the arrays of a request before anything is drawn, and its table."""
+    manifest = bundle.manifest
+    guided = {} if scale is None else {manifest.guidance.scale: scale, "negative_prompt": ""}
+    request = GenerationRequest.of(prompt="", width=width, height=height, **guided).with_defaults(manifest)
+    steps, size = manifest.default_num_inference_steps, (width, height)
+    table = step_table(manifest.scheduler, steps, rule=manifest.schedule, size=size)
+    table = replace(table, skipped=(1.0,) * len(table)) if skips else table
+    if parts > 1:
+        return Batches.blank(bundle, request, table, images, blank_parts(bundle, parts)), table
+    return Batches.blank(bundle, request, table, images, lengths=row_lengths_for(bundle, tokens)), table
 
 
 def row_lengths_for(bundle: Bundle, tokens: int | None) -> dict[str, int]:

@@ -31,3 +31,12 @@ def check_size(width: int, height: int, latent: LatentInfo) -> None:
             below = size // multiple * multiple
             near = f"{below} or {below + multiple}" if below > 0 else f"{multiple}"
             raise RequestError(f"{name} is {size}: this bundle needs a multiple of {multiple}; try {near}")
+
+
+def size_of(text: str, latent: LatentInfo) -> tuple[int, int]:
+    """Return (width, height) from `WIDTHxHEIGHT`, of no text the bundle's own; raises as the other two do."""
+    if not text:
+        return latent.default_width, latent.default_height
+    width, height = parse_size(text)
+    check_size(width, height, latent)
+    return width, height

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, get_args
 
-from ...runtime.batcher.policy import BUCKETS, Candidate, decide, until_done
+from ...runtime.batcher.policy import Candidate, decide, until_done
+from ...runtime.batcher.queue import buckets_of
 from .arrivals import Arrivals, Entry, Outcome, mean_alone
 from .curve import Curve
 from .mixes import Mix
@@ -35,7 +36,7 @@ class Setup:
     @property
     def buckets(self) -> tuple[int, ...]:
         """The row counts of a batcher that is opened so, on a backend whose engines take any number of rows."""
-        return (*(bucket for bucket in BUCKETS if bucket < self.rows), self.rows)
+        return buckets_of(self.rows, dynamic=True)
 
     @cached_property
     def knee(self) -> int:

@@ -25,10 +25,9 @@ from .finish import settle
 from .flight import Shared
 from .future import BatchFuture, JobProgress
 from .job import Job
-from .policy import BUCKETS, STATIC_BUCKETS
 from .pool import Pool
 from .prepared import table_names
-from .queue import Queue, check_numbers
+from .queue import SLOTS, Queue, buckets_of, check_numbers, rows_of
 from .stats import Observer, Stats, Tally
 from .warm_up import check_engines, warm_up
 
@@ -42,17 +41,17 @@ class Batcher:
     """Draws unlike requests together: prompts, samplers, steps, guidance and seeds may all differ.
 
     A context manager, for any number of threads. `slots` images are in flight at a time on `rows` network rows, two for
-    an image with guidance and one without (default: two for each slot); `max_waiting` images of a size may wait, and
-    no more once what waits takes `max_wait` seconds. The rows that are computed are the fewest that hold what is in
-    flight, of a few numbers; with `fixed_rows` it is always all of them, and a picture is then the same bit for bit
-    whatever else is drawn.
+    an image with guidance and one without (default: two for each slot up to 8, and one for each of more slots);
+    `max_waiting` images of a size may wait, and no more once what waits takes `max_wait` seconds. The rows that are
+    computed are the fewest that hold what is in flight, of a few numbers; with `fixed_rows` it is always all of them,
+    and a picture is then the same bit for bit whatever else is drawn.
     """
 
     def __init__(
         self,
         pipe: Pipeline | Bundle | str | Path,
         *,
-        slots: int = 4,
+        slots: int = SLOTS,
         rows: int | None = None,
         fixed_rows: bool = False,
         max_waiting: int = 64,
@@ -69,7 +68,7 @@ class Batcher:
         bundle. Raises `RequestError` for numbers out of range, `BundleError` for a bundle whose steps are not of one
         image alone, and what `Pipeline.open` raises.
         """
-        rows = 2 * slots if rows is None else rows
+        rows = rows_of(slots) if rows is None else rows
         check_numbers(slots, rows, max_waiting, max_wait)
         self._owns = not isinstance(pipe, Pipeline)
         self.pipe = pipe if isinstance(pipe, Pipeline) else Pipeline.open(pipe, backend, **options)
@@ -83,8 +82,7 @@ class Batcher:
         except BaseException:
             self._close_pipe()
             raise
-        narrower = () if fixed_rows else BUCKETS if self.pipe.backend.dynamic else STATIC_BUCKETS
-        buckets = (*(bucket for bucket in narrower if bucket < rows), rows)
+        buckets = buckets_of(rows, dynamic=self.pipe.backend.dynamic, fixed_rows=fixed_rows)
         self._changed = threading.Condition()
         self._closing, self._process, self._build = False, os.getpid(), build
         self._turn_began: float | None = None
@@ -193,7 +191,6 @@ class Batcher:
         latent = self.pipe.bundle.manifest.latent
         for width, height in sizes or [(latent.default_width, latent.default_height)]:
             job = self._job({"prompt": "", "seed": 0, "width": width, "height": height, **arguments})
-            self._check_engines(job)
             with self.pipe.session.request():
                 with self._changed:
                     self._check_open()

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from ...engines.bundle import GraphInfo
+from ...engines.bundle import Bundle, GraphInfo
 from ...engines.device import Event
 from ...engines.engine import Shapes
 from ...engines.errors import EngineError, LatentRTError
@@ -78,7 +78,7 @@ class Flight:
         """Images that may be beside the slots at a time: as many as slots, none once there was no memory for it."""
         try:
             if not session.backend.dynamic:  # of all buckets at once: their engines share weights
-                session.backend.prepare(session.bundle, slot_shapes(shared, fit))
+                session.backend.prepare(session.bundle, slot_shapes(session.bundle, fit, shared.slots, shared.buckets))
             self.slots = Slots(
                 session.backend.device,
                 session.bundle,
@@ -281,7 +281,7 @@ class Flight:
             self._shared.session.let_go(self._uses)
 
 
-def slot_shapes(shared: Shared, fit: Fit) -> dict[str, list[Shapes]]:
+def slot_shapes(bundle: Bundle, fit: Fit, slots: int, buckets: Sequence[int]) -> dict[str, list[Shapes]]:
     """Return the input shapes of the denoiser and the step for every bucket: slots on the host, with nothing to run."""
     found: dict[str, list[Shapes]] = {}
 
@@ -291,9 +291,9 @@ def slot_shapes(shared: Shared, fit: Fit) -> dict[str, list[Shapes]]:
             found[graph.name].append(wanted)
         return Notes(graph)
 
-    device, bundle = HostDevice(), shared.session.bundle
-    dry = Slots(device, bundle, open_engine, fit, shared.slots, shared.buckets, mode="eager", stream=device.stream())
-    for bucket in shared.buckets:
+    device = HostDevice()
+    dry = Slots(device, bundle, open_engine, fit, slots, buckets, mode="eager", stream=device.stream())
+    for bucket in buckets:
         dry.bind(bucket)
     dry.close()
     return found

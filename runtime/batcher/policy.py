@@ -12,10 +12,6 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-BUCKETS: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128)
-"""Numbers of network rows that a step may compute, below the most."""
-STATIC_BUCKETS: tuple[int, ...] = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
-"""The same where each costs an engine of its own, or a plan a profile."""
 SLACK = 4.0
 """An image is due when it has been there for so many times what it takes alone: short ones overtake long ones."""
 PATIENCE = 130

@@ -7,16 +7,19 @@ from functools import partial
 
 import numpy as np
 
+from ...engines.bundle import Bundle
 from ...engines.engine import Shapes
 from ...engines.errors import MissingPlanError, RequestError
 from ...engines.progress import Progress
-from ..loop.decoding import Decoding
+from ..batches import Arrays
+from ..loop.decoding import WHOLE, Decoding
 from ..loop.wiring import wired_shapes
 from .encode import Encoder
 from .flight import Shared, slot_shapes
 from .job import Job
 from .policy import UNSETTLED
 from .pool import Pool
+from .prepared import Fit
 
 TIMED = 4
 """Steps of each bucket that are timed, half of them on each of the two sets of buffers."""
@@ -62,7 +65,9 @@ def check_engines(job: Job, shared: Shared, sizes: Sequence[str]) -> None:
     """
     request, session, missing = job.call.request, shared.session, None
     for decoding in job.call.decodings:
-        shapes = engine_shapes(job, shared, job.call.pictures is not None, decoding)
+        shapes = engine_shapes(session.bundle, job.blank_row(), job.fit, shared.slots, shared.buckets, decoding)
+        if job.call.pictures is None:
+            shapes.pop("image_encoder", None)
         try:
             session.backend.prepare(session.bundle, shapes, build=False)
         except MissingPlanError as error:
@@ -76,13 +81,17 @@ def check_engines(job: Job, shared: Shared, sizes: Sequence[str]) -> None:
     ) from missing
 
 
-def engine_shapes(job: Job, shared: Shared, pictures: bool, decoding: Decoding) -> dict[str, list[Shapes]]:
-    """Return the input shapes of all engines that requests like one need in a batcher, by graph."""
-    bundle, request = shared.session.bundle, job.call.request
-    shapes = {name: [each] for name, each in wired_shapes(bundle, *job.blank_row(), decoding).items()}
-    shapes |= slot_shapes(shared, job.fit)
-    if pictures and bundle.has_graph("image_encoder"):
-        sides = request.height or 0, request.width or 0
+def engine_shapes(
+    bundle: Bundle, row: Arrays, fit: Fit, slots: int, buckets: Sequence[int], decoding: Decoding = WHOLE
+) -> dict[str, list[Shapes]]:
+    """Return the input shapes of all engines that requests like one need in a batcher, by graph.
+
+    `row` has the inputs of one network row, and those of one image in the loop.
+    """
+    shapes = {name: [each] for name, each in wired_shapes(bundle, *row, decoding).items()}
+    shapes |= slot_shapes(bundle, fit, slots, buckets)
+    if bundle.has_graph("image_encoder"):
+        sides = [side * bundle.manifest.latent.downscale for side in fit.latents[1:]]
         specs = bundle.graph("image_encoder").inputs
         shapes["image_encoder"] = [{spec.name: (1, *sides, int(spec.shape[3])) for spec in specs}]
     return shapes

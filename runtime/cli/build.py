@@ -23,8 +23,11 @@ from ...engines.progress import Progress
 from ...engines.tensorrt.backend import TensorRt, plan_options
 from ...engines.tensorrt.plan import Profile, profile_for
 from ...engines.tensorrt.planner import Planner, target_of_compute_capability
-from ..shapes import requested_shapes, row_lengths_for
-from ..sizes import check_size, parse_size
+from ..batcher import Batcher
+from ..batcher.queue import buckets_of, check_numbers, rows_of
+from ..pipeline import Pipeline
+from ..shapes import batcher_shapes, requested_shapes, row_lengths_for
+from ..sizes import size_of
 from .bundle import readable_size
 from .options import BackendOptions, backend_options, check_backend, opened_bundle, options_of
 from .progress import progress_bar
@@ -71,6 +74,11 @@ def build(
             "repeated (default: the most).",
         ),
     ] = None,
+    slots: Annotated[
+        int | None, typer.Option("--slots", min=1, help="Build what a server with so many slots needs, no batches.")
+    ] = None,
+    rows: Annotated[int | None, typer.Option("--rows", min=2, help="Network rows of that server.")] = None,
+    fixed_rows: Annotated[bool, typer.Option("--fixed-rows", help="For a server with --fixed-rows.")] = False,
     warm: Annotated[
         bool,
         typer.Option("--warm", help="Then draw once with each, so that engines are loaded here and known to work."),
@@ -81,39 +89,46 @@ def build(
     """Build a bundle's engines into the cache, so that the first request need not wait for it.
 
     They serve every sampler and number of steps, at the sizes, batches and guidance given: what matters of a guidance
-    scale is whether it is above 1.
+    scale is whether it is above 1. A server with the same --size, --slots and --rows then builds nothing.
     """
     check_backend(backend)
+    _check_slots(slots, rows, fixed_rows, batch=batch, guidance=guidance, dynamic=dynamic)
     if warm and compute_capability:
         raise RequestError("--warm draws on this machine, --compute-capability builds for others: give one of them")
     opened = opened_bundle(bundle)
-    sizes, batches = [_size(opened, text) for text in size or [""]], batch or [1]
-    scales = _scales(opened, guidance)
-    parts = prompt_parts or [1]
-    tokens = _tokens(opened, prompt_tokens)
-    requests = [_Request(*each) for each in product(sizes, batches, scales, parts, tokens, (False, True))]
-    can_skip = opened.manifest.guidance.skipped is not None
-    requests = [r for r in requests if not r.skips or (can_skip and _branches(opened, r.guidance) > 1)]
-    if dynamic and len(sizes) * len(batches) * len(parts) * len(tokens) == 1:
+    sizes, batches = [size_of(text, opened.manifest.latent) for text in size or [""]], batch or [1]
+    scales, prompts = _scales(opened, guidance), list(product(prompt_parts or [1], _tokens(opened, prompt_tokens)))
+    skips = sorted({False, opened.manifest.guidance.skipped is not None})
+    if dynamic and len(sizes) * len(batches) * len(prompts) == 1:
         raise RequestError("--dynamic needs a range: give --size or --batch at least twice, the most used one first")
-    shapes = [requested_shapes(opened, *r.size, r.images, r.guidance, r.parts, r.tokens, r.skips) for r in requests]
+
+    def wanted(dynamic_backend: bool) -> list[_Wanted]:
+        if slots is None:
+            every = product(sizes, batches, scales, prompts, skips)
+            return [_of_request(opened, *each) for each in every if not each[4] or _branches(opened, each[2]) > 1]
+        buckets = buckets_of(rows or rows_of(slots), dynamic=dynamic_backend, fixed_rows=fixed_rows)
+        return [_of_batcher(opened, size, slots, buckets, prompt) for size, prompt in product(sizes, prompts)]
+
     found: list[dict[str, Any]] = []
     built: Iterator[_Built]
     with progress_bar("building") as progress:
         if compute_capability:
             planners = _planners_for(compute_capability, backend, options, progress)
-            built = (each for planner in planners for each in _build(planner, opened, requests, shapes, dynamic))
+            built = (each for planner in planners for each in _build(planner, opened, wanted(False), dynamic))
         else:
             device = _open(backend, options, progress)
             if isinstance(device, TensorRt):
-                built = _build(device.planner, opened, requests, shapes, dynamic)
+                built = _build(device.planner, opened, wanted(False), dynamic)
             else:
-                built = _open_each(device, opened, requests, shapes)
+                built = _open_each(device, opened, wanted(device.dynamic))
         for each in built:
             found.append(asdict(each))
             if not as_json:
                 typer.echo(each)
-        if warm:
+        if warm and slots is not None:
+            with Pipeline(opened, device) as pipe, Batcher(pipe, slots=slots, rows=rows, fixed_rows=fixed_rows) as many:
+                many.warm_up(sizes)
+        elif warm:
             _warm_up(opened, device, sizes, batches, scales)
     if as_json:
         typer.echo(json.dumps(found, indent=2))
@@ -142,19 +157,42 @@ class _Built:
 
 
 @dataclass(frozen=True)
-class _Request:
-    size: tuple[int, int]
-    images: int
-    guidance: float
-    parts: int
-    tokens: int | None
-    skips: bool
+class _Wanted:
+    """What engines are built for: its name, and the input shapes of each graph."""
 
-    def __str__(self) -> str:
-        parts = f" prompt parts {self.parts}" if self.parts > 1 else ""
-        parts += f" prompt tokens {self.tokens}" if self.tokens else ""
-        parts += " skipped layers" if self.skips else ""
-        return f"{self.size[0]}x{self.size[1]} batch {self.images} guidance {self.guidance:g}{parts}"
+    name: str
+    shapes: Mapping[str, Sequence[Shapes]]
+
+
+def _check_slots(slots: int | None, rows: int | None, fixed_rows: bool, **others: Any) -> None:
+    """Raise `RequestError` for options of a batcher without its slots, or beside those of a pipeline."""
+    if slots is None and (rows is not None or fixed_rows):
+        raise RequestError(f"{'--fixed-rows' if rows is None else '--rows'} is given without --slots: give both")
+    if slots is not None and (given := [name for name, value in others.items() if value]):
+        raise RequestError(f"--slots and --{given[0]} are given: a batcher does not have that, leave one out")
+    if slots is not None:
+        check_numbers(slots, rows or rows_of(slots), 1, None)
+
+
+def _of_request(
+    bundle: Bundle, size: tuple[int, int], images: int, guidance: float, prompt: tuple[int, int | None], skips: bool
+) -> _Wanted:
+    shapes = requested_shapes(bundle, *size, images, guidance, *prompt, skips)
+    skipping = " skipped layers" if skips else ""
+    name = f"{size[0]}x{size[1]} batch {images} guidance {guidance:g}{_named(prompt)}{skipping}"
+    return _Wanted(name, {graph: [each] for graph, each in shapes.items()})
+
+
+def _of_batcher(
+    bundle: Bundle, size: tuple[int, int], slots: int, buckets: Sequence[int], prompt: tuple[int, int | None]
+) -> _Wanted:
+    name = f"{size[0]}x{size[1]} slots {slots} rows {' '.join(map(str, buckets))}{_named(prompt)}"
+    return _Wanted(name, batcher_shapes(bundle, *size, slots, buckets, *prompt))
+
+
+def _named(prompt: tuple[int, int | None]) -> str:
+    parts, tokens = prompt
+    return (f" prompt parts {parts}" if parts > 1 else "") + (f" prompt tokens {tokens}" if tokens else "")
 
 
 def _tokens(bundle: Bundle, given: Sequence[int] | None) -> list[int | None]:
@@ -181,8 +219,6 @@ def _branches(bundle: Bundle, scale: float) -> int:
 def _warm_up(
     bundle: Bundle, backend: Backend, sizes: Sequence[tuple[int, int]], batches: Sequence[int], scales: Sequence[float]
 ) -> None:
-    from ..pipeline import Pipeline
-
     with Pipeline(bundle, backend, max_batch=max(batches)) as pipe:
         for size in sizes:
             for scale in scales:
@@ -199,16 +235,10 @@ def _planners_for(
     return [Planner(name, target, options=chosen, progress=progress) for target in targets]
 
 
-def _build(
-    planner: Planner,
-    bundle: Bundle,
-    requests: Sequence[_Request],
-    shapes: Sequence[Mapping[str, Shapes]],
-    dynamic: bool,
-) -> Iterator[_Built]:
+def _build(planner: Planner, bundle: Bundle, wanted: Sequence[_Wanted], dynamic: bool) -> Iterator[_Built]:
     """Build the plans of a bundle, one after the other."""
     target = " ".join(planner.target.values())
-    for graph, profile, what in _plans(bundle, requests, shapes, dynamic):
+    for graph, profile, what in _plans(bundle, wanted, dynamic):
         done = planner.is_built(bundle, graph, profile)
         plan = planner.build(bundle, graph, profile)
         seconds = None if done else float(plan.facts["build_seconds"])
@@ -216,21 +246,20 @@ def _build(
         yield _Built(graph.name, what, planner.backend, target, seconds, size, str(plan.folder))
 
 
-def _plans(
-    bundle: Bundle, requests: Sequence[_Request], shapes: Sequence[Mapping[str, Shapes]], dynamic: bool
-) -> Iterator[tuple[GraphInfo, Profile, str]]:
-    """Yield every graph with each profile to build, once, and the requests that it is for."""
-    for name in shapes[0]:
+def _plans(bundle: Bundle, wanted: Sequence[_Wanted], dynamic: bool) -> Iterator[tuple[GraphInfo, Profile, str]]:
+    """Yield every graph with each profile to build, once, and what it is for."""
+    for name in wanted[0].shapes:
         graph = bundle.graph(name)
         if dynamic:
-            yield graph, profile_for(graph, *(each[name] for each in shapes)), " or ".join(map(str, requests))
+            shapes = [shapes for each in wanted for shapes in each.shapes[name]]
+            yield graph, profile_for(graph, *shapes), " or ".join(each.name for each in wanted)
             continue
         seen = []
-        for request, each in zip(requests, shapes, strict=True):
-            profile = profile_for(graph, each[name])
+        for each in wanted:
+            profile = Profile.together([profile_for(graph, shapes) for shapes in each.shapes[name]])
             if profile not in seen:
                 seen.append(profile)
-                yield graph, profile, str(request)
+                yield graph, profile, each.name
 
 
 def _open(name: str, options: Sequence[str] | None, progress: Progress) -> Backend:
@@ -241,27 +270,22 @@ def _open(name: str, options: Sequence[str] | None, progress: Progress) -> Backe
         raise BackendUnavailableError(f"{error}{hint}") from error
 
 
-def _open_each(
-    backend: Backend, bundle: Bundle, requests: Sequence[_Request], shapes: Sequence[Mapping[str, Shapes]]
-) -> Iterator[_Built]:
+def _open_each(backend: Backend, bundle: Bundle, wanted: Sequence[_Wanted]) -> Iterator[_Built]:
     """Open and close every graph, which builds what the backend keeps in the cache."""
     once = backend.dynamic and not (isinstance(backend, OpenVino) and backend.fixed)
-    for request, each in list(zip(requests, shapes, strict=True))[: 1 if once else None]:
-        for name, wanted in each.items():
-            graph = bundle.graph(name)
-            began = time.perf_counter()
-            before = _folder(backend, bundle, graph, wanted)
-            backend.open(bundle, graph, wanted).close()
-            seconds, folder = time.perf_counter() - began, _folder(backend, bundle, graph, wanted)
-            yield _Built(
-                name,
-                "every size" if once else str(request),
-                backend.name,
-                "",
-                None if before else seconds,
-                None if folder is None else sum(file.stat().st_size for file in folder.iterdir()),
-                None if folder is None else str(folder),
-            )
+    for each in wanted[: 1 if once else None]:
+        for name, every in each.shapes.items():
+            for shapes in every[: 1 if once else None]:
+                yield _opened(backend, bundle, bundle.graph(name), shapes, "every size" if once else each.name)
+
+
+def _opened(backend: Backend, bundle: Bundle, graph: GraphInfo, shapes: Shapes, what: str) -> _Built:
+    began, before = time.perf_counter(), _folder(backend, bundle, graph, shapes)
+    backend.open(bundle, graph, shapes).close()
+    seconds, folder = time.perf_counter() - began, _folder(backend, bundle, graph, shapes)
+    size = None if folder is None else sum(file.stat().st_size for file in folder.iterdir())
+    kept = None if folder is None else str(folder)
+    return _Built(graph.name, what, backend.name, "", None if before else seconds, size, kept)
 
 
 def _folder(backend: Backend, bundle: Bundle, graph: GraphInfo, shapes: Shapes) -> Path | None:
@@ -269,12 +293,3 @@ def _folder(backend: Backend, bundle: Bundle, graph: GraphInfo, shapes: Shapes) 
     if isinstance(backend, OpenVino):
         return backend.find(bundle, graph, shapes)
     return EngineCache().find(graph.name, backend.key(bundle, graph)) if isinstance(backend, OnnxRuntimeCpu) else None
-
-
-def _size(bundle: Bundle, text: str) -> tuple[int, int]:
-    latent = bundle.manifest.latent
-    if not text:
-        return latent.default_width, latent.default_height
-    width, height = parse_size(text)
-    check_size(width, height, latent)
-    return width, height

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ...engines.errors import MissingExtraError, RequestError
+from ..batcher.queue import SLOTS
 from ..sizes import parse_size
 from .generate import _embedded
 from .interrupts import INTERRUPTED
@@ -53,9 +54,10 @@ def serve(
         int | None,
         _option("--max-pixels", min=1, help="Pixels of a picture of another size (default: 4 times the largest's)."),
     ] = None,
-    slots: Annotated[int, _option("--slots", min=1, help="Pictures that are drawn at one time.")] = 4,
+    slots: Annotated[int, _option("--slots", min=1, help="Pictures that are drawn at one time.")] = SLOTS,
     rows: Annotated[
-        int | None, _option("--rows", min=2, help="Network rows that they share (default: 2 for each).")
+        int | None,
+        _option("--rows", min=2, help="Network rows that they share (default: 2 each up to 8, or 1 each)."),
     ] = None,
     fixed_rows: Annotated[
         bool, _option("--fixed-rows", help="Compute all rows always: the same picture bit for bit in any company.")

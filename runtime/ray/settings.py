@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from ..batcher.queue import SLOTS
 from ..service import Limits, ModelSettings
 from ..sizes import parse_size
 
@@ -44,7 +45,7 @@ class RaySettings(BaseModel):
     backend: str = "auto"
     options: Annotated[dict[str, Any], BeforeValidator(_options)] = {}
     """Of the backend, JSON."""
-    slots: int = Field(default=4, ge=1)
+    slots: int = Field(default=SLOTS, ge=1)
     rows: int | None = None
     fixed_rows: bool = False
     max_waiting: int = Field(default=64, ge=0)

@@ -16,7 +16,7 @@ from ...engines.bundle import Bundle
 from ...engines.bundle.manifest import MANIFEST
 from ...engines.errors import RequestError
 from ..batcher import Batcher
-from ..batcher.queue import MAX_POOLS
+from ..batcher.queue import MAX_POOLS, SLOTS
 from ..sizes import check_size
 from .counts import Figures, ServiceObserver, counts_of, figures_of, memory_of
 from .errors import BusyError, NotFoundError
@@ -34,7 +34,7 @@ class ModelSettings:
 
     backend: str = "auto"
     options: Mapping[str, Any] = field(default_factory=dict)
-    slots: int = 4
+    slots: int = SLOTS
     rows: int | None = None
     fixed_rows: bool = False
     max_waiting: int = 64

@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from ...engines.errors import RequestError
+from ..batcher.queue import SLOTS
 from ..request import problem_of
 from ..service import Limits, ModelSettings
 
@@ -23,7 +24,7 @@ class TritonSettings:
     backend: str = "auto"
     options: dict[str, Any] = field(default_factory=dict)
     """Of the backend."""
-    slots: int = 4
+    slots: int = SLOTS
     rows: int | None = None
     fixed_rows: bool = False
     max_waiting: int = 64

@@ -20,7 +20,7 @@ from latentrt.runtime.batcher.policy import (
     outlook,
     until_done,
 )
-from latentrt.runtime.batcher.queue import Turns
+from latentrt.runtime.batcher.queue import Turns, rows_of
 
 FLAT = StepTimes((2, 4, 8), {2: 1.0, 4: 1.1, 8: 1.2})
 """A device on which a wide step costs little more."""
@@ -111,6 +111,10 @@ def test_narrow_images_take_the_rows_that_the_next_one_cannot_use() -> None:
     assert decide([later, wide, narrow], running, FLAT, 5.0, slots=6).admit == ()
     assert decide([wide, narrow], [running[1]] * 7, FLAT, 5.0, slots=9).admit == ()  # nobody's end would make room
     assert decide([guided(0.0), guided(1.0), narrow], running[1:], FLAT, 5.0, slots=9) == Decision((), (0, 2), 8)
+
+
+def test_rows_are_two_for_each_slot_as_far_as_eight_and_then_one() -> None:
+    assert [rows_of(slots) for slots in (1, 3, 4, 5, 8, 9, 64)] == [2, 6, 8, 8, 8, 9, 64]
 
 
 def in_part(done: int = 0) -> Candidate:

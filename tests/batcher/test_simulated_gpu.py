@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 from latentrt.engines.bundle import Bundle
 from latentrt.engines.cache import EngineCache
-from latentrt.engines.errors import RequestError
+from latentrt.engines.errors import MissingPlanError, RequestError
 from latentrt.engines.tensorrt import backend as tensorrt
 from latentrt.engines.tensorrt.plan import PLAN
 from latentrt.export.embedded import ensure_bundle
 from latentrt.runtime import Pipeline
 from latentrt.runtime.batcher import Batcher
+from latentrt.runtime.cli import run
 from latentrt.runtime.service.counts import memory_of
 from PIL import Image
 
@@ -108,11 +109,54 @@ def test_without_building_only_sizes_with_engines_are_served(
             )
             with pytest.raises(RequestError, match=message):
                 batcher.submit("a star", width=72, height=64)
-            with pytest.raises(RequestError, match="72x64 has no engines"):
-                batcher.warm_up([(72, 64)])
             picture = Image.new("RGB", (64, 64))
             assert batcher.submit(**REQUESTS[0]).result(300)
             assert batcher.submit(**REQUESTS[0], image=picture).result(300)
             with pytest.raises(RequestError, match="the sizes here are 64x64"):
                 batcher.submit("a star", width=64, height=72)
         assert len(list(cache.entries())) == before
+        with Batcher(pipe, slots=1, build=False) as batcher:
+            batcher.warm_up([(72, 64)])
+            assert batcher.submit(**{**REQUESTS[0], "width": 72}).result(300)
+
+
+@pytest.mark.parametrize("numbers", [["--slots=3"], ["--slots=2", "--rows=2", "--fixed-rows"]], ids=str)
+def test_a_batcher_finds_what_was_built_for_its_numbers(
+    monkeypatch: pytest.MonkeyPatch, driver: SimulatedDriver, tmp_path: Path, numbers: list[str]
+) -> None:
+    monkeypatch.setattr(tensorrt, "accept", lambda *_: None)
+    monkeypatch.setenv("LATENTRT_HOME", str(tmp_path))
+    backend = simulated_backends.tensorrt_backend(monkeypatch, EngineCache(), driver)
+    build = ["build", str(ensure_bundle()), "--backend=tensorrt", "--size=64x64", *numbers]
+    assert run(build) == 0
+    plans = len(list(EngineCache().entries()))
+    backend = simulated_backends.tensorrt_backend(monkeypatch, EngineCache(), driver, build=False)
+    options = {name: int(value or 1) for name, _, value in (each[2:].partition("=") for each in numbers)}
+    fixed = bool(options.pop("fixed-rows", 0))
+    with Pipeline(Bundle.open(ensure_bundle()), backend) as pipe:
+        with Batcher(pipe, **options, fixed_rows=fixed, build=False) as batcher:
+            batcher.warm_up([(64, 64)])
+            futures = [batcher.submit(**request) for request in REQUESTS]
+            assert all(np.isfinite(future.result(300).images).all() for future in futures)
+            assert batcher.submit(**REQUESTS[0], image=Image.new("RGB", (64, 64))).result(300)
+        with Batcher(pipe, slots=5) as batcher, pytest.raises(MissingPlanError):
+            batcher.warm_up([(64, 64)])
+    assert len(list(EngineCache().entries())) == plans
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--rows=4"], "--rows is given without --slots"),
+        (["--fixed-rows"], "--fixed-rows is given without --slots"),
+        (["--slots=4", "--rows=3"], "rows is 3: give a whole number from 4 to 1024"),
+        (["--slots=4", "--batch=2"], "--slots and --batch are given"),
+        (["--slots=4", "--dynamic"], "--slots and --dynamic are given"),
+    ],
+    ids=str,
+)
+def test_numbers_of_a_batcher_that_cannot_be(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["build", str(ensure_bundle()), *arguments]) == 2
+    assert said in capsys.readouterr().err

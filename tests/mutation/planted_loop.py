@@ -70,8 +70,8 @@ LOOP: list[tuple[str, str, str, str]] = [
     (
         "budget of a session in the default",
         SESSION,
-        "_default_budget(backend) if memory_budget is None else memory_budget",
-        "_default_budget(backend)",
+        "default_budget(backend) if memory_budget is None else memory_budget",
+        "default_budget(backend)",
     ),
     ("preview over the running step", WORKSPACE, "free = self.loop.steps_done + 1", "free = self.loop.steps_done"),
     (
