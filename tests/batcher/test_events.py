@@ -113,7 +113,7 @@ def test_previews_show_the_picture_without_the_noise_that_is_left(
     sigmas = [float(((1 - alphas[t]) / alphas[t]) ** 0.5) for t, _ in steps]
     shown: list[Array] = []
     decode = Encoder.decode
-    monkeypatch.setattr(Encoder, "decode", lambda encoder, latents: shown.append(latents) or decode(encoder, latents))
+    monkeypatch.setattr(Encoder, "decode", lambda self, *given: shown.append(given[0]) or decode(self, *given))
     assert batcher.submit(**request, previews=3, on_event=lambda event: None).result(300)
     for done, latents in zip((2, 3, 4), shown, strict=True):
         before, after = steps[done - 2][1], steps[done - 1][1]
