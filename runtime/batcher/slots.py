@@ -229,11 +229,9 @@ class Slots:
 
         They are there until an image comes or goes, or rows change.
         """
-        found = [self._part(name, slot, 1, 1 - self._parity) for name in ("latents", "history")]
         rows = sorted(self.rows_of(slot), key=itemgetter(1))
-        return [
-            tensor.read(self._stream) for tensor in (*found, *(self._part("prediction", row, 1) for row, _ in rows))
-        ]
+        found = [self._part(name, slot, 1, 1 - self._parity) for name in ("latents", "history")]
+        return [each.read(self._stream) for each in found + [self._part("prediction", row, 1) for row, _ in rows]]
 
     def write_noise(self, slot: int, noise: Array) -> None:
         """Write what an image draws [C, h, w] for the next step."""
