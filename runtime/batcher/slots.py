@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from operator import itemgetter
 
 import numpy as np
@@ -249,17 +250,17 @@ class Slots:
     def step(self, bucket: int) -> None:
         """Enqueue a step of all slots; what a step that failed has written is written again by the next one."""
         key = (bucket, self._parity)
-        each = self._pair(*key)
-
-        def enqueue(stream: Stream) -> None:
-            for bound in each:
-                bound.enqueue(stream)
-
+        enqueue = partial(self._enqueue, self._pair(*key))
         if self._mode == "eager":
             enqueue(self._stream)
         else:
             self._captured.run(key, enqueue, self._stream)
         self._parity = 1 - self._parity
+
+    @staticmethod
+    def _enqueue(engines: Sequence[BoundEngine], stream: Stream) -> None:
+        for bound in engines:
+            bound.enqueue(stream)
 
     def _pair(self, bucket: int, parity: int) -> tuple[BoundEngine, ...]:
         """Return what a step runs, bound to the first rows of one set of buffers, and to the other set."""

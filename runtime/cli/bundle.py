@@ -69,7 +69,7 @@ def export(
         str | None,
         typer.Option(
             "--skip-layers",
-            help="Layers of Stable Diffusion 3 that requests may have skipped (default: 7,8,9 of 3.5 medium).",
+            help="Layers that requests may have skipped, where the model has such guidance (default: its own).",
         ),
     ] = None,
     textual_inversion: Annotated[

@@ -53,7 +53,7 @@ def decodings_of(bundle: Bundle, decoder: str, tiled: bool | None, cells: Sequen
     if decoder not in get_args(DecoderName):
         raise RequestError(f"decoder is {decoder!r}: choose {' or '.join(get_args(DecoderName))}")
     graph = GRAPHS[decoder]  # type: ignore[index]
-    if not bundle.has_graph(graph):
+    if decoder != "full" and not bundle.has_graph(graph):
         raise RequestError(
             f"decoder is {decoder!r}, and bundle {bundle.path} has none: leave it out, or export the checkpoint again "
             "with --tiny-decoder"

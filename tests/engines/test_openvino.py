@@ -285,11 +285,11 @@ def test_a_program_that_has_telemetry_of_its_own_keeps_it(monkeypatch: pytest.Mo
 def test_the_build_command_compiles_for_each_request_and_says_what_was_there(
     bundle: Bundle, cache: EngineCache, shapes: Any, lines: int
 ) -> None:
-    from latentrt.runtime.cli.build import _open_each
+    from latentrt.runtime.cli.build import _open_each, _Wanted
 
-    backend, wanted = OpenVino(cache=cache, threads=1, shapes=shapes), [{"first": {"x": (n, 8)}} for n in (1, 2)]
-    requests: Any = ["a request", "another"]
-    built, again = (list(_open_each(backend, bundle, requests, wanted)) for _ in range(2))
+    backend = OpenVino(cache=cache, threads=1, shapes=shapes)
+    wanted = [_Wanted(f"{n} rows", {"first": [{"x": (n, 8)}]}) for n in (1, 2)]
+    built, again = (list(_open_each(backend, bundle, wanted)) for _ in range(2))
     assert len(built) == lines and all(each.seconds and each.folder for each in built)
     assert [each.seconds for each in again] == [None] * lines
     assert len(folders(cache, "compiled.blob")) == lines

@@ -140,7 +140,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda b: edit_manifest(b, lambda m: m["scheduler"].update(_class_name="MagicScheduler")),
         "MagicScheduler",
     ),
-    "no denoiser": (lambda b: edit_manifest(b, lambda m: m.update(graphs=m["graphs"][:1])), "denoiser"),
+    "no denoiser": (
+        lambda b: edit_manifest(b, lambda m: m.update(graphs=[g for g in m["graphs"] if g["name"] != "denoiser"])),
+        "no graph 'denoiser'",
+    ),
 }
 
 
