@@ -72,10 +72,9 @@ def test_every_number_is_that_of_its_name() -> None:
 
 
 def bundle_of(*specs: TensorInfo) -> Any:
-    graph = SimpleNamespace(stage="prompt", inputs=[], outputs=specs)
-    return SimpleNamespace(
-        manifest=SimpleNamespace(graphs=[graph]), graph=lambda name: SimpleNamespace(inputs=list(specs))
-    )
+    encoder = SimpleNamespace(name="text_encoder", stage="prompt", inputs=[], outputs=specs)
+    denoiser = SimpleNamespace(name="denoiser", stage="step", inputs=list(specs), outputs=[])
+    return SimpleNamespace(manifest=SimpleNamespace(graphs=[encoder, denoiser]), graph=lambda name: denoiser)
 
 
 def given(**arguments: Any) -> dict[str, Any]:

@@ -314,7 +314,7 @@ def test_a_full_queue_and_a_deadline_are_said(loaded: Loaded, held: threading.Ev
 def test_a_bug_is_said_without_its_text(
     loaded: Loaded, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def broken(*_: Any) -> None:
+    def broken(*_: Any, **__: Any) -> None:
         raise ZeroDivisionError("a secret")
 
     monkeypatch.setattr(loaded.model._serving.service, "submit", broken)
