@@ -270,8 +270,7 @@ class Slots:
             rows |= {name: self._part(name, 0, bucket, parity) for name in ("model_input", "timestep")}
             before = [hoisted.bound_to_rows(self._open, graph, rows) for graph in self._before]
             network = {spec.name: rows[spec.name] for spec in self._denoiser.inputs}
-            update = {**self._constants, **here}
-            update |= {name: self._part(name, 0, bucket, parity) for name in OF_ROWS}
+            update = {**self._constants, **here} | {name: self._part(name, 0, bucket, parity) for name in OF_ROWS}
             update = {spec.name: update[spec.name] for spec in self._step.inputs}
             engines = self._open(self._denoiser, shapes_of(network)), self._open(self._step, shapes_of(update))
             outputs = {name: self._part(name, 0, bucket) for name in self._outputs}
