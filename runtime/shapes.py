@@ -8,8 +8,6 @@ from dataclasses import replace
 from ..engines.bundle import Bundle
 from ..engines.engine import Shapes
 from ..engines.errors import RequestError
-from .batcher.prepared import fit_of
-from .batcher.warm_up import engine_shapes
 from .batches import Arrays, Batches
 from .loop.decoding import GRAPHS
 from .loop.wiring import wired_shapes
@@ -62,6 +60,9 @@ def batcher_shapes(
 
     Prompts are as in `requested_shapes`, and what is raised as well.
     """
+    from .batcher.prepared import fit_of
+    from .batcher.warm_up import engine_shapes
+
     shapes: dict[str, list[Shapes]] = {}
     for parts in dict.fromkeys((1, prompt_parts)):
         (inputs, arrays), table = _blank(bundle, width, height, 1, None, parts, prompt_tokens)

@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Any, Literal, get_args
 
 from ...runtime.batcher.policy import Candidate, decide, until_done
-from ...runtime.batcher.queue import buckets_of
+from ...runtime.loop.widths import buckets_of
 from .arrivals import Arrivals, Entry, Outcome, mean_alone
 from .curve import Curve
 from .mixes import Mix

@@ -62,7 +62,8 @@ def main() -> None:
         use_external_data_format=True,  # many variants of the graph then share one file of weights
         log_level="WARNING",
     )
-    print(json.dumps({name: metadata.version(name) for name in ("nvidia-modelopt", "onnx", "onnxruntime")}))  # noqa: T201
+    used = {name: metadata.version(name) for name in ("nvidia-modelopt", "onnx", "onnxruntime")}
+    sys.stdout.write(json.dumps(used) + "\n")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from ...engines.bundle import Bundle
 from ...engines.errors import EngineError, LatentRTError, RequestError
 from ...engines.progress import Progress, silent
 from ..loop.shared import Key
+from ..loop.widths import SLOTS, buckets_of, check_numbers, rows_of
 from ..pipeline import Pipeline
 from .deliver import Deliverer
 from .encode import Encoder
@@ -27,7 +28,7 @@ from .future import BatchFuture, JobProgress
 from .job import Job
 from .pool import Pool
 from .prepared import table_names
-from .queue import SLOTS, Queue, buckets_of, check_numbers, rows_of
+from .queue import Queue
 from .stats import Observer, Stats, Tally
 from .warm_up import check_engines, warm_up
 

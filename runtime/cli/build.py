@@ -23,8 +23,7 @@ from ...engines.progress import Progress
 from ...engines.tensorrt.backend import TensorRt, plan_options
 from ...engines.tensorrt.plan import Profile, profile_for
 from ...engines.tensorrt.planner import Planner, target_of_compute_capability
-from ..batcher import Batcher
-from ..batcher.queue import buckets_of, check_numbers, rows_of
+from ..loop.widths import buckets_of, check_numbers, rows_of
 from ..pipeline import Pipeline
 from ..shapes import batcher_shapes, requested_shapes, row_lengths_for
 from ..sizes import size_of
@@ -126,6 +125,8 @@ def build(
             if not as_json:
                 typer.echo(each)
         if warm and slots is not None:
+            from ..batcher import Batcher
+
             with Pipeline(opened, device) as pipe, Batcher(pipe, slots=slots, rows=rows, fixed_rows=fixed_rows) as many:
                 many.warm_up(sizes)
         elif warm:

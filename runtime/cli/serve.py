@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ...engines.errors import MissingExtraError, RequestError
-from ..batcher.queue import SLOTS
+from ..loop.widths import SLOTS
 from ..sizes import parse_size
 from .generate import _embedded
 from .interrupts import INTERRUPTED

@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from ...engines.errors import MissingExtraError, RequestError
-from ..batcher import queue
+from ..loop import widths
 from ..sizes import check_size, parse_size
 from .options import BackendOptions, backend_options, check_backend, opened_bundle
 
@@ -174,7 +174,7 @@ def triton_repository(
         typer.Option("--size", metavar="WxH", help="Size to warm up (default: the bundle's); may be repeated."),
     ] = None,
     sizes_only: Annotated[bool, typer.Option("--sizes-only", help="Refuse other sizes.")] = False,
-    slots: Annotated[int, typer.Option("--slots", min=1, help="Pictures that are drawn at one time.")] = queue.SLOTS,
+    slots: Annotated[int, typer.Option("--slots", min=1, help="Pictures that are drawn at one time.")] = widths.SLOTS,
     rows: Annotated[
         int | None,
         typer.Option("--rows", min=2, help="Network rows that they share (default: 2 each up to 8, or 1 each)."),

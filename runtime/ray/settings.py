@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from ..batcher.queue import SLOTS
+from ..loop.widths import SLOTS
 from ..service import Limits, ModelSettings
 from ..sizes import parse_size
 

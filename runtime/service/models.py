@@ -16,7 +16,8 @@ from ...engines.bundle import Bundle
 from ...engines.bundle.manifest import MANIFEST
 from ...engines.errors import RequestError
 from ..batcher import Batcher
-from ..batcher.queue import MAX_POOLS, SLOTS
+from ..batcher.queue import MAX_POOLS
+from ..loop.widths import SLOTS
 from ..sizes import check_size
 from .counts import Figures, ServiceObserver, counts_of, figures_of, memory_of
 from .errors import BusyError, NotFoundError

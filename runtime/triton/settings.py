@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from ...engines.errors import RequestError
-from ..batcher.queue import SLOTS
+from ..loop.widths import SLOTS
 from ..request import problem_of
 from ..service import Limits, ModelSettings
 

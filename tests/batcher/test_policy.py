@@ -20,7 +20,8 @@ from latentrt.runtime.batcher.policy import (
     outlook,
     until_done,
 )
-from latentrt.runtime.batcher.queue import Turns, rows_of
+from latentrt.runtime.batcher.queue import Turns
+from latentrt.runtime.loop.widths import rows_of
 
 FLAT = StepTimes((2, 4, 8), {2: 1.0, 4: 1.1, 8: 1.2})
 """A device on which a wide step costs little more."""
