@@ -10,6 +10,7 @@ import threading
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -125,3 +126,19 @@ def _bundle(checkpoint: Path, factory: pytest.TempPathFactory, **options: str) -
     from latentrt.export import export_checkpoint
 
     return export_checkpoint(checkpoint, factory.mktemp("bundles") / checkpoint.name, **options)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def branches_asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return of how many branches of guidance the steps of the loop run the rows from now on."""
+    from latentrt.runtime.loop.denoise import DenoiseLoop
+
+    found: list[int] = []
+    ordinary = DenoiseLoop._enqueue_step
+
+    def enqueue(self: Any, parity: int, branches: int, stream: Any) -> None:
+        found.append(branches)
+        ordinary(self, parity, branches, stream)
+
+    monkeypatch.setattr(DenoiseLoop, "_enqueue_step", enqueue)
+    return found

@@ -17,7 +17,6 @@ from latentrt.engines.tensorrt.step import step_shapes
 from latentrt.export import export_checkpoint
 from latentrt.runtime import Batcher, Pipeline
 from latentrt.runtime.cli import run
-from latentrt.runtime.loop.denoise import DenoiseLoop
 from latentrt.runtime.shapes import requested_shapes
 
 from ..engines.simulated_backends import tensorrt_backend
@@ -54,20 +53,6 @@ def pipe(checkpoint: Path) -> Iterator[Pipeline]:
 @pytest.fixture(scope="module")
 def reference(checkpoint: Path) -> Any:
     return opened(diffusers.StableDiffusion3Pipeline, checkpoint, text_encoder_3=None, tokenizer_3=None)
-
-
-@pytest.fixture
-def branches_asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Return of how many branches the steps of the loop run the rows from now on."""
-    found: list[int] = []
-    ordinary = DenoiseLoop._enqueue_step
-
-    def enqueue(self: DenoiseLoop, parity: int, branches: int, stream: Any) -> None:
-        found.append(branches)
-        ordinary(self, parity, branches, stream)
-
-    monkeypatch.setattr(DenoiseLoop, "_enqueue_step", enqueue)
-    return found
 
 
 def latents(pipe: Pipeline, **request: Any) -> Any:

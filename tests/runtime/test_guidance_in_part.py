@@ -13,7 +13,6 @@ from latentrt.engines.cache import EngineCache
 from latentrt.engines.errors import MissingPlanError, RequestError
 from latentrt.engines.tensorrt import backend as tensorrt
 from latentrt.runtime import Pipeline
-from latentrt.runtime.loop.denoise import DenoiseLoop
 from latentrt.runtime.loop.guidance import guided_in_part, with_skipped_layers
 from latentrt.runtime.loop.pack import pack
 from latentrt.runtime.loop.session import Session
@@ -59,20 +58,6 @@ def theirs(checkpoint: Path, guided: Callable[[int], bool], reuse: int, images: 
     other.unet.forward = in_part
     generators = [torch.Generator().manual_seed(3 + i) for i in range(images)]
     return other(**REQUEST, num_images_per_prompt=images, generator=generators, output_type="np").images
-
-
-@pytest.fixture
-def branches_asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Return of how many branches of guidance the steps of the loop run the rows from now on."""
-    found: list[int] = []
-    ordinary = DenoiseLoop._enqueue_step
-
-    def enqueue(self: DenoiseLoop, parity: int, branches: int, stream: Any) -> None:
-        found.append(branches)
-        ordinary(self, parity, branches, stream)
-
-    monkeypatch.setattr(DenoiseLoop, "_enqueue_step", enqueue)
-    return found
 
 
 CASES: list[tuple[dict[str, Any], Callable[[int], bool], int]] = [
