@@ -34,7 +34,7 @@ class Turns(Generic[Key]):
     def next(self, busy: Sequence[Key]) -> Key:
         """Return whose turn it is of those that have something to do; who comes back has no claim for its absence."""
         here, before = [self._spent[key] for key in busy if key in self._busy], self._busy
-        least = min(here, default=0.0)
+        least = min(here, default=max(self._spent.values(), default=0.0))
         for key in busy:
             if key not in before:
                 self._spent[key] = max(least, self._spent.get(key, least))

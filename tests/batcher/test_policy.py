@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 from latentrt.runtime.batcher.policy import (
@@ -277,6 +278,16 @@ def test_a_size_that_was_away_does_not_make_up_for_it() -> None:
     assert sorted(order) == ["one"] * 3 + ["other"] * 3
     turns.forget("one")
     turns.spend(turns.next(["one", "other"]), 1.0)
+
+
+def test_a_size_that_comes_while_none_is_busy_holds_up_none_that_was_long_there() -> None:
+    turns, order = Turns[str](), list[str]()
+    for key in (*["long"] * 1000, "new"):
+        turns.spend(turns.next([key]), 1.0)
+    for _ in range(20):
+        order.append(turns.next(["long", "new"]))
+        turns.spend(order[-1], 1.0)
+    assert all(one != other for one, other in pairwise(order))
 
 
 class Day:
