@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
@@ -287,7 +287,8 @@ def _reads(manifest: Manifest, name: str) -> bool:
 
 def check_tensor_inputs(names: Any) -> None:
     """Raise `RequestError` unless a step's callback asks for nothing but latents."""
-    for name in names or ():
+    names = names or ()
+    for name in names if isinstance(names, Iterable) else (names,):
         if name not in STEP_TENSORS:
             raise RequestError(
                 f"callback_on_step_end_tensor_inputs has {name!r}: give ['latents'], others stay on the device"

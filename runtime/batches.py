@@ -87,7 +87,7 @@ class Batches:
             sizes = product(decodings, range(counts[0], max_batch + 1), self._longer(lengths))
             decoding, rows[counts[0]], lengths = self._size(blank, session, sizes, encoded, asked)
             last = counts[-1]
-            if last < counts[0] and not session.keeps(*blank(last, lengths=lengths), decoding):
+            if last < counts[0] and not session.keeps(*blank(last, lengths=lengths), decoding, asked):
                 rows[last] = rows[counts[0]]
         for number, count in enumerate(counts):
             first = number * max_batch

@@ -15,7 +15,7 @@ from .loop.generators import Noise, noise_of
 from .loop.inputs import Latents
 from .pictures.initial import Pictures, load_pictures
 from .prompt.embeddings import Embeddings, embeddings_of, float_array
-from .request import GenerationRequest
+from .request import GenerationRequest, short
 from .result import GenerationResult, Timings
 from .sampling.registry import evaluations_of_a_step
 from .sampling.resolve import resolved
@@ -55,6 +55,8 @@ class Call:
         if output_type not in get_args(OutputType):
             why = "; pt needs PyTorch, which torch.from_numpy makes of np" if output_type == "pt" else ""
             raise RequestError(f"output_type is {output_type!r}: choose pil, np or latent{why}")
+        for name in ("callback_on_step_end", "callback", "on_batch", "progress"):
+            check_function(name, given[name])
         check_tensor_inputs(given["callback_on_step_end_tensor_inputs"])
         check_tensor_inputs(getattr(given["callback_on_step_end"], "tensor_inputs", ()))
         if started := given.get("denoising_start") is not None:
@@ -194,6 +196,12 @@ def _check_latents(latents: Latents, request: GenerationRequest, manifest: Manif
     wanted = (len(request.images), latent.channels, *cells)
     if latents.shape != wanted:
         raise RequestError(f"latents is of shape {list(latents.shape)}: this request takes {list(wanted)}")
+
+
+def check_function(name: str, value: Any) -> None:
+    """Raise `RequestError` for an argument that is to be called, is given and cannot be."""
+    if value is not None and not callable(value):
+        raise RequestError(f"{name} is {short(value)}: give a function, or leave it out")
 
 
 def calls_of_a_step(sampler: str | None, scheduler: Mapping[str, Any]) -> int:

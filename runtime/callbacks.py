@@ -82,7 +82,10 @@ def _replaced(returned: Any, shape: tuple[int, ...]) -> Array | None:
         raise RequestError(f"callback_on_step_end returned {others[0]!r}: only latents can be replaced")
     if returned.get("latents") is None:
         return None
-    latents = np.asarray(returned["latents"], np.float32)
+    try:
+        latents = np.asarray(returned["latents"], np.float32)
+    except (TypeError, ValueError, RuntimeError) as error:  # of lists that are no array, and of tensors elsewhere
+        raise RequestError("callback_on_step_end returned latents that numpy cannot read: return an array") from error
     if latents.shape != shape or not np.isfinite(latents).all():
         raise RequestError(
             f"callback_on_step_end returned latents {list(latents.shape)}: return finite latents of shape {list(shape)}"

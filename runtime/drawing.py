@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any
 
@@ -32,7 +33,7 @@ from .prompt.embeddings import Conditioning, Embeddings, conditioning_tensors
 from .prompt.numbers import number_inputs
 from .request import GenerationRequest
 from .result import GenerationResult
-from .sampling import step_table
+from .sampling import step_table, takes_eta
 from .sampling.registry import TYPICAL_STEPS
 from .sampling.step_table import StepOption, StepTable
 
@@ -86,6 +87,20 @@ class Drawing(DiffusersHabits):
     def _use(self, manifest: Manifest) -> None:
         self._manifest = manifest
         self._table = lru_cache(MAX_TABLES)(partial(self._table_of, manifest))
+
+    def _begun(self, call: Call, given: Mapping[str, Any]) -> tuple[StepTable, GenerationResult[Any]]:
+        """Return the step table of a call of some arguments, and its empty result, with what to know about both."""
+        request, manifest = call.request, self._manifest
+        table = self._table_for(request, any(given[name] is not None for name in ("sampler", "timesteps", "sigmas")))
+        table = replace(table, init_noise_sigma=1.0) if call.started else table
+        eta_taken, asked = takes_eta(request.sampler or "", manifest.scheduler), (given["width"], given["height"])
+        finished = call.result(asked, eta_taken, manifest.latent.size_multiple, table)
+        if request.forecast is not None:
+            whole = self._table_for(request.model_copy(update={"forecast": None}), chosen=True)
+            if len(table) == len(whole):
+                what = f"forecast {request.forecast} leaves nothing out of {len(table)} evaluations"
+                finished.warn(f"{what}: it changes nothing")
+        return table, finished
 
     def _table_for(self, request: GenerationRequest, chosen: bool) -> StepTable:
         """Return the step table; a scheduler that cannot be one is the request's fault when the request chose it."""

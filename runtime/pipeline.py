@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -25,13 +24,13 @@ from .batches import Batches
 from .call import Call, OutputType, calls_of_a_step, legacy_callback
 from .callbacks import BatchCallback, LegacyCallback, Listeners, StepCallback
 from .drawing import Drawing
-from .loop.decoding import DecoderName, decodings_of
+from .loop.decoding import DecoderName, checked_latents, decodings_of
 from .loop.denoise import Mode
 from .loop.session import Session
 from .pretrained import bundle_of
 from .prompt.syntax import PromptSyntax
 from .result import GenerationResult
-from .sampling import takes_eta
+from .sizes import checked_sizes
 from .warm_up import warm_up
 
 
@@ -224,17 +223,12 @@ class Pipeline(Drawing):
         given = {name: value for name, value in locals().items() if name != "self"}
         start = time.perf_counter()
         call = Call.of(self.bundle, self._manifest, given)
-        request, manifest = call.request, self._manifest
-        table = self._table_for(request, chosen=sampler is not None or timesteps is not None or sigmas is not None)
-        table = replace(table, init_noise_sigma=1.0) if call.started else table
-        eta_taken = takes_eta(request.sampler or "", manifest.scheduler)
-        finished = call.result((width, height), eta_taken, manifest.latent.size_multiple, table)
-        calls = 1 if forecast else calls_of_a_step(request.sampler or "", manifest.scheduler)
-        if forecast and len(table) == len(self._table_for(request.model_copy(update={"forecast": None}), chosen=True)):
-            finished.warn(f"forecast {forecast} leaves nothing out of {len(table)} evaluations: it changes nothing")
+        table, finished = self._begun(call, given)
+        request = call.request
+        calls = 1 if forecast else calls_of_a_step(request.sampler or "", self._manifest.scheduler)
         legacy = legacy_callback(callback, callback_steps, len(table), request, calls)
         step = None if callback_on_step_end is None else partial(self._heard, callback_on_step_end)
-        listeners = Listeners(step, legacy, progress, lambda: self._interrupt)
+        listeners = Listeners(step, legacy, silent if progress is None else progress, lambda: self._interrupt)
         with self.session.request():
             self._guidance_scale, self._num_timesteps, self._interrupt = request.guidance_scale, len(table), False
             for first, pictures in self._draw(call, table, listeners, finished):
@@ -249,7 +243,7 @@ class Pipeline(Drawing):
 
     def decode(self, latents: Array, *, decoder: DecoderName = "full", tiled: bool | None = None) -> list[Image.Image]:
         """Return the pictures of latents [B, C, h, w] as they are: a preview, inside a step's callback or outside."""
-        latents = np.asarray(latents, np.float32)
+        latents = checked_latents(self.bundle, latents)
         decoding = decodings_of(self.bundle, decoder, tiled, latents.shape[2:])[0]
         with self.session.turn():
             return [Image.fromarray(picture) for picture in self.session.decode(latents, decoding)]
@@ -281,8 +275,7 @@ class Pipeline(Drawing):
         given |= {"guidance_interval": guidance_interval, "guidance_reuse": guidance_reuse}
         given |= {"sampler": sampler, "eta": eta, "forecast": forecast, "strength": strength}
         given |= {"decoder": decoder, "tiled": tiled}
-        latent = self.bundle.manifest.latent
-        warm_up(self, sizes or [(latent.default_width, latent.default_height)], batches, pictures, given)
+        warm_up(self, checked_sizes(sizes, self.bundle.manifest.latent), batches, pictures, given)
 
     def close(self) -> None:
         """Free all engines and memory, once a request of another thread is done; calling it again does nothing."""

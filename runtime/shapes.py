@@ -16,6 +16,9 @@ from .request import GenerationRequest
 from .sampling import step_table
 from .sampling.step_table import StepTable
 
+GUIDED = 2.0
+"""A guidance scale above 1: without guidance no layers are skipped."""
+
 
 def requested_shapes(
     bundle: Bundle,
@@ -55,17 +58,19 @@ def batcher_shapes(
     buckets: Sequence[int],
     prompt_parts: int = 1,
     prompt_tokens: int | None = None,
+    skips: bool = False,
 ) -> dict[str, list[Shapes]]:
     """Return the input shapes of every graph for a batcher of so many slots and these numbers of rows, one for each.
 
-    Prompts are as in `requested_shapes`, and what is raised as well.
+    Prompts are as in `requested_shapes`, as are `skips` and what is raised.
     """
     from .batcher.prepared import fit_of
     from .batcher.warm_up import engine_shapes
 
     shapes: dict[str, list[Shapes]] = {}
     for parts in dict.fromkeys((1, prompt_parts)):
-        (inputs, arrays), table = _blank(bundle, width, height, 1, None, parts, prompt_tokens)
+        scale = GUIDED if skips else None
+        (inputs, arrays), table = _blank(bundle, width, height, 1, scale, parts, prompt_tokens, skips)
         channels, *cells = arrays["latents"].shape[1:]
         fit = fit_of(bundle, inputs, (channels, cells[0], cells[1]), table)
         row = {name: array[:1] for name, array in inputs.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from ..engines.bundle import LatentInfo
 from ..engines.errors import RequestError
@@ -40,3 +41,13 @@ def size_of(text: str, latent: LatentInfo) -> tuple[int, int]:
     width, height = parse_size(text)
     check_size(width, height, latent)
     return width, height
+
+
+def checked_sizes(given: Sequence[tuple[int, int]] | None, latent: LatentInfo) -> list[tuple[int, int]]:
+    """Return sizes (width, height) in pixels, of none the bundle's own; raises `RequestError` for what is no size."""
+    sizes = list(given or [(latent.default_width, latent.default_height)])
+    for size in sizes:
+        if not isinstance(size, list | tuple) or [type(side) for side in size] != [int, int]:
+            raise RequestError(f"sizes has {size!r}: give (width, height) in pixels, such as (512, 512)")
+        check_size(*size, latent)
+    return sizes

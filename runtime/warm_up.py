@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ..engines.bundle import Manifest
 from ..engines.errors import RequestError
 
 ROUNDS = ("pil", "np")
@@ -17,21 +18,30 @@ ROUNDS = ("pil", "np")
 log = logging.getLogger(__name__)
 
 
+def blank_request(manifest: Manifest, width: int, height: int) -> dict[str, Any]:
+    """Return the arguments of a request of a size for nothing: no prompt, and a blank picture where one is needed."""
+    request: dict[str, Any] = {"prompt": "", "seed": 0, "width": width, "height": height}
+    if manifest.masked_input is not None:
+        request["image"] = request["mask_image"] = np.zeros((height, width, 3), np.uint8)
+    return request
+
+
 def warm_up(
     pipe: Any, sizes: Sequence[tuple[int, int]], batches: Sequence[int], pictures: bool, arguments: dict[str, Any]
 ) -> None:
     """Run requests of every size (width, height) and batch, from pictures and with previews too; see `Pipeline`."""
-    if wrong := [batch for batch in batches if not 1 <= batch <= pipe.max_batch]:
-        raise RequestError(f"batches has {wrong[0]}: give numbers from 1 to max_batch, which is {pipe.max_batch}")
+    for batch in batches:
+        if isinstance(batch, bool) or not isinstance(batch, int) or not 1 <= batch <= pipe.max_batch:
+            most = pipe.max_batch
+            raise RequestError(f"batches has {batch!r}: give numbers from 1 to max_batch, which is {most}")
     before = pipe.session.evictions
     with pipe.session.keep_all():
         for (width, height), batch in product(sizes, batches):
-            request = {"prompt": [""] * batch, "seed": 0, "width": width, "height": height, **arguments}
+            request = {**blank_request(pipe.bundle.manifest, width, height), "prompt": [""] * batch, **arguments}
             blank = np.zeros((height, width, 3), np.uint8)
-            if pipe.bundle.manifest.masked_input is not None:
-                request = {"image": blank, "mask_image": blank, **request}
             for output_type in ROUNDS:
-                pipe.session.prompts.clear()
+                with pipe.session.turn():  # another thread's request may read it
+                    pipe.session.prompts.clear()
                 pipe(**{**request, "strength": None}, output_type=output_type)
                 if pipe.mode == "request":  # it is captured apart from one whose prompts are encoded already
                     pipe(**{**request, "strength": None}, output_type=output_type)

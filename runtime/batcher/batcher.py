@@ -16,11 +16,10 @@ from typing import Any
 from ...engines.bundle import Bundle
 from ...engines.errors import EngineError, LatentRTError, RequestError
 from ...engines.progress import Progress, silent
-from ..loop.shared import Key
-from ..loop.widths import SLOTS, buckets_of, check_numbers, rows_of
+from ..loop.widths import SLOTS, buckets_of, check_numbers
 from ..pipeline import Pipeline
+from ..sizes import checked_sizes
 from .deliver import Deliverer
-from .encode import Encoder
 from .events import Listener
 from .finish import settle
 from .flight import Shared
@@ -30,7 +29,7 @@ from .pool import Pool
 from .prepared import table_names
 from .queue import Queue
 from .stats import Observer, Stats, Tally
-from .warm_up import check_engines, warm_up
+from .warm_up import check_engines, jobs_for, warm_up
 
 TURNS_IN_A_ROW, PAUSE = 8, 1e-4
 """Steps after which others may have the pipeline, and the seconds in which they can take it: locks are not fair."""
@@ -69,8 +68,7 @@ class Batcher:
         bundle. Raises `RequestError` for numbers out of range, `BundleError` for a bundle whose steps are not of one
         image alone, and what `Pipeline.open` raises.
         """
-        rows = rows_of(slots) if rows is None else rows
-        check_numbers(slots, rows, max_waiting, max_wait)
+        rows = check_numbers(slots, rows, max_waiting, max_wait)
         self._owns = not isinstance(pipe, Pipeline)
         self.pipe = pipe if isinstance(pipe, Pipeline) else Pipeline.open(pipe, backend, **options)
         session = self.pipe.session
@@ -87,11 +85,8 @@ class Batcher:
         self._changed = threading.Condition()
         self._closing, self._process, self._build = False, os.getpid(), build
         self._turn_began: float | None = None
-        self._uses: set[Key] = set()
-        opened = self.pipe.backend.device, self.pipe.bundle, session.hold(self._uses), session.stream
-        self._encoder = Encoder(*opened, session.prompts)
         self._deliverer, self._tally = Deliverer(), Tally(observer or Observer())
-        shared = (session, self._encoder, self.pipe.mode, slots, buckets, self._changed, self._deliverer, self._tally)
+        shared = (session, self.pipe.mode, slots, buckets, self._changed, self._deliverer, self._tally)
         self._queue = Queue(Shared(*shared, self._settle), max_waiting, max_wait)
         self._thread = threading.Thread(target=self._run, name="latentrt batcher", daemon=True)
         self._thread.start()
@@ -119,8 +114,6 @@ class Batcher:
         `EngineError` when the batcher is closed.
         """
         try:
-            if timeout is not None and not timeout > 0:
-                raise RequestError(f"timeout is {timeout!r}: give seconds, more than 0, or leave it out")
             self._check_open()
             given = {"prompt": prompt, "negative_prompt": negative_prompt, **arguments}
             job = self._job(given, timeout=timeout, previews=previews, listener=on_event)
@@ -186,25 +179,34 @@ class Batcher:
         """Do what first requests of sizes (width, height) would wait for: build, open, bind, capture; and time steps.
 
         Every number of rows is run and timed, so that from the first request on it is known what a step takes. With
-        `pictures`, also what encodes initial pictures. `arguments` are those of requests that need other engines.
-        Raises as a request does.
+        `pictures`, also what encodes initial pictures and shows previews. `arguments` are those of requests that need
+        other engines. Raises as a request does.
         """
-        latent = self.pipe.bundle.manifest.latent
-        for width, height in sizes or [(latent.default_width, latent.default_height)]:
-            job = self._job({"prompt": "", "seed": 0, "width": width, "height": height, **arguments})
-            with self.pipe.session.request():
-                with self._changed:
-                    self._check_open()
-                    pool = self._queue.pool(job.fit)
-                    pool.decodings.add(job.decoding)
-                    self._queue.warm.add(job.fit)
-                warm_up(pool, job, self._encoder, pictures, progress)
+        rows = self._queue.shared.buckets[-1]
+        for size in checked_sizes(sizes, self.pipe.bundle.manifest.latent):
+            for job in jobs_for(self._job, self.pipe, size, rows, arguments):
+                with self.pipe.session.request():
+                    self._warm_up(job, pictures, progress)
+
+    def _warm_up(self, job: Job, pictures: bool, progress: Progress) -> None:
+        with self._changed:
+            self._check_open()
+            pool, before = self._queue.pool(job.fit), job.fit in self._queue.warm
+            self._queue.warm.add(job.fit)  # so that nothing takes its place meanwhile
+        try:
+            opened = warm_up(pool, job, pictures, progress)
+        except BaseException:
+            with self._changed:
+                self._queue.warm -= set() if before else {job.fit}
+            raise
+        with self._changed:
+            pool.known |= opened
 
     def _check_engines(self, job: Job) -> None:
         """Raise `RequestError` for a request whose engines are not there, where none may be built for it."""
         with self._changed:
             pool = self._queue.pools.get(job.fit)
-            known = pool is not None and job.decoding in pool.decodings
+            known = pool is not None and job.needs <= pool.known
             if self._build or self.pipe.backend.dynamic or known:
                 return
             sizes = self._queue.sizes()
@@ -246,9 +248,10 @@ class Batcher:
     def _next(self) -> Pool | None:
         with self._changed:
             while True:
+                again = self._deliverer.retry()
                 if (pool := self._queue.next()) is not None or self._closing:
                     return pool
-                self._changed.wait()
+                self._changed.wait(again)
 
     def close(self, *, cancel: bool = False) -> None:
         """Draw what was submitted, or with `cancel` drop it, and free everything; calling it again does nothing.
@@ -281,8 +284,6 @@ class Batcher:
         with self.pipe.backend.lock:
             for pool in pools:
                 pool.close()
-            self._encoder.close()
-            self.pipe.session.let_go(self._uses)
         self._close_pipe()
         atexit.unregister(self._at_exit)
 

@@ -4,34 +4,32 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 
 import numpy as np
 
-from ...engines.bundle import Bundle, GraphInfo
-from ...engines.device import Array, Device, Stream
+from ...engines.bundle import GraphInfo
+from ...engines.device import Array
 from ..loop import hoisted
-from ..loop.decoding import GRAPHS, Decoding, decoded_in_tiles
+from ..loop.decoding import Decoding, decoded_in_tiles, shown_by
 from ..loop.denoise import OpenEngine
+from ..loop.session import Session
 from ..loop.workspace import BoundGraph
-from ..prompt.cache import PromptCache
 
 KEPT_BINDINGS = 8
-"""Shapes of graphs that stay bound."""
+"""Shapes of graphs that stay bound for the images of one size."""
 
 
 class Encoder:
     """Turns the inputs of network rows into conditioning, row by row, so that a row is the same in every company."""
 
-    def __init__(
-        self, device: Device, bundle: Bundle, open_engine: OpenEngine, stream: Stream, prompts: PromptCache
-    ) -> None:
-        """Bind nothing yet; `prompts` is where rows are kept: most requests have the same few negative prompts."""
-        self._device, self._bundle, self._open, self._stream = device, bundle, open_engine, stream
-        self._prompts = prompts
-        self._graphs = [graph for graph in bundle.manifest.graphs if graph.stage == "prompt"]
-        self._of_request = [g for g in hoisted.of_request(bundle.manifest) if not hoisted.reads_timesteps(g)]
-        self._read = [spec.name for spec in hoisted.row_conditioning(bundle.manifest)]
+    def __init__(self, session: Session, open_engine: OpenEngine) -> None:
+        """Bind nothing yet; rows of prompts are kept in the session: most requests have the same few negative ones."""
+        self._device, self._stream, self._open = session.backend.device, session.stream, open_engine
+        self._bundle, self._prompts = session.bundle, session.prompts
+        manifest = self._bundle.manifest
+        self._graphs = [graph for graph in manifest.graphs if graph.stage == "prompt"]
+        self._of_request = [g for g in hoisted.of_request(manifest) if not hoisted.reads_timesteps(g)]
+        self._read = [spec.name for spec in hoisted.row_conditioning(manifest)]
         self._bound: OrderedDict[tuple[str, tuple[tuple[int, ...], ...]], BoundGraph] = OrderedDict()
 
     def conditioning(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
@@ -64,9 +62,7 @@ class Encoder:
 
     def preview(self, latents: Array, decoding: Decoding) -> Array:
         """Return the picture [H, W, 3] of latents [1, C, h, w] on their way, by the tiny decoder where there is one."""
-        if self._bundle.has_graph(GRAPHS["tiny"]):
-            decoding = replace(decoding, graph=GRAPHS["tiny"])
-        picture: Array = self.decode(latents, decoding)["image"][0]
+        picture: Array = self.decode(latents, shown_by(self._bundle, decoding))["image"][0]
         return picture
 
     def run(self, graph: GraphInfo, inputs: Mapping[str, Array]) -> dict[str, Array]:

@@ -7,13 +7,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 
 from ...engines.bundle import Bundle, GraphInfo
 from ...engines.device import Event
 from ...engines.engine import Shapes
-from ...engines.errors import EngineError, LatentRTError
+from ...engines.errors import EngineError
 from ...engines.host import HostDevice
 from ..loop.denoise import Mode
 from ..loop.session import Session
@@ -43,7 +44,6 @@ class Shared:
     """What all sizes of a batcher share."""
 
     session: Session
-    encoder: Encoder
     mode: Mode
     slots: int
     buckets: tuple[int, ...]
@@ -76,13 +76,14 @@ class Flight:
         """Who is in which slot."""
         self.parking: int | None = None
         """Images that may be beside the slots at a time: as many as slots, none once there was no memory for it."""
+        self.encoder = Encoder(session, open_engine := session.hold(self._uses))
         try:
             if not session.backend.dynamic:  # of all buckets at once: their engines share weights
                 session.backend.prepare(session.bundle, slot_shapes(session.bundle, fit, shared.slots, shared.buckets))
             self.slots = Slots(
                 session.backend.device,
                 session.bundle,
-                session.hold(self._uses),
+                open_engine,
                 fit,
                 shared.slots,
                 shared.buckets,
@@ -106,7 +107,7 @@ class Flight:
             job.prepare()
             self.keep()
             assert image.prepared is not None
-            conditioning = shared.encoder.conditioning(image.prepared.inputs)
+            conditioning = self.encoder.conditioning(image.prepared.inputs)
         except Exception as error:  # of this request alone
             shared.end(job, error)
             return False
@@ -222,7 +223,7 @@ class Flight:
     def _widen(self, slot: int, image: Image) -> None:
         assert image.prepared is not None
         try:
-            conditioning = self._shared.encoder.conditioning(image.prepared.inputs)
+            conditioning = self.encoder.conditioning(image.prepared.inputs)
         except Exception as error:  # of this request alone
             self._shared.end(image.job, error)
         else:
@@ -232,10 +233,10 @@ class Flight:
         job = image.job
         if job.future.cancelled():
             return
-        latents = job.clean(image.done - 1, *self.slots.before(slot))
+        before = self.slots.before(slot)
         try:
-            output = self._shared.encoder.preview(latents, job.decoding)
-        except LatentRTError as error:
+            output = self.encoder.preview(job.clean(image.done - 1, *before), job.decoding)
+        except Exception as error:  # of this picture alone
             log.warning("a preview was left out: %s", str(error))
             return
         work = partial(preview, job, image.index, number := job.previews[image.done], output)
@@ -246,7 +247,7 @@ class Flight:
         image, began = self.release(slot), time.perf_counter()
         job = image.job
         try:
-            output = output_of(job, latents, shared.encoder, shared.tally)
+            output = output_of(job, latents, self.encoder, shared.tally)
         except Exception as error:  # of this image alone
             shared.end(job, error)
             return
@@ -273,12 +274,12 @@ class Flight:
     def close(self) -> None:
         """Free the buffers; calling it again does nothing."""
         self._ahead.clear()
-        try:
+        with ExitStack() as closing:
+            closing.callback(self._shared.session.let_go, self._uses)
+            closing.callback(self.slots.close)
+            closing.callback(self.encoder.close)
             while self._spare:
-                self._spare.pop().close()
-            self.slots.close()
-        finally:
-            self._shared.session.let_go(self._uses)
+                closing.callback(self._spare.pop().close)
 
 
 def slot_shapes(bundle: Bundle, fit: Fit, slots: int, buckets: Sequence[int]) -> dict[str, list[Shapes]]:

@@ -6,25 +6,27 @@ import copy
 import inspect
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
+from ...engines.bundle import Manifest
 from ...engines.device import Array
 from ...engines.errors import RequestError
 from ..batches import Arrays, Batch
-from ..call import Call
-from ..loop.decoding import NO_WHOLE, Decoding
+from ..call import Call, check_function
+from ..loop.decoding import NO_WHOLE, Decoding, shown_by
 from ..loop.guidance import wide_rows
 from ..loop.inputs import InitialImage, go_on
 from ..loop.pack import branch_weights
+from ..loop.widths import check_seconds, check_whole
 from ..pipeline import Pipeline
 from ..prompt.conditioning import WeightedPrompts
 from ..prompt.embeddings import Conditioning
 from ..result import GenerationResult
-from ..sampling import clean_factors, takes_eta
+from ..sampling import clean_factors
 from ..sampling.step_table import Guided
 from .deliver import Box
 from .events import Event, Listener
@@ -86,6 +88,8 @@ class Job:
     previews: Mapping[int, int] = field(default_factory=dict)
     """Numbers of previews by the evaluations after which they are shown."""
     listener: Listener | None = None
+    manifest: Manifest = field(init=False)
+    """The bundle's, with the scheduler that the pipeline had when the request came."""
     decoding: Decoding = field(init=False)
     """How its latents become pictures."""
     future: BatchFuture = field(init=False)
@@ -119,17 +123,14 @@ class Job:
         listener: Listener | None = None,
     ) -> Job:
         """Check a request; raises as the pipeline's own call does."""
-        if isinstance(previews, bool) or not isinstance(previews, int) or not 0 <= previews <= MOST_PREVIEWS:
-            raise RequestError(f"previews is {previews!r}: give a whole number from 0 to {MOST_PREVIEWS}")
+        check_whole("previews", previews, 0, MOST_PREVIEWS)
+        check_seconds("timeout", timeout)
+        check_function("on_event", listener)
         began = time.monotonic()
-        given = _given(arguments)
-        call = Call.of(pipe.bundle, pipe._manifest, given)
+        given, manifest = _given(arguments), pipe._manifest
+        call = Call.of(pipe.bundle, manifest, given)
         request, bundle = call.request, pipe.bundle
-        chosen = any(given[name] is not None for name in ("sampler", "timesteps", "sigmas"))
-        table = pipe._table_for(request, chosen=chosen)
-        table = replace(table, init_noise_sigma=1.0) if call.started else table
-        eta_taken = takes_eta(request.sampler or "", pipe._manifest.scheduler)
-        finished = call.result((given["width"], given["height"]), eta_taken, pipe._manifest.latent.size_multiple, table)
+        table, finished = pipe._begun(call, given)
         prompts = conditioning = None
         if request.prompt_syntax is not None:
             prompts = WeightedPrompts(bundle, request, pipe._batches.tokenizers)
@@ -143,9 +144,9 @@ class Job:
         fit = fit_of(bundle, inputs, (channels, height, width), table)
         due = None if timeout is None else began + timeout
         job = cls(pipe, call, table, fit, finished, began, due, listener=listener, _prompts=prompts, _lengths=lengths)
-        job.decoding = call.decodings[0]
+        job.manifest, job.decoding = manifest, call.decodings[0]
         job.future = BatchFuture(request, finished.seeds, lambda: progress(job))
-        branches = len(request.weights(pipe._manifest.guidance))
+        branches = len(request.weights(manifest.guidance))
         candidate = Candidate(began, branches + table.skips, len(table), guided=wide_rows(table, branches))
         job.images = [Image(job, index, candidate) for index in range(len(request.images))]
         if listener is not None:
@@ -160,6 +161,14 @@ class Job:
         self.decoding = decoding
         if decoding != self.call.decodings[0]:
             self.finished.warn(NO_WHOLE.format(self.call.request.width, self.call.request.height))
+
+    @property
+    def needs(self) -> frozenset[Hashable]:
+        """What stands for the engines that its images need beside their steps."""
+        rows = tuple((name, array.shape) for name, array in self._blank[0].items())
+        pictures = {"image_encoder"} if self.call.pictures is not None else set()
+        shown = {shown_by(self.pipe.bundle, self.decoding)} if self.previews else set()
+        return frozenset({rows, self.decoding, *pictures, *shown})
 
     def blank_row(self) -> Arrays:
         """Return arrays of the shapes of one network row's inputs, and of those of one image in the loop."""
@@ -199,12 +208,12 @@ class Job:
         They are those of the last branches, as many as the row asks for. `latents` and `history` are what it read.
         """
         table, parts = self.table, [each[:, : latents.shape[1]] for each in predictions]  # behind: learned variances
-        mix = self.call.request.weights(self.pipe._manifest.guidance)
+        mix = self.call.request.weights(self.manifest.guidance)
         weights = branch_weights(table, mix, len(mix) + table.skips)[row]
         predicted = np.tensordot(weights[-len(parts) :], parts, 1)
         if table.guided and table.guided[row] is Guided.AS_BEFORE:
             predicted = predicted + history[:, table.added]
-        a, b = clean_factors(self.pipe._manifest.scheduler, self.call.request.sampler, table, row)
+        a, b = clean_factors(self.manifest.scheduler, self.call.request.sampler, table, row)
         return (a * latents + b * predicted).astype(np.float32)
 
     def prepare(self) -> None:

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterator, Sequence
 
-from ...engines.errors import BundleError, DeadlineError, EngineError, StorageError
-from ..loop.decoding import Decoding
+from ...engines.errors import (
+    BundleError,
+    DeadlineError,
+    EngineError,
+    MissingPlanError,
+    StorageError,
+    is_out_of_memory,
+)
 from .flight import Flight, Shared, StepFailed
 from .job import Image, Job
 from .policy import StepTimes, decide
@@ -24,8 +30,8 @@ class Pool:
         self.fit = fit
         self.waiting: list[Image] = []
         """Images without a slot, also those that had one."""
-        self.decodings: set[Decoding] = set()
-        """How latents have become pictures: those have their engines."""
+        self.known: set[Hashable] = set()
+        """What stands for engines that are there, beside those of the steps: see `Job.needs`."""
         self.times = StepTimes(shared.buckets)
         self.steps = 0
         """Steps that were enqueued."""
@@ -147,7 +153,8 @@ class Pool:
         The others wait to go on from there. All of them are among those that wait.
         """
         self.close()
-        failed = 0
+        before = self.steps
+        last: BaseException | None = None
         for image in images:
             if image.job.over:  # its request failed with another image
                 continue
@@ -164,11 +171,11 @@ class Pool:
                     if flight.images.pop(slot, None) is None:
                         self.waiting.remove(image)
             except Exception as error:
-                failed += 1
-                self._shared.end(image.job, error.__cause__ if isinstance(error, StepFailed) else error)
+                last = (error.__cause__ or error) if isinstance(error, StepFailed) else error
+                self._shared.end(image.job, last)
                 self.close()
-        if failed == len(images):
-            self._shared.tally.failed_turn()
+        if last is not None and self.steps == before:
+            self._count(last)
 
     def fail(self, error: BaseException, *, waiting: bool = False) -> None:
         """End the requests in flight with an error, with `waiting` all others too, and begin anew with new buffers."""
@@ -176,8 +183,7 @@ class Pool:
             gone = [*(self._flight.images.values() if self._flight else ()), *(self.waiting if waiting else ())]
             self.waiting = [] if waiting else self.waiting
         log.warning("%d images of a batcher failed: %s", len(gone), str(error))
-        if not isinstance(error, (BundleError, StorageError)):  # of files, which another process would not mend
-            self._shared.tally.failed_turn()
+        self._count(error)
         for image in gone:
             self._shared.end(image.job, error)
         try:
@@ -186,6 +192,17 @@ class Pool:
             self.close()
         except Exception as second:  # of a device that is lost
             log.warning("buffers of a batcher were not freed: %s", str(second))
+
+    def _count(self, error: BaseException) -> None:
+        """Count a turn that failed, unless another process would not mend it: for a file, or a size that never fits."""
+        never_fits = is_out_of_memory(error) and not self.times.seconds  # also where a first capture has no room
+        if not never_fits and not isinstance(error, (BundleError, MissingPlanError, StorageError)):
+            self._shared.tally.failed_turn()
+
+    def memory(self) -> Iterator[tuple[str, int]]:
+        """Yield graphs beside the steps, several times perhaps, with the bytes of their buffers; on any thread."""
+        flight = self._flight
+        return iter(()) if flight is None else flight.encoder.memory()
 
     def close(self) -> None:
         """Free the buffers; calling it again does nothing."""

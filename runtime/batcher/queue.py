@@ -75,7 +75,7 @@ class Queue:
         self.check(job)
         pool = self.pool(job.fit)
         pool.waiting += job.images
-        pool.decodings.add(job.decoding)
+        pool.known |= job.needs
         self.jobs[id(job)] = job
 
     def check(self, job: Job) -> None:

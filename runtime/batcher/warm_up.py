@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -12,9 +13,10 @@ from ...engines.engine import Shapes
 from ...engines.errors import MissingPlanError, RequestError
 from ...engines.progress import Progress
 from ..batches import Arrays
-from ..loop.decoding import WHOLE, Decoding
+from ..loop.decoding import GRAPHS, WHOLE, Decoding, shown_by
 from ..loop.wiring import wired_shapes
-from .encode import Encoder
+from ..pipeline import Pipeline
+from ..warm_up import blank_request
 from .flight import Shared, slot_shapes
 from .job import Job
 from .policy import UNSETTLED
@@ -25,25 +27,48 @@ TIMED = 4
 """Steps of each bucket that are timed, half of them on each of the two sets of buffers."""
 
 
-def warm_up(pool: Pool, job: Job, encoder: Encoder, pictures: bool, progress: Progress) -> None:
-    """Open, bind, capture and time what a size needs, on a thread that holds the session.
+def jobs_for(
+    make: Callable[[Mapping[str, Any]], Job], pipe: Pipeline, size: tuple[int, int], rows: int, given: Mapping[str, Any]
+) -> Iterator[Job]:
+    """Yield requests that stand for those of a size, of so many rows at most and with the arguments that are given.
+
+    Where engines are for fixed shapes there is one that skips layers, too: its steps have engines of their own.
+    """
+    arguments = {**blank_request(pipe.bundle.manifest, *size), **given}
+    job = make(arguments)
+    yield job
+    skipped = pipe.bundle.manifest.guidance.skipped
+    if skipped is not None and not pipe.backend.dynamic:
+        everywhere = {"skip_layer_guidance_start": 0.0, "skip_layer_guidance_stop": 1.0}
+        skipping = make({"skip_guidance_layers": skipped.layers, **everywhere, **arguments})
+        if skipping.fit != job.fit and skipping.images[0].candidate.held <= rows:
+            yield skipping
+
+
+def warm_up(pool: Pool, job: Job, pictures: bool, progress: Progress) -> frozenset[Hashable]:
+    """Open, bind, capture and time what a size needs, on a thread that holds the session; return what stands for it.
 
     `job` is a request of that size, which is not drawn. What is in flight makes room, and goes on later.
     """
     session, request, buckets = job.pipe.session, job.call.request, pool.times.buckets
-    report = partial(_report, progress, f"{request.width}x{request.height}", 2 + len(buckets))
+    what = f"{request.width}x{request.height}" + (" with skipped layers" if job.table.skips else "")
+    report = partial(_report, progress, what, 2 + len(buckets))
     report("prompt and decoder", 0)
-    flight = pool.at_rest()
+    flight, opened = pool.at_rest(), job.needs
+    decodings = {job.decoding, shown_by(session.bundle, job.decoding)} if pictures else {job.decoding}
     try:
         job.prepare_early()
         job.prepare()
         image = job.images[0]
         assert image.prepared is not None
-        encoder.conditioning(image.prepared.inputs)
-        encoder.decode(np.zeros((1, *pool.fit.latents), np.float32), job.decoding)
+        session.prompts.clear()  # so that all graphs run
+        flight.encoder.conditioning(image.prepared.inputs)
+        for decoding in decodings:
+            flight.encoder.decode(np.zeros((1, *pool.fit.latents), np.float32), decoding)
         report("encoder of pictures", 1)
         if pictures and session.bundle.has_graph("image_encoder"):
             session.encode_picture(np.zeros((1, request.height or 0, request.width or 0, 3), np.uint8))
+            opened |= {"image_encoder"}
         flight.keep()
         for number, bucket in enumerate(reversed(buckets)):  # the largest first: memory that it needs serves all
             report(f"steps of {bucket} rows", 2 + number)
@@ -52,6 +77,7 @@ def warm_up(pool: Pool, job: Job, encoder: Encoder, pictures: bool, progress: Pr
     except BaseException:
         pool.close()  # nothing is in flight
         raise
+    return opened | decodings
 
 
 def _report(progress: Progress, size: str, total: int, what: str, done: int) -> None:
@@ -68,6 +94,8 @@ def check_engines(job: Job, shared: Shared, sizes: Sequence[str]) -> None:
         shapes = engine_shapes(session.bundle, job.blank_row(), job.fit, shared.slots, shared.buckets, decoding)
         if job.call.pictures is None:
             shapes.pop("image_encoder", None)
+        if job.previews and session.bundle.has_graph(GRAPHS["tiny"]):
+            shapes[GRAPHS["tiny"]] = shapes[decoding.graph]
         try:
             session.backend.prepare(session.bundle, shapes, build=False)
         except MissingPlanError as error:

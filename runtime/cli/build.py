@@ -31,6 +31,8 @@ from .bundle import readable_size
 from .options import BackendOptions, backend_options, check_backend, opened_bundle, options_of
 from .progress import progress_bar
 
+_Prompt = tuple[int, int | None]  # its parts, and its tokens
+
 
 def build(
     bundle: Annotated[Path, typer.Argument(help="A bundle.")],
@@ -106,7 +108,8 @@ def build(
             every = product(sizes, batches, scales, prompts, skips)
             return [_of_request(opened, *each) for each in every if not each[4] or _branches(opened, each[2]) > 1]
         buckets = buckets_of(rows or rows_of(slots), dynamic=dynamic_backend, fixed_rows=fixed_rows)
-        return [_of_batcher(opened, size, slots, buckets, prompt) for size, prompt in product(sizes, prompts)]
+        every_size = product(sizes, prompts, skips if buckets[-1] > 2 else [False])  # which takes three rows
+        return [_of_batcher(opened, slots, buckets, *each) for each in every_size]
 
     found: list[dict[str, Any]] = []
     built: Iterator[_Built]
@@ -172,28 +175,28 @@ def _check_slots(slots: int | None, rows: int | None, fixed_rows: bool, **others
     if slots is not None and (given := [name for name, value in others.items() if value]):
         raise RequestError(f"--slots and --{given[0]} are given: a batcher does not have that, leave one out")
     if slots is not None:
-        check_numbers(slots, rows or rows_of(slots), 1, None)
+        check_numbers(slots, rows, 1, None)
 
 
 def _of_request(
-    bundle: Bundle, size: tuple[int, int], images: int, guidance: float, prompt: tuple[int, int | None], skips: bool
+    bundle: Bundle, size: tuple[int, int], images: int, guidance: float, prompt: _Prompt, skips: bool
 ) -> _Wanted:
     shapes = requested_shapes(bundle, *size, images, guidance, *prompt, skips)
-    skipping = " skipped layers" if skips else ""
-    name = f"{size[0]}x{size[1]} batch {images} guidance {guidance:g}{_named(prompt)}{skipping}"
+    name = f"{size[0]}x{size[1]} batch {images} guidance {guidance:g}{_named(prompt, skips)}"
     return _Wanted(name, {graph: [each] for graph, each in shapes.items()})
 
 
 def _of_batcher(
-    bundle: Bundle, size: tuple[int, int], slots: int, buckets: Sequence[int], prompt: tuple[int, int | None]
+    bundle: Bundle, slots: int, buckets: Sequence[int], size: tuple[int, int], prompt: _Prompt, skips: bool
 ) -> _Wanted:
-    name = f"{size[0]}x{size[1]} slots {slots} rows {' '.join(map(str, buckets))}{_named(prompt)}"
-    return _Wanted(name, batcher_shapes(bundle, *size, slots, buckets, *prompt))
+    name = f"{size[0]}x{size[1]} slots {slots} rows {' '.join(map(str, buckets))}{_named(prompt, skips)}"
+    return _Wanted(name, batcher_shapes(bundle, *size, slots, buckets, *prompt, skips))
 
 
-def _named(prompt: tuple[int, int | None]) -> str:
+def _named(prompt: _Prompt, skips: bool) -> str:
     parts, tokens = prompt
-    return (f" prompt parts {parts}" if parts > 1 else "") + (f" prompt tokens {tokens}" if tokens else "")
+    named = (f" prompt parts {parts}" if parts > 1 else "") + (f" prompt tokens {tokens}" if tokens else "")
+    return named + (" skipped layers" if skips else "")
 
 
 def _tokens(bundle: Bundle, given: Sequence[int] | None) -> list[int | None]:

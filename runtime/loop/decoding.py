@@ -8,9 +8,9 @@ along a raised cosine; the outermost cells, whose surroundings the decoder did n
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -65,6 +65,23 @@ def decodings_of(bundle: Bundle, decoder: str, tiled: bool | None, cells: Sequen
         return (Decoding(graph),)
     in_tiles = Decoding(graph, (height, width))
     return (in_tiles,) if tiled else (Decoding(graph), in_tiles)
+
+
+def shown_by(bundle: Bundle, decoding: Decoding) -> Decoding:
+    """Return how latents on their way are shown that are decoded so: by the tiny decoder where there is one."""
+    return replace(decoding, graph=GRAPHS["tiny"]) if bundle.has_graph(GRAPHS["tiny"]) else decoding
+
+
+def checked_latents(bundle: Bundle, value: Any) -> Array:
+    """Return latents [B, C, h, w] of a bundle's models as float32; raises `RequestError` for what is none."""
+    channels = bundle.manifest.latent.channels
+    try:
+        latents = np.asarray(value, np.float32)
+    except (TypeError, ValueError, RuntimeError) as error:  # of lists that are no array, and of tensors elsewhere
+        raise RequestError(f"latents is a {type(value).__name__} that numpy cannot read: give an array") from error
+    if latents.ndim != 4 or latents.shape[1] != channels or not latents.size:
+        raise RequestError(f"latents is of shape {list(latents.shape)}: give [images, {channels}, h, w]")
+    return latents
 
 
 def decoded_in_tiles(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from numbers import Real
+
 from ...engines.errors import RequestError
 
 MAX_ROWS = 1024
@@ -24,14 +26,23 @@ def buckets_of(rows: int, *, dynamic: bool, fixed_rows: bool = False) -> tuple[i
     return (*(bucket for bucket in narrower if bucket < rows), rows)
 
 
-def check_numbers(slots: int, rows: int, max_waiting: int, max_wait: float | None) -> None:
-    """Raise `RequestError` for options of a batcher that are out of range."""
-    for name, value, least, most in (
-        ("slots", slots, 1, MAX_ROWS // 2),
-        ("rows", rows, max(2, slots), MAX_ROWS),
-        ("max_waiting", max_waiting, 1, 2**31),
-    ):
-        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-            raise RequestError(f"{name} is {value!r}: give a whole number from {least} to {most}")
-    if max_wait is not None and not max_wait > 0:
-        raise RequestError(f"max_wait is {max_wait!r}: give seconds, more than 0, or leave it out")
+def check_numbers(slots: int, rows: int | None, max_waiting: int, max_wait: float | None) -> int:
+    """Return a batcher's network rows, as many as suit its slots for None; raises `RequestError` for bad options."""
+    check_whole("slots", slots, 1, MAX_ROWS // 2)
+    rows = rows_of(slots) if rows is None else rows
+    check_whole("rows", rows, max(2, slots), MAX_ROWS)
+    check_whole("max_waiting", max_waiting, 1, 2**31)
+    check_seconds("max_wait", max_wait)
+    return rows
+
+
+def check_whole(name: str, value: int, least: int, most: int) -> None:
+    """Raise `RequestError` unless an option is a whole number in its range."""
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise RequestError(f"{name} is {value!r}: give a whole number from {least} to {most}")
+
+
+def check_seconds(name: str, value: float | None) -> None:
+    """Raise `RequestError` unless an option is a number above 0, or left out."""
+    if value is not None and (isinstance(value, bool) or not isinstance(value, Real) or not value > 0):
+        raise RequestError(f"{name} is {value!r}: give seconds, more than 0, or leave it out")

@@ -137,10 +137,11 @@ def _server_error(error: BaseException) -> ApiError:
     """Return the answer to what is nobody's fault but ours; the text of a bug stays in the log."""
     if isinstance(error, EngineError) and "not finite" in str(error):
         return ApiError(500, str(error), "nan_output", headers={"x-should-retry": "false"})
+    if is_out_of_memory(error):
+        message = "out of memory: ask for a smaller size or fewer pictures"
+        return ApiError(500, message, "out_of_memory", headers={"x-should-retry": "false"})
     if isinstance(error, EngineError):
         return ApiError(500, str(error), "engine_error")
-    if is_out_of_memory(error):
-        return ApiError(500, "out of memory: ask for a smaller size or fewer pictures", "out_of_memory")
     if (said := told(error)) is not None:
         if isinstance(error, StorageError):
             return ApiError(503, said, "storage", headers=retry_headers(STORAGE_SECONDS))

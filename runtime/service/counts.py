@@ -51,7 +51,7 @@ def memory_of(batcher: Batcher) -> dict[str, Counter[str]]:
     for name, nbytes, own in batcher.pipe.session._shared.memory():
         weights[name] += nbytes
         buffers[name] += own
-    for name, own in batcher._encoder.memory():
+    for name, own in (each for pool in list(batcher._queue.pools.values()) for each in pool.memory()):
         buffers[name] += own
     buffers["denoiser"] += max(0, batcher.pipe.backend.device.tensor_bytes() - buffers.total())
     return {"weights": weights, "buffers": buffers}

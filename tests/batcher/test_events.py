@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import CancelledError
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,6 +27,7 @@ from latentrt.runtime.batcher import (
 )
 from latentrt.runtime.batcher.deliver import Box, Deliverer
 from latentrt.runtime.batcher.encode import Encoder
+from latentrt.runtime.batcher.job import Job
 from latentrt.runtime.result import Timings
 
 from .conftest import Gate
@@ -136,6 +139,35 @@ def test_a_preview_that_cannot_be_decoded_is_left_out(batcher: Batcher, monkeypa
     events: list[Event] = []
     assert batcher.submit(**SMALL, previews=1, on_event=events.append).result(300)
     assert len(calls) == 2 and not of(events, Previewed) and of(events, Drawn)
+
+
+def test_a_preview_that_fails_in_any_way_ends_nobody(batcher: Batcher, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Job, "clean", lambda *_: (_ for _ in ()).throw(MemoryError("no room for a picture")))
+    events: list[Event] = []
+    futures = [batcher.submit(**SMALL, previews=1, on_event=events.append), batcher.submit(**SMALL)]
+    assert all(len(future.result(300).images) == 1 for future in futures)
+    assert not of(events, Previewed) and batcher.failures_in_a_row == 0
+
+
+def test_previews_are_those_of_the_scheduler_that_a_request_came_with(
+    pipe: Pipeline, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[Array] = []
+    preview = Encoder.preview
+    monkeypatch.setattr(Encoder, "preview", lambda self, *given: shown.append(given[0]) or preview(self, *given))
+    request = {**SMALL, "sampler": "euler", "previews": 1, "on_event": lambda event: None}
+    with Batcher(pipe, slots=1, fixed_rows=True) as batcher:
+        future = batcher.submit(**request)
+        gate.run(1)
+        config = {**pipe.bundle.manifest.scheduler, "prediction_type": "v_prediction"}
+        pipe.scheduler = SimpleNamespace(config=config)
+        try:
+            gate.open()
+            assert future.result(300)
+        finally:
+            pipe._use(pipe.bundle.manifest)
+        assert batcher.submit(**request).result(300)
+    np.testing.assert_array_equal(*shown)
 
 
 def test_a_slow_listener_misses_steps_and_holds_nobody_up(batcher: Batcher) -> None:
@@ -331,6 +363,50 @@ def test_a_thread_that_does_not_start_is_started_with_what_comes_next(monkeypatc
     deliverer.post(Box(), "second", lambda: heard.append(2))
     deliverer.close(60)
     assert heard == [1, 2]
+
+
+@pytest.fixture
+def finishers(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """Let threads for results start from when it is set."""
+    start, may = threading.Thread.start, threading.Event()
+
+    def started(thread: threading.Thread) -> None:
+        if thread.name == "latentrt finisher" and not may.is_set():
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", started)
+    yield may
+    may.set()
+
+
+def drawn_without_a_thread(batcher: Batcher) -> BatchFuture:
+    future = batcher.submit(**SMALL)
+    while batcher._queue.jobs:
+        time.sleep(0.005)
+    assert not future.done()
+    return future
+
+
+def test_a_result_for_which_no_thread_could_be_started_is_there_at_the_end(
+    pipe: Pipeline, finishers: threading.Event, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Batcher(pipe, slots=1) as batcher:
+        future = drawn_without_a_thread(batcher)
+    assert future.done() and len(future.result(0).images) == 1
+    assert [record.message for record in caplog.records] == [
+        "a thread for results did not start: can't start new thread"
+    ]
+
+
+def test_a_result_for_which_no_thread_could_be_started_is_there_once_one_can(
+    pipe: Pipeline, finishers: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("latentrt.runtime.batcher.deliver.RETRY", 0.01)
+    with Batcher(pipe, slots=1) as batcher:
+        future = drawn_without_a_thread(batcher)
+        finishers.set()
+        assert len(future.result(60).images) == 1
 
 
 def test_a_deadline_that_cannot_be_met_is_refused_at_once(pipe: Pipeline, gate: Gate) -> None:

@@ -246,8 +246,8 @@ def test_a_request_that_is_late_fails_and_frees_its_place(
     np.testing.assert_array_equal(in_time.result(300).images, expected[0])
 
 
-@pytest.mark.parametrize("timeout", [0, -1.0, float("nan")])
-def test_a_timeout_is_more_than_nothing(batcher: Batcher, timeout: float) -> None:
+@pytest.mark.parametrize("timeout", [0, -1.0, float("nan"), "5", [5]])
+def test_a_timeout_is_more_than_nothing(batcher: Batcher, timeout: Any) -> None:
     with pytest.raises(RequestError, match=r"timeout is .*: give seconds, more than 0"):
         batcher.submit(**ONE, timeout=timeout)
 
@@ -276,6 +276,7 @@ def test_a_closed_pipeline_fails_what_is_there_and_what_comes(gate: Gate) -> Non
         ({"on_batch": print}, "on_batch is given"),
         ({"progress": print}, "progress is given"),
         ({"return_dict": False}, "return_dict is given"),
+        ({"on_event": 5}, "on_event is 5: give a function, or leave it out"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused_at_once(batcher: Batcher, arguments: dict[str, Any], message: str) -> None:

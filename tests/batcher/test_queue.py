@@ -187,6 +187,12 @@ def test_a_bundle_is_opened_and_closed_with_the_batcher() -> None:
         ({"slots": 4, "rows": 3}, "rows is 3: give a whole number from 4 to 1024"),
         ({"slots": 1, "rows": 1}, "rows is 1: give a whole number from 2"),
         ({"max_waiting": 1.5}, "max_waiting is 1.5"),
+        ({"slots": "8"}, "slots is '8': give a whole number"),
+        ({"slots": None}, "slots is None"),
+        ({"slots": "8", "rows": 8}, "slots is '8'"),
+        ({"rows": "8"}, "rows is '8'"),
+        ({"max_wait": "5"}, "max_wait is '5': give seconds, more than 0, or leave it out"),
+        ({"max_wait": True}, "max_wait is True"),
     ],
 )
 def test_numbers_out_of_range_are_refused(pipe: Pipeline, options: dict[str, Any], message: str) -> None:

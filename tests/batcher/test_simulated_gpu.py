@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 from latentrt.engines.bundle import Bundle
 from latentrt.engines.cache import EngineCache
-from latentrt.engines.errors import MissingPlanError, RequestError
+from latentrt.engines.errors import EngineError, MissingPlanError, RequestError
 from latentrt.engines.tensorrt import backend as tensorrt
 from latentrt.engines.tensorrt.plan import PLAN
 from latentrt.export.embedded import ensure_bundle
 from latentrt.runtime import Pipeline
 from latentrt.runtime.batcher import Batcher
+from latentrt.runtime.batcher.encode import Encoder
 from latentrt.runtime.cli import run
 from latentrt.runtime.service.counts import memory_of
 from PIL import Image
@@ -118,6 +119,24 @@ def test_without_building_only_sizes_with_engines_are_served(
         with Batcher(pipe, slots=1, build=False) as batcher:
             batcher.warm_up([(72, 64)])
             assert batcher.submit(**{**REQUESTS[0], "width": 72}).result(300)
+
+
+def test_without_building_what_a_warm_up_left_out_is_refused(
+    monkeypatch: pytest.MonkeyPatch, driver: SimulatedDriver, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(tensorrt, "accept", lambda *_: None)
+    backend = simulated_backends.tensorrt_backend(monkeypatch, EngineCache(tmp_path / "plans"), driver)
+    with Pipeline(Bundle.open(ensure_bundle()), backend) as pipe, Batcher(pipe, slots=1, build=False) as batcher:
+        batcher.warm_up([(64, 64)], pictures=False)
+        assert batcher.submit(**REQUESTS[0]).result(300)
+        with pytest.raises(RequestError, match=r"64x64 has no engines, .*no tensorrt plan of image_encoder"):
+            batcher.submit(**REQUESTS[0], image=Image.new("RGB", (64, 64)))
+        with monkeypatch.context() as patch, pytest.raises(EngineError, match="the decoder had enough"):
+            patch.setattr(Encoder, "decode", lambda *_: (_ for _ in ()).throw(EngineError("the decoder had enough")))
+            batcher.warm_up([(72, 64)])
+        with pytest.raises(RequestError, match=r"72x64 has no engines, .*no tensorrt plan of decoder"):
+            batcher.submit(**{**REQUESTS[0], "width": 72})
+        assert len(batcher._queue.warm) == 1
 
 
 @pytest.mark.parametrize("numbers", [["--slots=3"], ["--slots=2", "--rows=2", "--fixed-rows"]], ids=str)

@@ -195,7 +195,6 @@ def test_a_failing_warm_up_leaves_nothing_behind(pipe: Pipeline, monkeypatch: py
             patch.setattr(Slots, "step", lambda *_: (_ for _ in ()).throw(EngineError("the device had enough")))
             with pytest.raises(EngineError, match="the device had enough"):
                 batcher.warm_up([(32, 32)], pictures=False)
-        batcher._encoder.close()
         assert pipe.backend.device.tensor_bytes() == held
         with pytest.raises(RequestError, match="height is 33"):
             batcher.warm_up([(32, 33)])
@@ -307,3 +306,36 @@ def test_failures_in_a_row_are_counted_until_a_step_works(pipe: Pipeline, monkey
                 assert batcher.failures_in_a_row == 3
         assert batcher.submit(**TINY, num_inference_steps=2).result(300)
         assert batcher.failures_in_a_row == 0
+
+
+def test_memory_that_a_size_never_had_is_no_failure_of_the_engine(
+    pipe: Pipeline, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full, request = EngineError("CUDA_ERROR_OUT_OF_MEMORY"), {**TINY, "num_inference_steps": 2}
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise full
+
+    with Batcher(pipe, slots=2, fixed_rows=True) as batcher:
+        with monkeypatch.context() as patch:
+            for method, count in (("step", 1), ("step", 2), ("__init__", 1)):
+                patch.setattr(Slots, method, fail)
+                futures = [batcher.submit(**request) for _ in range(count)]
+                gate.run(1)
+                assert [future.exception(60) for future in futures] == [full] * count
+        assert batcher.failures_in_a_row == 0
+        batcher.warm_up([(32, 32)], pictures=False)  # it fits
+        gate.open()
+        monkeypatch.setattr(Slots, "step", fail)
+        assert batcher.submit(**request).exception(60) is full
+        assert batcher.failures_in_a_row == 1
+
+
+def test_a_request_for_several_images_that_fail_is_a_failure(
+    pipe: Pipeline, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Slots, "step", lambda *_: (_ for _ in ()).throw(EngineError("the device had enough")))
+    with Batcher(pipe, slots=2, fixed_rows=True) as batcher:
+        future = batcher.submit(**TINY, num_inference_steps=2, num_images_per_prompt=2)
+        gate.run(1)
+        assert isinstance(future.exception(60), EngineError) and batcher.failures_in_a_row == 1

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from latentrt.engines.errors import RequestError, UnsupportedModelError
 from latentrt.export import export_checkpoint
-from latentrt.runtime import Pipeline
+from latentrt.runtime import Batcher, Pipeline
+from latentrt.runtime.service.models import Model, ModelSettings
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -95,6 +96,19 @@ def test_a_bundle_warms_up_and_is_verified(checkpoint: Path, pipe: Pipeline) -> 
     pipe.warm_up(sizes=[(32, 32)], batches=[1])
     report = verify(pipe.bundle.path, checkpoint, backend="onnxruntime-cpu", steps=2)
     assert report.within, report
+
+
+def test_a_batcher_and_a_server_warm_up(pipe: Pipeline) -> None:
+    with Batcher(pipe, slots=1) as batcher:
+        batcher.warm_up([(32, 32)])
+        request = {**GIVEN, "seed": 5, "output_type": "np"}
+        found = batcher.submit(**request).result(300).images
+        assert np.abs(found - pipe(**request).images).max() <= 1 / 255
+    settings = ModelSettings(backend="onnxruntime-cpu", options={"threads": 1}, slots=1, sizes=((32, 32),))
+    model = Model("inpainting", pipe.bundle, settings)
+    model.open(settings)
+    assert model.state == "ready"
+    model.close(model.taken())
 
 
 @pytest.mark.slow

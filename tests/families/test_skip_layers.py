@@ -55,6 +55,12 @@ def reference(checkpoint: Path) -> Any:
     return opened(diffusers.StableDiffusion3Pipeline, checkpoint, text_encoder_3=None, tokenizer_3=None)
 
 
+@pytest.fixture
+def plans_are_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out the check of new engines, which has tests of its own."""
+    monkeypatch.setattr(tensorrt, "accept", lambda *_: None)
+
+
 def latents(pipe: Pipeline, **request: Any) -> Any:
     return pipe(**{**REQUEST, "seed": 3, "output_type": "latent", **request}).images
 
@@ -214,16 +220,46 @@ def test_the_manifest_says_what_is_skipped(pipe: Pipeline, tmp_path: Path) -> No
             type(pipe.bundle).open(tmp_path)
 
 
+@pytest.mark.usefixtures("plans_are_trusted")
 def test_fixed_shapes_have_plans_for_both_numbers_of_rows(
     pipe: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tensorrt, "accept", lambda *_: None)  # has tests of its own
     backend = tensorrt_backend(monkeypatch, EngineCache(tmp_path), SimulatedDriver())
     with Pipeline(pipe.bundle, backend) as fixed:
         for request in ({}, SKIPPING):
             np.testing.assert_allclose(latents(fixed, **request), latents(pipe, **request), atol=1e-4)
         plans = [plan.plan.facts["graph"] for plan in backend._loaded.values()]
     assert plans.count("denoiser") == 2 and plans.count("step") == 2
+
+
+@pytest.mark.usefixtures("plans_are_trusted")
+def test_what_is_built_for_a_server_serves_requests_that_skip_layers(
+    pipe: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LATENTRT_HOME", str(tmp_path))
+    tensorrt_backend(monkeypatch, EngineCache(), SimulatedDriver())
+    build = ["build", str(pipe.bundle.path), "--backend=tensorrt", "--size=32x32"]
+    assert run([*build, "--slots=2", "--rows=4"]) == 0
+    backend = tensorrt_backend(monkeypatch, EngineCache(), SimulatedDriver(), build=False)
+    with Pipeline(pipe.bundle, backend) as fixed, Batcher(fixed, slots=2, rows=4, build=False) as batcher:
+        for request in ({}, SKIPPING):
+            found = batcher.submit(**REQUEST, seed=3, output_type="latent", **request).result(300).images
+            np.testing.assert_allclose(found, latents(pipe, **request), atol=1e-4)
+
+
+@pytest.mark.usefixtures("plans_are_trusted")
+@pytest.mark.parametrize("rows", [2, 4])
+def test_warming_up_builds_for_requests_that_skip_layers_where_they_fit(
+    pipe: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int
+) -> None:
+    backend = tensorrt_backend(monkeypatch, EngineCache(tmp_path), SimulatedDriver())
+    with Pipeline(pipe.bundle, backend) as fixed, Batcher(fixed, slots=1, rows=rows, build=False) as batcher:
+        batcher.warm_up([(32, 32)], pictures=False)
+        plans = [plan.plan.facts["graph"] for plan in backend._loaded.values()]
+        assert (plans.count("denoiser"), plans.count("step")) == (1, 1 if rows == 2 else 2)
+        if rows == 4:
+            assert batcher.submit(**REQUEST, **SKIPPING).result(300)
+        assert len(backend._loaded) == len(plans)
 
 
 def test_shapes_to_build_for_are_those_of_requests(pipe: Pipeline) -> None:

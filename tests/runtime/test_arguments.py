@@ -254,6 +254,11 @@ def test_a_generator_or_a_seed_for_each_image(theirs: dict[str, Any], ours: Pipe
         ({"image": []}, "image is an empty list"),
         ({"image": picture(), "padding_mask_crop": 4}, "padding_mask_crop is for one picture with one mask_image"),
         ({"callback_steps": 0, "callback": print}, "callback_steps is 0"),
+        ({"callback_on_step_end": 5}, "callback_on_step_end is 5: give a function, or leave it out"),
+        ({"callback": "x"}, "callback is 'x': give a function"),
+        ({"on_batch": [print]}, "on_batch is .*: give a function"),
+        ({"progress": True}, "progress is True: give a function"),
+        ({"callback_on_step_end_tensor_inputs": 5}, "callback_on_step_end_tensor_inputs has 5: give"),
     ],
     ids=str,
 )

@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 from latentrt.benchmarks.quality.scenes import draw, held_out_scenes
+from latentrt.engines.cache import EngineCache
 from latentrt.engines.device import Array
 from latentrt.engines.errors import BundleError, CheckpointError, RequestError, UnsupportedModelError
+from latentrt.engines.tensorrt import backend as tensorrt
 from latentrt.runtime import Bundle, Pipeline
 from latentrt.runtime.batcher import Batcher
 from latentrt.runtime.batcher.encode import Encoder
@@ -19,6 +21,8 @@ from latentrt.runtime.batcher.events import Previewed
 from latentrt.runtime.cli import run
 from latentrt.runtime.loop.decoding import decoded_in_tiles
 from PIL import Image
+
+from ..engines.simulated_backends import tensorrt_backend
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -256,6 +260,25 @@ def test_previews_come_from_the_tiny_decoder(pipe: Pipeline, monkeypatch: pytest
     assert [name for name in ran if "decoder" in name] == ["tiny_decoder", "decoder"]
     (preview,) = [event for event in events if isinstance(event, Previewed)]
     assert preview.picture.size == (32, 32)
+
+
+def test_previews_of_a_batcher_that_is_warm_build_nothing(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tensorrt, "accept", lambda *_: None)  # has tests of its own
+    cache, events = EngineCache(tmp_path), list[Any]()
+    backend = tensorrt_backend(monkeypatch, cache)
+    with Pipeline(Bundle.open(bundle), backend) as pipe, Batcher(pipe, slots=1, build=False) as batcher:
+        batcher.warm_up([(32, 32)])
+        plans = len(list(cache.entries()))
+        batcher.submit(**QUICK, height=32, width=32, previews=1, on_event=events.append).result(120)
+        assert [event for event in events if isinstance(event, Previewed)]
+        assert len(list(cache.entries())) == plans
+        batcher.warm_up([(40, 32)], pictures=False)
+        wider = {**QUICK, "height": 32, "width": 40}
+        with pytest.raises(RequestError, match="no tensorrt plan of tiny_decoder"):
+            batcher.submit(**wider, previews=1, on_event=events.append)
+        assert batcher.submit(**wider).result(120)
 
 
 def test_a_callback_shows_latents_by_the_decoder_that_it_names(pipe: Pipeline, autoencoder: Path) -> None:

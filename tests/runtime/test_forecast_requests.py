@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from latentrt.engines.errors import RequestError
-from latentrt.runtime import Pipeline
+from latentrt.runtime import Batcher, Pipeline
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -80,3 +80,9 @@ def test_the_older_callback_counts_evaluations(pipe: Pipeline) -> None:
     seen: list[int] = []
     pipe(**REQUEST, seed=3, sampler="heun", forecast="taylor", callback=lambda step, *_: seen.append(step))
     assert seen == list(range(len(seen))) and 10 < len(seen) < 2 * STEPS - 1
+
+
+def test_a_batcher_says_the_same_of_a_forecast_that_changes_nothing(pipe: Pipeline) -> None:
+    short: dict[str, Any] = {**REQUEST, "num_inference_steps": 4, "seed": 3, "sampler": "ddim", "forecast": "taylor"}
+    with Batcher(pipe, slots=1) as batcher:
+        assert batcher.submit(**short).result(120).warnings == pipe(**short).warnings != []

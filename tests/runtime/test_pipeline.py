@@ -15,7 +15,7 @@ import pytest
 from latentrt.engines.errors import EngineError, RequestError, ShapeError
 from latentrt.engines.host import HostDevice, HostTensor
 from latentrt.engines.onnxruntime.session import OnnxRuntimeEngine
-from latentrt.runtime import Bundle, Pipeline, Timings, batches
+from latentrt.runtime import Batcher, Bundle, Pipeline, Timings, batches
 from latentrt.runtime.loop.denoise import CapturedWork, Mode
 from latentrt.runtime.pictures.png import TEXT_KEY
 from PIL import Image
@@ -225,6 +225,7 @@ def test_latents_replaced_after_the_last_step_are_decoded(pipe: Pipeline) -> Non
     [
         (5, "callback_on_step_end returned int"),
         ({"latents": [1.0]}, r"returned latents \[1\]: return finite latents of shape"),
+        ({"latents": "x"}, "returned latents that numpy cannot read: return an array"),
     ],
     ids=str,
 )
@@ -363,6 +364,44 @@ def test_every_stage_takes_the_time_of_its_own_work(tiny_sd15_bundle: Path, monk
 def test_bad_requests_name_what_is_wrong(pipe: Pipeline, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(RequestError, match=message):
         pipe(**{"prompt": PROMPTS[0], **arguments})
+
+
+@pytest.mark.parametrize(
+    ("latents", "message"),
+    [
+        (np.zeros((4, 8, 8)), r"latents is of shape \[4, 8, 8\]: give \[images, 4, h, w\]"),
+        (np.zeros((1, 1, 4, 8, 8)), r"latents is of shape \[1, 1, 4, 8, 8\]"),
+        (np.zeros((1, 3, 8, 8)), r"latents is of shape \[1, 3, 8, 8\]"),
+        (np.zeros((0, 4, 8, 8)), r"latents is of shape \[0, 4, 8, 8\]"),
+        ("x", "latents is a str that numpy cannot read: give an array"),
+        ([[1], [1, 2]], "latents is a list that numpy cannot read"),
+    ],
+    ids=str,
+)
+def test_what_is_no_latents_is_not_decoded(pipe: Pipeline, latents: Any, message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        pipe.decode(latents)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "batches", "message"),
+    [
+        ([32], [1], r"sizes has 32: give \(width, height\) in pixels, such as \(512, 512\)"),
+        ("32x32", [1], "sizes has '3'"),
+        ([("32", 32)], [1], r"sizes has \('32', 32\)"),
+        ([(32, 33)], [1], "height is 33: this bundle needs a multiple of"),
+        ([(-32, 32)], [1], "width is -32"),
+        (None, ["1"], "batches has '1': give numbers from 1 to max_batch"),
+        (None, [1.0], "batches has 1.0"),
+    ],
+    ids=str,
+)
+def test_shapes_that_cannot_be_warmed_up_are_named(pipe: Pipeline, sizes: Any, batches: Any, message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        pipe.warm_up(sizes, batches)
+    if sizes is not None:
+        with Batcher(pipe, slots=1) as batcher, pytest.raises(RequestError, match=message):
+            batcher.warm_up(sizes)
 
 
 def run_alone(code: str, *arguments: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -178,3 +179,22 @@ def test_a_pipeline_is_warm_for_prompts_it_has_not_seen(tiny_sd15_bundle: Path, 
     with Pipeline.open(tiny_sd15_bundle, "onnxruntime-cpu", threads=1) as pipe:
         pipe.warm_up([(64, 64)], pictures=False, num_inference_steps=2)
     assert runs.count("text_encoder") == 2
+
+
+def test_warming_up_empties_it_while_nobody_else_can_read_it(
+    tiny_sd15_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clear, free = PromptCache.clear, list[bool]()
+
+    def seen(cache: PromptCache) -> None:
+        def taken() -> bool:
+            return pipe.backend.lock.acquire(blocking=False) and not pipe.backend.lock.release()
+
+        with ThreadPoolExecutor(1) as another:
+            free.append(another.submit(taken).result(60))
+        clear(cache)
+
+    monkeypatch.setattr(PromptCache, "clear", seen)
+    with Pipeline.open(tiny_sd15_bundle, "onnxruntime-cpu", threads=1) as pipe:
+        pipe.warm_up([(32, 32)], pictures=False, num_inference_steps=1)
+    assert free and not any(free)

@@ -23,6 +23,7 @@ from latentrt.engines.tensorrt.backend import TensorRt
 from latentrt.engines.tensorrt.step import FREE
 from latentrt.runtime import Pipeline
 from latentrt.runtime.batcher import Batcher
+from latentrt.runtime.batcher.queue import MAX_POOLS
 from latentrt.runtime.batches import Batches
 from latentrt.runtime.cli import run
 from latentrt.runtime.loop.decoding import NO_WHOLE
@@ -194,6 +195,16 @@ def test_engines_that_no_kept_shape_uses_are_closed(pipe: Pipeline, backend: Ten
     assert loaded(backend)["decoder"] == 5  # of sizes that no workspace has, the last one
 
 
+def test_engines_of_sizes_that_left_a_batcher_are_closed(pipe: Pipeline, backend: TensorRt) -> None:
+    with Batcher(pipe, slots=1) as batcher:
+        for width in range(32, 32 + 8 * (MAX_POOLS + 2), 8):
+            batcher.submit(f"width {width}", **{**QUICK, "width": width}).result(120)
+        few = ("denoiser", "decoder", "step")
+        assert {graph: loaded(backend)[graph] for graph in few} == dict.fromkeys(few, MAX_POOLS)
+        assert loaded(backend)["text_encoder"] == 1
+    assert not loaded(backend)
+
+
 def test_a_shape_that_shares_an_engine_with_the_one_it_replaces_does_not_open_it_again(
     pipe: Pipeline, backend: TensorRt, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -260,6 +271,18 @@ def test_where_building_is_forbidden_a_batch_runs_at_the_next_size_that_is_built
         with pytest.raises(MissingPlanError, match="--batch 4`"):
             draw(pipe, ["a"] * 4)
         assert len(pipe.session._workspaces) == 1
+
+
+def test_a_smaller_last_batch_is_that_of_its_own_only_where_all_of_its_steps_are_there(
+    tiny_sd15_bundle: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    cache, bundle, part = EngineCache(tmp_path), Bundle.open(tiny_sd15_bundle), {"guidance_interval": (0.0, 0.5)}
+    with Pipeline(bundle, tensorrt_backend(monkeypatch, cache), max_batch=2) as pipe:
+        draw(pipe, "c")
+        draw(pipe, ["a", "b"], **part)
+    with Pipeline(bundle, tensorrt_backend(monkeypatch, cache, build=False), max_batch=2) as pipe:
+        draw(pipe, "c")  # a shape of one picture, whose steps are all guided
+        assert len(draw(pipe, ["a", "b", "c"], **part)) == 3
 
 
 def test_without_a_plan_for_the_whole_picture_it_is_decoded_in_tiles_and_says_so(

@@ -100,6 +100,20 @@ def test_an_engine_that_keeps_failing(served: Served, steps_that_fail: list[int]
     assert_well(served)
 
 
+def test_memory_that_runs_out_is_told_and_not_tried_again(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    def step(*_: Any) -> None:
+        raise EngineError("CUDA_ERROR_OUT_OF_MEMORY")
+
+    with served.http() as http:
+        with monkeypatch.context() as patch:
+            patch.setattr(Slots, "step", step)
+            answer = generate(http)
+        assert (answer.status_code, error_of(answer)["code"]) == (500, "out_of_memory")
+        assert error_of(answer)["message"] == "out of memory: ask for a smaller size or fewer pictures"
+        assert answer.headers["x-should-retry"] == "false"
+    assert_well(served)
+
+
 def test_a_bug_is_answered_in_shape_and_its_text_stays_in_the_log(
     served: Served, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
