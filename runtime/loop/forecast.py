@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...engines.errors import RequestError
-from ..sampling.step_table import HISTORY, StepTable
+from ..sampling.step_table import HISTORY, Guided, StepTable
 
 __all__ = ["Forecast", "folded", "forecast_named"]
 
@@ -152,7 +152,8 @@ def forecast_named(text: str) -> Forecast:
 def folded(table: StepTable, forecast: Forecast) -> StepTable:
     """Return the run with fewer evaluations; the latents between two of them are those after the last one's row.
 
-    Raises `RequestError` for a table whose rows draw noise or clip, which no row before them can do.
+    Raises `RequestError` for a table whose rows draw noise or clip, which no row before them can do, and where no
+    row is left of those that are guided, or skip layers.
     """
     with np.errstate(all="ignore"):  # what is not finite is refused below
         plan = forecast.plan(len(table))
@@ -180,8 +181,30 @@ def folded(table: StepTable, forecast: Forecast) -> StepTable:
         raise RequestError(f"the forecast's factors are not finite in a run of {len(table)} evaluations: give others")
     clip = np.pad(table.clip_weights, ((0, 0), (0, remembered)))
     return replace(
-        table.rows(starts),
+        _guided(table, starts),
         weights=np.stack(weights),
         clip_weights=clip[starts],
         original=table.original[[*starts, len(table)]],
     )
+
+
+def _guided(table: StepTable, starts: Sequence[int]) -> StepTable:
+    """Return the rows that are left, the first of them that is guided asking for what the others reuse."""
+    left = table.rows(starts)
+    guided, skipped = list(left.guided), list(left.skipped)
+    first = next((row for row, each in enumerate(guided) if each is not Guided.NOT), None)
+    if first is None and {*table.guided} - {Guided.NOT}:
+        raise RequestError(
+            "guidance_interval guides no evaluation that the forecast makes: give a wider one, or another forecast"
+        )
+    if first is not None and guided[first] is Guided.AS_BEFORE:
+        fully = [row for row in range(starts[first]) if table.guided[row] is Guided.FULLY]
+        guided[first] = Guided.FULLY
+        if skipped:
+            skipped[first] = table.skipped[fully[-1]]
+    if table.skips and not any(skipped):
+        raise RequestError(
+            "skip_layer_guidance_start and skip_layer_guidance_stop have no evaluation between them that the forecast "
+            "makes: give a wider part, or another forecast"
+        )
+    return replace(left, guided=tuple(guided), skipped=tuple(skipped))

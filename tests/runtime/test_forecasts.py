@@ -10,7 +10,10 @@ import numpy as np
 import pytest
 from latentrt.engines.errors import RequestError
 from latentrt.runtime.loop.forecast import Spectrum, folded, forecast_named
+from latentrt.runtime.loop.guidance import guided_in_part, with_skipped_layers
+from latentrt.runtime.loop.pack import pack
 from latentrt.runtime.sampling import names, step_table
+from latentrt.runtime.sampling.step_table import Guided
 
 CONFIG = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
 SHAPE = (2, 3)
@@ -180,3 +183,57 @@ def test_clipped_latents_are_refused() -> None:
     clipping = step_table(CONFIG | {"clip_sample": True}, 30, sampler="DDIMScheduler")
     with pytest.raises(RequestError, match="this sampler clips latents"):
         folded(clipping, forecast_named("spectrum"))
+
+
+@pytest.mark.parametrize(
+    "part", [(0.2, 0.8, 1.0), (0.0, 1.0, 0.4), (0.2, 0.8, 0.25), (0.3, 0.9, 0.35), (0.0, 0.7, 0.0)]
+)
+def test_a_run_that_is_guided_in_part_forecasts_as_a_plain_loop_does(part: tuple[float, float, float]) -> None:
+    """Of the rows that are guided fully a forecast may leave out every one: the first that is left is, then."""
+    scale, (start, stop, reuse) = 5.0, (int(share * 30) for share in part)
+    table = step_table(CONFIG, 30, sampler="ddim")
+    random = np.random.default_rng(0).standard_normal(SHAPE)
+    state: dict[str, Any] = {"latents": random, "history": [np.zeros(SHAPE)] * table.history, "added": None}
+
+    def branches(timestep: float, latents: Any) -> tuple[Any, Any]:
+        return network(timestep, latents + 0.5), network(timestep, latents)
+
+    def ask(i: int, latents: Any) -> Any:
+        negative, prompt = branches(float(table.timesteps[i]), latents * table.input_scales[i])
+        if not start <= i < stop:
+            return prompt
+        if i < reuse or state["added"] is None:
+            state["added"] = (scale - 1) * (prompt - negative)
+        return prompt + state["added"]
+
+    def update(i: int, output: Any) -> Any:
+        state["latents"], state["history"] = table.apply(i, state["latents"], output, state["history"])
+        return state["latents"]
+
+    expected, calls = taylor(30, ask, update, random)
+    short = folded(guided_in_part(table, part), forecast_named("taylor"))
+    assert len(short) == calls and Guided.FULLY in short.guided
+    weights = pack([short], [(1 - scale, scale)])["weights"][..., 0, 0, 0].astype(float)
+    ours, nothing, history = random, np.zeros(SHAPE), [np.zeros(SHAPE)] * short.history
+    for i in range(calls):
+        both = branches(float(short.timesteps[i]), ours * short.input_scales[i])
+        ours, *history = np.einsum("lk,kab->lab", weights[i], np.stack([ours, *both, nothing, nothing, *history]))
+    np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_what_skipped_layers_add_is_reused_after_a_row_that_is_left_out() -> None:
+    guided = guided_in_part(step_table(CONFIG, 30, sampler="ddim"), (0.2, 0.8, 0.25))
+    table = with_skipped_layers(guided, (2.0, 0.0, 1.0), 1)
+    assert [row for row, scale in enumerate(table.skipped) if scale] == [6]
+    short = folded(table, forecast_named("taylor"))
+    first = short.guided.index(Guided.FULLY)
+    assert short.skipped[first] == 2.0 and sum(short.skipped) == 2.0
+
+
+def test_a_part_of_which_no_row_is_left_is_refused() -> None:
+    table = step_table(CONFIG, 30, sampler="ddim")
+    with pytest.raises(RequestError, match=r"^guidance_interval guides no evaluation that the forecast makes: give a"):
+        folded(guided_in_part(table, (0.2, 0.25, 1.0)), forecast_named("taylor"))
+    with pytest.raises(RequestError, match=r"^skip_layer_guidance_start and skip_layer_guidance_stop have no"):
+        folded(with_skipped_layers(table, (2.0, 0.18, 0.25), 1), forecast_named("taylor"))
+    assert folded(guided_in_part(table, (0.2, 0.3, 1.0)), forecast_named("taylor")).guided.count(Guided.FULLY) == 1
