@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from ...engines.errors import CheckpointError, UnsupportedModelError
+from ...engines.errors import CheckpointError, LatentRTError, UnsupportedModelError
 
 MOST_LEVELS = 16
 MOST_CHANNELS = 256
@@ -89,6 +90,17 @@ def said_by(error: BaseException) -> str:
     """Return what a third party's exception says as a part of one line, or else its name."""
     text = "".join(letter if letter.isprintable() else "?" for letter in " ".join(str(error).split()))
     return text[:300] or type(error).__name__
+
+
+@contextmanager
+def reading(what: str) -> Iterator[None]:
+    """Raise `CheckpointError` for what the system says of a file that cannot be read; also decorates functions."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, LatentRTError):
+            raise
+        raise CheckpointError(f"{what} cannot be read ({said_by(error)})") from error
 
 
 def _numbers(value: Any) -> list[int]:

@@ -13,7 +13,7 @@ from ..families import Family
 from .checkpoint import Part
 from .diffusers_folder import TOKENIZER_FILES, family_of_index, has_component
 from .json_files import read_json
-from .weight_files import check_variant, patterns, variants_named, variants_of
+from .weight_files import check_variant, has_weights, patterns, variants_named, variants_of
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 TOKENIZER = [
@@ -24,6 +24,8 @@ TOKENIZER = [
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
 ]
 
 
@@ -76,24 +78,28 @@ def download_weights(
     """
     check_variant(variant)
     if variant is not None:
-        for ending in ("safetensors", "bin"):
-            found = {name for name in parts if _has(folder / name, ending)}
-            names = [
-                p for name, part in parts.items() if name not in found for p in patterns(name, part, variant, ending)
-            ]
-            folder = download(repository, revision, names) if names else folder
+        folder = download_variant(repository, revision, parts, variant, folder)
     chosen = variants_of(folder, parts, variant)
-    for ending in ("safetensors", "bin"):
-        wanted = [name for name in parts if chosen[name] is None and not _plain(folder / name, parts[name])]
-        names = [p for name in wanted for p in patterns(name, parts[name], None, ending)]
-        folder = download(repository, revision, names) if names else folder
-    for name, part in parts.items():
-        if chosen[name] is None and not _plain(folder / name, part):
+    plain = {name: part for name, part in parts.items() if chosen[name] is None}
+    folder = download_variant(repository, revision, plain, None, folder)
+    for name, part in plain.items():
+        if not _plain(folder / name, part):
             others = sorted(variants_named(_listed(repository, revision, folder, name), part))
             hint = f"; it has the variant {' and '.join(others)}: give --variant {others[0]}" if others else ""
             raise CheckpointError(
                 f"{repository} has no weights for {name or 'it'}, on the hub or in the local cache{hint}"
             )
+    return folder
+
+
+def download_variant(
+    repository: str, revision: str | None, parts: Mapping[str, Part], variant: str | None, folder: Path
+) -> Path:
+    """Fetch what is missing of the weights of one variant, or of those without: safetensors, else PyTorch's."""
+    for ending in ("safetensors", "bin"):
+        missing = {name: part for name, part in parts.items() if not has_weights(folder / name, part, variant)}
+        names = [p for name, part in missing.items() for p in patterns(name, part, variant, ending)]
+        folder = download(repository, revision, names) if names else folder
     return folder
 
 
@@ -125,6 +131,8 @@ def download(repository: str, revision: str | None, names: list[str]) -> Path:
                 "free space, or set HF_HOME to a folder on another disk"
             ) from error
         raise CheckpointError(f"{repository} cannot be fetched from the hub ({reason(error)})") from error
+    except Exception as error:  # a transfer that breaks off: the errors of the client have no base that we know
+        raise CheckpointError(f"{repository} cannot be fetched from the hub ({reason(error)}): run it again") from error
 
 
 def _configs(family: Family) -> list[str]:
@@ -132,12 +140,8 @@ def _configs(family: Family) -> list[str]:
     return configs + [f"{folder}/{file}" for folder in family.tokenizers for file in TOKENIZER]
 
 
-def _has(folder: Path, ending: str) -> bool:
-    return any(folder.glob(f"*.{ending}"))
-
-
 def _plain(folder: Path, part: Part) -> bool:
-    """Return whether weights without a variant are there."""
+    """Return whether any weights without a variant are there: a file, or the index of several."""
     names = {file.name for ending in ("safetensors", "bin") for file in folder.glob(f"*.{ending}*")}
     wanted = [p for ending in ("safetensors", "bin") for p in patterns("", part, None, ending) if "*" not in p]
     return any(name in names for name in wanted)

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from ...engines.errors import CheckpointError, UnsupportedModelError
 from ...engines.files import sha256_of
 from .checkpoint import Checkpoint
-from .configs import said_by
+from .configs import reading, said_by
 
 TABLE = "embeddings.token_embedding.weight"
 """How the name of a text encoder's embedding table ends."""
@@ -41,6 +41,7 @@ class LearnedWord:
         return [self.token, *(f"{self.token}_{number}" for number in range(1, len(self.vectors)))]
 
 
+@reading("the embedding")
 def open_words(given: Sequence[str | Path]) -> list[LearnedWord]:
     """Read embedding files, each given as `FILE` or `TOKEN=FILE`.
 

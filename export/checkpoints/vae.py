@@ -11,9 +11,10 @@ from ..families import families
 from ..networks.autoencoder import AUTOENCODER_TINY, vae_factor
 from ..single_files.vae import open_vae_file
 from .checkpoint import Checkpoint, Component, Origin, Part
-from .hub import download, download_weights, is_hub_id
+from .configs import reading
+from .hub import download, download_variant, download_weights, is_hub_id
 from .json_files import read_json
-from .weight_files import patterns, variants_of, weight_files
+from .weight_files import has_variant, weight_files
 from .weights import PICKLE_REASON, PICKLES, Weights
 
 CONFIGS = ["config.json", "vae/config.json"]
@@ -21,6 +22,7 @@ TITLES = {"vae": "VAE", "tiny_decoder": "tiny decoder"}
 """What messages call an autoencoder, by its name in the bundle's record."""
 
 
+@reading("the VAE")
 def open_vae(source: str | Path, variant: str | None = None) -> Origin:
     """Open the VAE that `source` names, to be used instead of a checkpoint's own.
 
@@ -35,6 +37,7 @@ def open_vae(source: str | Path, variant: str | None = None) -> Origin:
     return _open(source, part, "vae", variant, "a diffusers folder, a .safetensors file or a hub id")
 
 
+@reading("the tiny decoder")
 def with_tiny_decoder(
     checkpoint: Checkpoint, source: str | Path | None, variant: str | None, latent: LatentInfo
 ) -> Checkpoint:
@@ -67,9 +70,8 @@ def _open(source: str | Path, part: Part, what: str, variant: str | None, kinds:
     folder = download(str(source), None, CONFIGS)
     where = "" if (folder / "config.json").is_file() else "vae"
     if variant is not None:
-        names = [name for ending in ("safetensors", "bin") for name in patterns(where, part, variant, ending)]
-        folder = download(str(source), None, names)
-    if variant is None or not _has(folder / where, variant):
+        folder = download_variant(str(source), None, {where: part}, variant, folder)
+    if variant is None or not has_variant(folder / where, variant):
         folder = download_weights(str(source), None, {where: part}, None, folder)
     return _open_folder(folder, part, what, str(source), folder.name, variant)
 
@@ -80,7 +82,7 @@ def _open_folder(folder: Path, part: Part, what: str, name: str, revision: str |
     declared = config.get("_class_name", part.class_name)
     if declared != part.class_name:
         raise CheckpointError(f"{title} {own} is {declared!r}: give an {part.class_name}")
-    chosen = variants_of(own.parent, {own.name: part}, variant)[own.name] if variant and _has(own, variant) else None
+    chosen = variant if variant is not None and has_variant(own, variant) else None
     weights = Weights(weight_files(own, part, chosen))
     return _origin(name, own, revision, Component.of(part, f"{title} {own}", config, weights), weights, what)
 
@@ -96,7 +98,3 @@ def _open_file(file: Path, part: Part) -> Origin:
 
 def _origin(name: str, path: Path, revision: str | None, component: Component, weights: Weights, what: str) -> Origin:
     return Origin(name, path, revision, component, {f"{what}/{file.name}": file for file in weights.files})
-
-
-def _has(folder: Path, variant: str) -> bool:
-    return any(f".{variant}" in file.name for file in folder.iterdir())

@@ -27,12 +27,25 @@ def variants_of(folder: Path, parts: Mapping[str, Part], variant: str | None) ->
     """
     if variant is None:
         return dict.fromkeys(parts)
-    having = {name for name in parts if any(_is_variant(file, variant) for file in _names(folder / name))}
+    having = {name for name in parts if has_variant(folder / name, variant)}
     if not having:
         other = sorted({found for name, part in parts.items() for found in _variants(folder / name, part)})
         known = f"there are {', '.join(other)}" if other else "there are none, leave --variant out"
         raise CheckpointError(f"{folder} has no weights of the variant {variant!r}: {known}")
     return {name: variant if name in having else None for name in parts}
+
+
+def has_variant(folder: Path, variant: str) -> bool:
+    """Tell whether a component has files of a variant, by their names alone, as diffusers does."""
+    return any("." in name and name.split(".")[1].startswith(variant) for name in _names(folder))
+
+
+def has_weights(folder: Path, part: Part, variant: str | None = None) -> bool:
+    """Tell whether all files of a component's weights are there: of its shards, every one that the index names."""
+    try:
+        return bool(weight_files(folder, part, variant))
+    except CheckpointError:
+        return False
 
 
 def weight_files(folder: Path, part: Part, variant: str | None = None) -> list[Path]:
@@ -99,10 +112,6 @@ def _indexes(stem: str, ending: str, variant: str | None) -> list[str]:
     plain = f"{stem}.{ending}.index.json"
     old = [f"{stem}.{ending}.{variant}.index.json"] if variant else []
     return [_with_variant(plain, variant), *old]
-
-
-def _is_variant(name: str, variant: str) -> bool:
-    return "." in name and name.split(".")[1].startswith(variant)
 
 
 def _variants(folder: Path, part: Part) -> set[str]:
