@@ -38,6 +38,7 @@ from ..runtime.sampling import check_scheduler
 from ..runtime.sampling.step_table import STEP_INPUTS, StepOption
 from .activations import HALF_LIMIT, largest_activation
 from .checkpoints.checkpoint import LAYERS_OF_A_STACK, Checkpoint
+from .checkpoints.configs import reading
 from .checkpoints.defaults import asked_defaults
 from .checkpoints.sources import open_checkpoint
 from .checkpoints.textual_inversion import LearnedWord, check_words, open_words, provenance, with_words
@@ -97,6 +98,7 @@ def export(
         family = family_named(checkpoint.family)
         family.check(checkpoint)
         layers = family.skip_layers(checkpoint)
+        checkpoint = replace(checkpoint, skip_layers=layers)
         words = open_words(textual_inversion)
         check_words(checkpoint, words)
         tokens = write_tokenizers(family, checkpoint, folder, words)
@@ -220,21 +222,22 @@ def write_graph(
         parity = check_parity(graph.name, partial(outputs_of, parts, folder), cases, precision)
     else:
         assert alike is not None
-        parity = _parity_of(alike("fp32" if precision == "bf16" else precision, size > MOST_AT_FULL_SIZE), precision)
+        graph = alike("fp32" if precision == "bf16" else precision, size > MOST_AT_FULL_SIZE)
+        parity = _parity_of(graph, precision, hoist=hoist)
     if runs_here or not hoist:
         parts = with_references(parts, folder, kinds)
     log.info("%s: relative error %.2g against its module", graph.name, parity.relative_error)
     return [part if part.name == MODULATION else part.model_copy(update={"parity": parity}) for part in parts]
 
 
-def _parity_of(graph: Graph, precision: Precision) -> Parity:
-    """Return the parity of a graph that is not kept."""
+def _parity_of(graph: Graph, precision: Precision, *, hoist: bool) -> Parity:
+    """Return the parity of a graph that is not kept, taken apart as the one that is."""
     cases = reference_cases(graph)
     if precision == "fp16":
         graph.module.half()
     with TemporaryDirectory() as folder:
         precision = "fp32" if precision == "bf16" else precision
-        parts = write_whole(graph, onnx_model(graph), Path(folder), precision)
+        parts = (write_parts if hoist else write_whole)(graph, onnx_model(graph), Path(folder), precision)
         parity = check_parity(graph.name, partial(outputs_of, parts, Path(folder)), cases, precision)
     return parity.model_copy(update={"layers": graph.layers})
 
@@ -277,6 +280,7 @@ def write_step_graph(
     )
 
 
+@reading("the checkpoint")
 def _provenance(checkpoint: Checkpoint, words: Sequence[LearnedWord]) -> dict[str, Any]:
     files = {name: sha256_of(file) for name, file in sorted(checkpoint.files.items())}
     source: dict[str, Any] = {"name": checkpoint.name, "revision": checkpoint.revision, "files": files}

@@ -30,6 +30,7 @@ from .workloads import write_random
 
 EXPORT = """
 import json, sys
+from dataclasses import replace
 from pathlib import Path
 from latentrt.engines.bundle import Bundle
 from latentrt.export import export_checkpoint
@@ -43,6 +44,7 @@ if names:
     checkpoint = open_checkpoint(source, None)
     family = family_named(checkpoint.family)
     family.check(checkpoint)
+    checkpoint = replace(checkpoint, skip_layers=family.skip_layers(checkpoint))
     lengths = {name: info.max_length for name, info in write_tokenizers(family, checkpoint, out).items()}
     graphs = [info for name in names for info in write_network(family, checkpoint, lengths, name, out, precision)]
 else:

@@ -91,7 +91,7 @@ class StableDiffusion3(Family):
         return {
             "text_encoder": texts,
             "denoiser": lambda: denoiser_graph(
-                checkpoint.load("transformer"), length, precision, self.skip_layers(checkpoint)
+                checkpoint.load("transformer"), length, precision, checkpoint.skip_layers or ()
             ),
             **self.vae_graphs(checkpoint),
         }

@@ -9,16 +9,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-from latentrt.engines.bundle import Bundle
+from latentrt.engines.bundle import Bundle, Precision
+from latentrt.engines.errors import ExportError
 from latentrt.export import export_checkpoint
 from latentrt.runtime import Pipeline
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
+from latentrt.export import exporter  # noqa: E402
 from latentrt.export.checkpoints.sources import open_checkpoint  # noqa: E402
 from latentrt.export.families import family_named  # noqa: E402
 from latentrt.export.onnx_writer import onnx_model  # noqa: E402
+from latentrt.export.passes import hoist  # noqa: E402
 from latentrt.export.passes.parts import outputs_of, write_parts, write_whole  # noqa: E402
 
 from . import tiny, tiny_flux, tiny_transformers  # noqa: E402
@@ -67,6 +70,21 @@ def test_parts_give_what_the_whole_gives(write: Write, read: set[str], tmp_path:
         ((found,),) = outputs_of(parts, tmp_path / "parts", [case])
         ((expected,),) = outputs_of(whole, tmp_path, [case])
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize(("precision", "most"), [("bf16", 10**9), ("fp32", 0)])
+def test_parts_that_do_not_fit_are_found_whatever_is_checked_in_place_of_them(
+    precision: Precision, most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the parts themselves do not run here, in bf16, or are too large."""
+    rest = hoist._rest
+    monkeypatch.setattr(hoist, "_rest", lambda model, read, texts, times: rest(model, read, texts, times[::-1]))
+    monkeypatch.setattr(exporter, "MOST_AT_FULL_SIZE", most)
+    checkpoint = open_checkpoint(tiny_flux.flux(tmp_path / "checkpoint"))
+    family = family_named(checkpoint.family)
+    lengths = {name: length for name, (length, _) in family.token_lengths(checkpoint).items()}
+    with pytest.raises(ExportError, match="denoiser differs from its PyTorch module"):
+        exporter.write_network(family, checkpoint, lengths, "denoiser", tmp_path, precision, hoist=True)
 
 
 @pytest.mark.parametrize(

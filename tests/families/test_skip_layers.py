@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +26,8 @@ from ..engines.simulated_cuda import SimulatedDriver
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
+from latentrt.export import exporter  # noqa: E402
+from latentrt.export.checkpoints.sources import open_checkpoint  # noqa: E402
 from latentrt.export.families.stable_diffusion_3 import FAMILY  # noqa: E402
 from latentrt.export.verify import verify  # noqa: E402
 
@@ -184,6 +187,18 @@ def test_layers_that_are_not_there_are_refused_at_export(checkpoint: Path, tmp_p
     with pytest.raises(RequestError, match=r"^skip_layers has 4: this transformer has layers 0 to 3, give those$"):
         export_checkpoint(checkpoint, tmp_path / "bundle", skip_layers=[4])
     assert not (tmp_path / "bundle").exists()
+
+
+def test_a_transformer_that_is_checked_by_few_layers_skips_those_that_were_asked_for(
+    checkpoint: Path, pipe: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exporter, "MOST_AT_FULL_SIZE", 0)
+    source = replace(open_checkpoint(checkpoint), skip_layers=tuple(LAYERS))
+    lengths = {name: length for name, (length, _) in FAMILY.token_lengths(source).items()}
+    (graph,) = exporter.write_network(FAMILY, source, lengths, "denoiser", tmp_path, "fp32")
+    assert graph.parity is not None and graph.parity.layers == 2
+    assert "skipped" in {spec.name for spec in graph.inputs}
+    assert (tmp_path / "denoiser.onnx").read_bytes() == (pipe.bundle.path / "denoiser.onnx").read_bytes()
 
 
 def test_layers_of_other_families_and_bundles_are_not_skipped(
