@@ -27,6 +27,7 @@ from ..runtime.loop.hoisted import at_one_step, of_request, picks
 from ..runtime.loop.workspace import run_once
 from ..runtime.pipeline import Pipeline
 from .checkpoints.checkpoint import Checkpoint
+from .checkpoints.configs import reading
 from .checkpoints.sources import open_checkpoint
 from .checkpoints.vae import with_tiny_decoder
 from .compare import (
@@ -58,6 +59,7 @@ def verify(
     vae: str | Path | None = None,
     variant: str | None = None,
     base: str | Path | None = None,
+    revision: str | None = None,
     tiny_decoder: str | Path | None = None,
     any_checkpoint: bool = False,
     progress: Progress = silent,
@@ -66,17 +68,21 @@ def verify(
     """Compare a bundle with its checkpoint at the bundle's default size; `options` go to the backend.
 
     The reference is the float32 checkpoint as diffusers' own loaders open it, in PyTorch on the CPU. A checkpoint whose
-    files are not those that the bundle was exported from is refused unless `any_checkpoint` allows it. Raises
-    `BundleError` or `CheckpointError` when one of the two cannot be opened or they do not belong together.
+    files are not those that the bundle was exported from is refused unless `any_checkpoint` allows it. A hub id is
+    opened at the `revision` that the bundle was exported from, unless another is given. Raises `BundleError` or
+    `CheckpointError` when one of the two cannot be opened or they do not belong together.
     """
     opened = Bundle.open(bundle)
     if problems := opened.problems():  # engines in the cache would hide it
         name, problem = next(iter(problems.items()))
         raise BundleError(f"{bundle}: {name} {problem}: export it again")
+    manifest = opened.manifest
+    if revision is None and manifest.source.get("name") == str(base or source):
+        revision = manifest.source.get("revision")
     checkpoint = open_checkpoint(
-        source, tokenizer=tokenizer, prediction_type=prediction_type, vae=vae, variant=variant, base=base
+        source, revision, tokenizer=tokenizer, prediction_type=prediction_type, vae=vae, variant=variant, base=base
     )
-    family, manifest = family_named(checkpoint.family), opened.manifest
+    family = family_named(checkpoint.family)
     checkpoint = with_tiny_decoder(checkpoint, tiny_decoder, variant, manifest.latent)
     if not any_checkpoint:
         check_source(opened, checkpoint)
@@ -102,6 +108,7 @@ def verify(
     return report
 
 
+@reading("the checkpoint")
 def check_source(bundle: Bundle, checkpoint: Checkpoint) -> None:
     """Raise `BundleError` when a bundle was exported from other weight files than a checkpoint's."""
     source = bundle.manifest.source

@@ -90,8 +90,7 @@ def export(
     """Turn a checkpoint into a bundle of ONNX graphs (needs the export extra)."""
     from ...export import export_checkpoint
 
-    if revision is not None and Path(base or checkpoint).exists():
-        raise RequestError(f"--revision is for hub ids, and {base or checkpoint} is a local path: leave it out")
+    _check_revision(revision, base or checkpoint)
     with checkpoint_named(checkpoint), progress_bar("exporting") as progress:
         path = export_checkpoint(
             checkpoint,
@@ -199,6 +198,9 @@ def verify(
     vae: Annotated[str | None, typer.Option(help="The VAE that the bundle was exported with: as for export.")] = None,
     variant: Annotated[str | None, typer.Option(help="Variant of the checkpoint's weights.")] = None,
     base: Annotated[str | None, typer.Option(help="Folder or hub id with the rest, for a denoiser alone.")] = None,
+    revision: Annotated[
+        str | None, typer.Option(help="Branch, tag or commit of a hub id (default: what the bundle was exported from).")
+    ] = None,
     tiny_decoder: Annotated[
         str | None, typer.Option(help="The tiny autoencoder that the bundle was exported with: as for export.")
     ] = None,
@@ -219,7 +221,8 @@ def verify(
     }
     lossy = {name: value for name, value in lossy.items() if value is not None}
     checkpoint: dict[str, Any] = {"tokenizer": tokenizer, "prediction_type": prediction_type, "vae": vae}
-    checkpoint |= {"variant": variant, "base": base, "tiny_decoder": tiny_decoder, "any_checkpoint": any_checkpoint}
+    checkpoint |= {"variant": variant, "base": base, "revision": revision, "tiny_decoder": tiny_decoder}
+    checkpoint |= {"any_checkpoint": any_checkpoint}
     if against is None or (Path(against) / "manifest.json").is_file():
         if given := next((name for name, value in checkpoint.items() if value), None):
             raise RequestError(f"--{given.replace('_', '-')} is about a checkpoint: give the checkpoint with --against")
@@ -231,6 +234,7 @@ def verify(
         if lossy:
             name = next(iter(lossy)).replace("_", "-")
             raise RequestError(f"--{name} is compared with an exact run: leave out --against, or give a bundle")
+        _check_revision(revision, base or against)
         report = _verified(bundle, against, request | checkpoint | settings)
     inside = _layers(opened, layers, report.backend) if layers else []
     if as_json:
@@ -242,6 +246,11 @@ def verify(
             typer.echo(f"  {layer.tensor:<60}{layer.relative_error:>12.2e}{layer.nan_count:>8} not finite")
     if not report.within:
         raise typer.Exit(1)
+
+
+def _check_revision(revision: str | None, source: str) -> None:
+    if revision is not None and Path(source).exists():
+        raise RequestError(f"--revision is for hub ids, and {source} is a local path: leave it out")
 
 
 def _verified(bundle: Path, checkpoint: str, arguments: dict[str, Any]) -> Report:

@@ -3,11 +3,12 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from latentrt.engines.bundle import Bundle
-from latentrt.engines.errors import BackendUnavailableError, BundleError
+from latentrt.engines.bundle import MANIFEST, Bundle
+from latentrt.engines.errors import BackendUnavailableError, BundleError, CheckpointError
 from latentrt.export.compare import compare
 from latentrt.export.layers import layer_errors
 from latentrt.runtime.cli import run
@@ -84,3 +85,25 @@ def test_a_damaged_bundle_is_refused_although_its_engines_are_cached(
     (damaged / "decoder.onnx").write_bytes((damaged / "decoder.onnx").read_bytes()[:-1])
     assert run(["verify", str(damaged), "--against", str(tiny_sd15_checkpoint)]) == 1
     assert "decoder.onnx" in capsys.readouterr().err
+
+
+def test_a_hub_id_is_opened_at_the_revision_that_the_bundle_was_exported_from(
+    tiny_sd15_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = []
+
+    def opened(source: str, revision: str | None, **_: Any) -> None:
+        asked.append((source, revision))
+        raise CheckpointError("enough")
+
+    monkeypatch.setattr("latentrt.export.verify.open_checkpoint", opened)
+    bundle = shutil.copytree(tiny_sd15_bundle, tmp_path / "bundle")
+    manifest = json.loads((bundle / MANIFEST).read_text(encoding="utf-8"))
+    manifest["source"] |= {"name": "org/model", "revision": "c0ffee"}
+    (bundle / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
+    for words in (["org/model"], ["org/model", "--revision", "v2"], ["org/other"], ["a.file", "--base", "org/model"]):
+        assert run(["verify", str(bundle), "--against", *words]) in (1, 2)
+    assert asked == [("org/model", "c0ffee"), ("org/model", "v2"), ("org/other", None), ("a.file", "c0ffee")]
+    capsys.readouterr()
+    assert run(["verify", str(bundle), "--against", str(tmp_path), "--revision", "v2"]) == 2
+    assert "--revision is for hub ids" in capsys.readouterr().err
