@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ...engines.errors import UnsupportedModelError
 from .configs import Kind, check_config, check_depth, check_plain
 from .streamed import Find, load_module, unfilled_module
 from .weights import Weights
@@ -55,7 +56,8 @@ class Part:
 class Component:
     """One network of a checkpoint: its config, completed with its class's defaults, and its weights.
 
-    `find` returns a weight by diffusers' name for it; the default is that files use the same names.
+    `find` returns a weight by diffusers' name for it; the default is that files use the same names. `own` are tensors
+    of a file that are its own: one that the network does not read makes it another kind of network.
     """
 
     part: Part
@@ -63,10 +65,17 @@ class Component:
     config: Mapping[str, Any]
     weights: Weights
     find: Find
+    own: frozenset[str] = field(default=frozenset(), kw_only=True)
 
     @classmethod
     def of(
-        cls, part: Part, where: str, config: Mapping[str, Any], weights: Weights, find: Find | None = None
+        cls,
+        part: Part,
+        where: str,
+        config: Mapping[str, Any],
+        weights: Weights,
+        find: Find | None = None,
+        own: frozenset[str] = frozenset(),
     ) -> Component:
         """Return a component with the defaults of its class for what the config leaves out.
 
@@ -74,12 +83,12 @@ class Component:
         """
         parameters = inspect.signature(part.configured()).parameters.values()
         defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
-        own = config.get(part.section) if part.section else None
-        complete = defaults | dict(own if isinstance(own, dict) else config)
+        section = config.get(part.section) if part.section else None
+        complete = defaults | dict(section if isinstance(section, dict) else config)
         check_plain(config, where)
         check_config(complete, part.kinds, where)
         check_depth(complete, part.depth, len(weights), where)
-        return cls(part, where, complete, weights, find or weights.get)
+        return cls(part, where, complete, weights, find or weights.get, own=own)
 
     def shallow(self) -> Component:
         """Return the component with the first and the last layer of each of its stacks."""
@@ -95,14 +104,21 @@ class Component:
                     return find(all_of_them + name.removeprefix(few))
             return find(name)
 
-        return replace(self, config=config, find=find_in_whole)
+        return replace(self, config=config, find=find_in_whole, own=frozenset())
 
     def load(self) -> torch.nn.Module:
         """Build the network; its weights stay in their files, which `close` unmaps.
 
-        Raises `CheckpointError` for a weight that is missing, damaged or does not fit.
+        Raises `CheckpointError` for a weight that is missing, damaged or does not fit, `UnsupportedModelError` for one
+        of its own that it does not read.
         """
-        return load_module(lambda: self.part.build(self._options()), self._found, self.where)
+        module = load_module(lambda: self.part.build(self._options()), self._found, self.where)
+        if left := sorted(self.own - self.weights.read):
+            raise UnsupportedModelError(
+                f"{self.where} has a tensor {left[0]!r}, which an ordinary {self.part.class_name} does not read: it is "
+                "of another kind, and would draw other pictures without it"
+            )
+        return module
 
     def dtype(self) -> torch.dtype | None:
         """Return the type that its largest weight has in the files, None where it is not there."""
@@ -183,12 +199,14 @@ class Checkpoint:
     """The variant of the weights that was asked for."""
     replaced: Mapping[str, Origin] = field(default_factory=dict)
     """Components that come from somewhere else."""
+    vae_scale: Mapping[str, Any] = field(default_factory=dict)
+    """What it says of its latents' size in the words of a VAE's config, where its own VAE is replaced."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """What `model_index.json` says of the pipeline beside its components."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """Defaults of a request that the bundle's manifest gets, where they are not the usual ones."""
     skip_layers: tuple[int, ...] | None = None
-    """Layers of the denoiser that requests may have skipped, as asked for; None: the family's own choice."""
+    """Layers of the denoiser that requests may have skipped; None: `Family.skip_layers` has not chosen them yet."""
     tiny_decoder: Origin | None = None
     """The small autoencoder whose decoder the bundle also gets."""
 

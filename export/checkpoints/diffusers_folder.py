@@ -17,6 +17,8 @@ from .weight_files import check_variant, variants_of, weight_files
 from .weights import Weights
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "spiece.model")
+SCALE = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
+"""What the config of a VAE says of the latents' size."""
 
 
 def open_folder(
@@ -70,6 +72,7 @@ def open_folder(
         revision=revision,
         variant=variant,
         replaced=replaced,
+        vae_scale=_vae_scale(folder) if "vae" in replaced else {},
         options={key: value for key, value in index.items() if isinstance(value, bool | int | float | str)},
         defaults=_defaults(folder, index),
     )
@@ -145,6 +148,13 @@ def _scheduler(folder: Path, index: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(class_name, str):
         raise CheckpointError(f"{folder}: scheduler is {shown(class_name)} in model_index.json: name a class")
     return config | {"_class_name": class_name}
+
+
+def _vae_scale(folder: Path) -> dict[str, Any]:
+    """Return what a folder's own VAE, whose config it need not have, says of the latents' size."""
+    file = folder / "vae" / "config.json"
+    config = read_json(file) if file.is_file() else {}
+    return {key: config[key] for key in SCALE if key in config}
 
 
 def _defaults(folder: Path, index: dict[str, Any]) -> dict[str, float]:

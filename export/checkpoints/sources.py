@@ -7,7 +7,8 @@ from pathlib import Path
 
 from ...engines.errors import CheckpointError, RequestError, UnsupportedModelError
 from ..families import families, family_named
-from .checkpoint import Checkpoint, Origin, SingleFile
+from .checkpoint import Checkpoint, Component, Origin, SingleFile
+from .configs import reading
 from .diffusers_folder import family_of_index, open_folder
 from .hub import download_checkpoint, download_configs, is_hub_id, tokenizer_folder
 from .json_files import read_json
@@ -18,6 +19,7 @@ from .weights import PICKLE_REASON, PICKLES, Weights
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 
 
+@reading("the checkpoint")
 def open_checkpoint(
     source: str | Path,
     revision: str | None = None,
@@ -126,12 +128,16 @@ def _open_network(
 
 
 def _scaled(checkpoint: Checkpoint) -> Checkpoint:
-    """Return a checkpoint whose VAE, where it is a file of its own, has the scale that its family's have."""
+    """Return a checkpoint whose VAE, where it is a file of its own, has the scale of the one in whose place it is.
+
+    What the checkpoint does not say of it is as in its family.
+    """
     vae = checkpoint.replaced.get("vae")
     if vae is None or vae.path.is_dir():
         return checkpoint
-    config = {**vae.component.config, **family_named(checkpoint.family).vae_scale}
-    mended = replace(vae, component=replace(vae.component, config=config))
+    own = vae.component
+    config = {**own.config, **family_named(checkpoint.family).vae_scale, **checkpoint.vae_scale}
+    mended = replace(vae, component=Component.of(own.part, own.where, config, own.weights, own.find))
     return replace(
         checkpoint,
         components={**checkpoint.components, "vae": mended.component},

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from ...engines.errors import CheckpointError, UnsupportedModelError
 from .configs import said_by
-from .quantized import REMEDY, refuse_quantized
+from .refused import REMEDY, refuse_weights
 
 PICKLES = (".ckpt", ".bin", ".pt", ".pth", ".pkl")
 PICKLE_REASON = (
@@ -37,14 +37,16 @@ class Weights:
     """
 
     def __init__(self, files: Sequence[Path]) -> None:
-        """List the tensors of the files; raises `CheckpointError` for a damaged or a quantized one."""
+        """List the tensors of the files; raises `CheckpointError` for one that is damaged, quantized or an adapter."""
         self.files = tuple(files)
         self._opened: dict[Path, Any] = {}
         self._file_of: dict[str, Path] = {}
         self._finite: set[str] = set()
+        self.read: set[str] = set()
+        """The tensors that were asked for so far."""
         for file in files:
             names = list(self._open(file).keys())
-            refuse_quantized(file, names)
+            refuse_weights(file, names)
             self._file_of |= dict.fromkeys(names, file)
         self.close()
 
@@ -75,6 +77,7 @@ class Weights:
         """
         if name not in self._file_of:
             return None
+        self.read.add(name)
         file, tensor = self._file_of[name], self.raw(name)
         if tensor.dtype not in PLAIN:
             raise UnsupportedModelError(f"{file}: tensor {name!r} is {tensor.dtype}, which is quantized: {REMEDY}")

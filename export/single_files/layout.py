@@ -18,6 +18,8 @@ from ..checkpoints.weights import Weights
 from .shapes import read
 
 PREFIXES = ("", "model.diffusion_model.")
+BESIDE = ("first_stage_model.", "vae.", "text_encoders.", "conditioner.", "cond_stage_model.")
+"""How the names of other parts begin, which files may have beside a transformer."""
 PLACES = {"q": 0, "k": 1, "v": 2}
 STACKED = re.compile(r"\.(?:to|add)_([qkv])[._]")
 """Parameters of diffusers that the original layouts have one behind the other in one tensor."""
@@ -39,6 +41,7 @@ class Layout:
     behind    how the names of parameters begin that stand behind queries, keys and values in one tensor
     swapped   tells of a parameter whether its two halves, scale and shift, are the other way round; the second
               argument is its block's number, or None
+    left      tensors that files have and networks do not read
     """
 
     title: str
@@ -49,6 +52,7 @@ class Layout:
     blocks: Mapping[str, tuple[str, Names]] = field(default_factory=dict)
     behind: str | None = None
     swapped: Callable[[str, int | None, Mapping[str, Any]], bool] = lambda name, block, config: False
+    left: tuple[str, ...] = ()
 
     def prefix_in(self, weights: Weights) -> str | None:
         """Return what the names of a file's tensors begin with, None for a file of another layout."""
@@ -70,7 +74,13 @@ class Layout:
             {**base, **config},
             weights,
             lambda name: self._tensor(weights, name, prefix, config),
+            self._own(weights, prefix),
         )
+
+    def _own(self, weights: Weights, prefix: str) -> frozenset[str]:
+        """Return the names of the transformer's tensors in a file."""
+        names = {name for name in weights if name.startswith(prefix) and not name.startswith(BESIDE)}
+        return frozenset(names - {prefix + name for name in self.left})
 
     def _tensor(self, weights: Weights, name: str, prefix: str, config: Mapping[str, Any]) -> torch.Tensor | None:
         """Return a parameter by diffusers' name for it."""

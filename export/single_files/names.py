@@ -82,6 +82,11 @@ def unet_tensor(weights: Weights, name: str, layers: int) -> torch.Tensor | None
     return weights.get(original)
 
 
+def unet_names(weights: Weights) -> frozenset[str]:
+    """Return the names of a U-Net's tensors in a file."""
+    return frozenset(name for name in weights if name.startswith(UNET))
+
+
 def vae_tensor(weights: Weights, name: str, levels: int, prefix: str = VAE) -> torch.Tensor | None:
     """Return an autoencoder parameter by diffusers' name for it; `prefix` begins its names in the file."""
     tensor = weights.get(prefix + original_vae_name(name, levels))

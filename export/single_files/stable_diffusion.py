@@ -17,7 +17,7 @@ from ..checkpoints.streamed import Find
 from ..checkpoints.weights import Weights
 from ..networks.unet import inpaints
 from .markers import chosen
-from .names import CLIP, OPEN_CLIP, UNET, open_clip_tensor, unet_tensor
+from .names import CLIP, OPEN_CLIP, UNET, open_clip_tensor, unet_names, unet_tensor
 from .shapes import clip_config, open_clip_config, read, unet_config
 from .vae import own_vae
 
@@ -71,7 +71,12 @@ def open_single_file(source: SingleFile, family: str, parts: Mapping[str, Part])
             text,
         ),
         "unet": Component.of(
-            parts["unet"], f"U-Net of {file}", unet, weights, lambda name: unet_tensor(weights, name, layers)
+            parts["unet"],
+            f"U-Net of {file}",
+            unet,
+            weights,
+            lambda name: unet_tensor(weights, name, layers),
+            unet_names(weights),
         ),
         "vae": replaced["vae"].component if "vae" in replaced else own_vae(file, weights, parts["vae"]),
     }
@@ -112,6 +117,11 @@ def _version(file: Path, weights: Weights) -> int | None:
         return None
     for version, prefix in ((1, CLIP), (2, OPEN_CLIP)):
         if any(name.startswith(prefix) for name in weights):
+            if f"{UNET}label_emb.0.0.weight" in weights:
+                raise UnsupportedModelError(
+                    f"{file} has {UNET}label_emb.*, which reads a picture, as Stable unCLIP does: it is not supported, "
+                    "use the ordinary checkpoint"
+                )
             return version
     if any(name.startswith(CLIP.removesuffix("text_model.")) for name in weights):
         raise CheckpointError(

@@ -86,4 +86,5 @@ SD3 = Layout(
     names=NAMES,
     blocks={"transformer_blocks": ("joint_blocks", INSIDE)},
     swapped=_swapped,
+    left=("pos_embed",),  # a table of sines, which is made anew
 )

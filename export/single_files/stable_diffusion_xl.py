@@ -15,7 +15,7 @@ from ..checkpoints.streamed import Find
 from ..checkpoints.weights import Weights
 from ..networks.unet import inpaints
 from .markers import chosen
-from .names import UNET, open_clip_tensor, unet_tensor
+from .names import UNET, open_clip_tensor, unet_names, unet_tensor
 from .shapes import clip_config, open_clip_config, read, unet_config
 from .stable_diffusion import SCHEDULES, TOKENIZER, ZERO_TERMINAL_SNR
 from .vae import own_vae
@@ -77,7 +77,7 @@ def open_single_file(source: SingleFile, family: str, parts: Mapping[str, Part])
     unet = read(weights, unet_config)
     unet |= read(weights, lambda weights: _added(weights, f"{prefix}text_projection", SIZE_IDS[first]))
     layers = unet["layers_per_block"]
-    second = TokenizerSource(source.tokenizer(TOKENIZER), 0)
+    second, scale = TokenizerSource(source.tokenizer(TOKENIZER), 0), _scale(weights)
     return Checkpoint(
         file.name,
         family,
@@ -88,15 +88,21 @@ def open_single_file(source: SingleFile, family: str, parts: Mapping[str, Part])
         }
         | {
             "unet": Component.of(
-                parts["unet"], f"U-Net of {file}", unet, weights, lambda name: unet_tensor(weights, name, layers)
+                parts["unet"],
+                f"U-Net of {file}",
+                unet,
+                weights,
+                lambda name: unet_tensor(weights, name, layers),
+                unet_names(weights),
             ),
-            "vae": replaced["vae"].component if "vae" in replaced else _vae(file, weights, parts["vae"]),
+            "vae": replaced["vae"].component if "vae" in replaced else own_vae(file, weights, parts["vae"], scale),
         },
         tokenizers=({"tokenizer": TokenizerSource(second.folder)} if first else {}) | {"tokenizer_2": second},
         scheduler=_scheduler(file, weights, source.prediction_type),
         files=source.files,
         path=file,
         replaced=replaced,
+        vae_scale=scale,
         options={"force_zeros_for_empty_prompt": first, "requires_aesthetics_score": not first},
     )
 
@@ -115,12 +121,12 @@ def _added(weights: Weights, projection: str, numbers: int) -> dict[str, Any]:
     }
 
 
-def _vae(file: Path, weights: Weights, part: Part) -> Component:
+def _scale(weights: Weights) -> dict[str, Any]:
+    """Return what a VAE's config says of the latents' size."""
     if not _is_playground(weights):
-        return own_vae(file, weights, part, {"scaling_factor": SCALE})
+        return {"scaling_factor": SCALE}
     mean, deviation = (weights.raw(name).flatten().tolist() for name in ("edm_mean", "edm_std"))
-    scale = {"scaling_factor": PLAYGROUND_SCALE, "latents_mean": mean, "latents_std": deviation}
-    return own_vae(file, weights, part, scale)
+    return {"scaling_factor": PLAYGROUND_SCALE, "latents_mean": mean, "latents_std": deviation}
 
 
 def _scheduler(file: Path, weights: Weights, prediction_type: str | None) -> dict[str, Any]:

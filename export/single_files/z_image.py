@@ -41,4 +41,5 @@ Z_IMAGE = Layout(
     width="x_embedder.weight",
     names={"all_x_embedder.2-1.": "x_embedder.", "all_final_layer.2-1.": "final_layer."},
     blocks={name: (name, INSIDE) for name in ("layers", "noise_refiner", "context_refiner")},
+    left=("norm_final.weight",),  # which diffusers leaves out too
 )

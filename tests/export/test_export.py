@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -172,3 +175,26 @@ def test_a_large_row_is_recorded_alone(tiny_sd15_checkpoint: Path, monkeypatch: 
         case = parity.native_case(graph, (8, 16))
         assert case is not None
         assert case[0]["latents"].shape == (rows, 4, 8, 16)
+
+
+@pytest.mark.parametrize("option", ["source", "vae", "tiny_decoder", "textual_inversion"])
+def test_what_cannot_be_read_is_not_told_as_a_failure_to_write(
+    tiny_sd15_checkpoint: Path, tmp_path: Path, option: str
+) -> None:
+    """A name that is too long for the system stands for a folder that this user may not enter, which root may."""
+    name = "x" * 300
+    given: dict[str, Any] = {"source": tiny_sd15_checkpoint, option: [name] if option == "textual_inversion" else name}
+    with pytest.raises(CheckpointError, match=r"cannot be read \(.*too long|does not exist|is no embedding file"):
+        export_checkpoint(given.pop("source"), tmp_path / "bundle", **given)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_can_no_longer_be_read_is_not_told_as_a_failure_to_write(
+    tiny_sd15_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def denied(file: Path) -> str:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(file))
+
+    monkeypatch.setattr(exporter, "sha256_of", denied)
+    with pytest.raises(CheckpointError, match=r"^the checkpoint cannot be read \(.*Permission denied: '.*safetensors'"):
+        exporter._provenance(open_checkpoint(tiny_sd15_checkpoint), [])

@@ -201,6 +201,21 @@ def test_shapes_of_another_layout(folders: dict[int, Path], tensors: dict[str, d
         open_checkpoint(file, tokenizer=folders[1])
 
 
+def test_files_of_other_u_nets_of_the_same_layout(
+    folders: dict[int, Path], tensors: dict[str, dict[str, Any]], tmp_path: Path
+) -> None:
+    picture = {"model.diffusion_model.label_emb.0.0.weight": torch.zeros(4, 4)}
+    for layout, (version, _, _) in LAYOUTS.items():
+        with pytest.raises(UnsupportedModelError, match=r"label_emb\.\*, which reads a picture, as Stable unCLIP does"):
+            open_checkpoint(write(tmp_path, tensors[layout] | picture), tokenizer=folders[version])
+    more = {"model.diffusion_model.time_embed.cond_proj.weight": torch.zeros(4, 4)}
+    opened = open_checkpoint(write(tmp_path, tensors["1.x"] | more), tokenizer=folders[1])
+    with pytest.raises(
+        UnsupportedModelError, match=r"U-Net of .* has a tensor '.*cond_proj\.weight', which an ordinary"
+    ):
+        opened.load("unet")
+
+
 def test_other_families_in_a_single_file(tmp_path: Path) -> None:
     file = write(tmp_path, {"conditioner.embedders.0.x": torch.zeros(1)})
     with pytest.raises(CheckpointError, match="as Stable Diffusion XL has them"):

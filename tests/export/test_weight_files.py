@@ -222,3 +222,25 @@ def test_damaged_numbers_are_blamed_on_the_weights(folder: Path, part: str, name
     safetensors.save_file(tensors, file, {"format": "pt"})
     with pytest.raises(LatentRTError, match=rf"{file.name}: tensor '{name}' holds NaN or infinity in 1 of \d+ numbers"):
         loaded(open_checkpoint(folder), part)
+
+
+ADAPTERS = {
+    "mid_block.attentions.0.proj_in.lora_A.default.weight": "a LoRA that is not merged",
+    "conv_in.base_layer.weight": "a LoRA that is not merged",
+    "lora_unet_mid_block_attentions_0_proj_in.lora_down.weight": "a LoRA that is not merged",
+    "mid_block.attentions.0.transformer_blocks.0.attn1.processor.to_q_lora.up.weight": "a LoRA that is not merged",
+    "lora_unet_mid_block_attentions_0_proj_in.hada_w1_a": "a LoRA that is not merged",
+    "control_model.input_hint_block.0.weight": "a ControlNet",
+    "controlnet_cond_embedding.conv_in.weight": "a ControlNet",
+    "mid_block.attentions.0.transformer_blocks.0.attn2.processor.to_k_ip.0.weight": "an IP-Adapter",
+}
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_adapters_are_refused_by_name(folder: Path, name: str) -> None:
+    tensors = safetensors.load_file(folder / UNET)
+    safetensors.save_file(tensors | {name: torch.zeros(1)}, folder / UNET)
+    safetensors.save_file({name: torch.zeros(1)}, folder / "alone.safetensors")
+    for source in (folder, folder / "alone.safetensors"):
+        with pytest.raises(UnsupportedModelError, match=rf"holds {ADAPTERS[name]} \(it has a tensor '{name}'"):
+            open_checkpoint(source)

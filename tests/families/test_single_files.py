@@ -201,6 +201,22 @@ def test_a_vae_in_a_file_has_the_scale_of_the_family(folders: dict[str, Path], t
         assert reference_pipeline(checkpoint, KINDS["base"], {}).vae.config.scaling_factor == 0.13025
 
 
+def test_a_vae_in_a_file_has_the_scale_of_the_one_in_whose_place_it_is(tmp_path: Path) -> None:
+    """Playground's U-Net draws latents that have a mean and a deviation, whatever VAE decodes them."""
+    said: dict[str, Any] = {"scaling_factor": 0.5}
+    said |= {"latents_mean": [-1.6, 1.1, 3.3, -2.6], "latents_std": [8.4, 5.9, 6.7, 5.2]}
+    folder = tiny.sdxl(tmp_path / "playground", original=True, latents=said)
+    stored = load_file(folder / "vae" / "diffusion_pytorch_model.safetensors")
+    save_file(stored, tmp_path / "vae.safetensors")
+    edm = {name: torch.tensor(said[f"latents_{name[4:]}"]).view(1, 4, 1, 1) for name in ("edm_mean", "edm_std")}
+    file = sdxl_file(folder, tmp_path / "playground.safetensors", **edm)
+    for source, options in ((folder, {}), (file, {"tokenizer": folder})):
+        checkpoint = open_checkpoint(source, vae=tmp_path / "vae.safetensors", **options)
+        theirs = reference_pipeline(checkpoint, KINDS["base"], {}).vae.config
+        for key, value in said.items():
+            assert checkpoint.config("vae")[key] == theirs[key] == pytest.approx(value), key
+
+
 @pytest.fixture(scope="module")
 def dev(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_flux.flux(tmp_path_factory.mktemp("flux") / "dev")
@@ -313,6 +329,7 @@ def test_transformers_of_other_families_are_read_as_diffusers_reads_them(tmp_pat
         for name, each in load_file(stored).items()
     }
     tensors = original_tensors(layout, state, open_checkpoint(base).config("transformer"))
+    tensors |= {"norm_final.weight": torch.ones(32)} if kind == "z-image" else {}  # diffusers lets it go
     convert = getattr(single_file_utils, f"convert_{conversion}_transformer_checkpoint_to_diffusers")
     wanted = convert(dict(tensors))
     assert wanted.keys() == state.keys() and all(torch.equal(wanted[key], state[key]) for key in state)
@@ -353,6 +370,21 @@ def test_a_transformer_for_filling_is_refused(dev: Path, tmp_path: Path) -> None
     checkpoint = open_checkpoint(tmp_path / "fill.safetensors", base=dev)
     with pytest.raises(UnsupportedModelError, match="takes 384 and gives 64 channels"):
         family_named(checkpoint.family).check(checkpoint)
+
+
+def test_files_of_other_networks_of_the_same_layout(dev: Path, folders: dict[str, Path], tmp_path: Path) -> None:
+    more = {"model.diffusion_model.fuser.0.weight": torch.zeros(4)}
+    xl, flux = sdxl_file(folders["base"], tmp_path / "xl.safetensors", **more), tmp_path / "flux.safetensors"
+    save_file(flux_tensors("model.diffusion_model.") | more, flux)
+    save_file(flux_tensors("") | {"vae.a": torch.zeros(1)}, beside := tmp_path / "beside.safetensors")
+    open_checkpoint(beside, base=dev).load("transformer")
+    for checkpoint, name in (
+        (open_checkpoint(xl, tokenizer=folders["base"]), "unet"),
+        (open_checkpoint(flux, base=dev), "transformer"),
+    ):
+        with pytest.raises(UnsupportedModelError, match=r"has a tensor '.*fuser\.0\.weight', which an ordinary"):
+            checkpoint.load(name)
+        checkpoint.components[name].shallow().load()
 
 
 def test_a_base_is_for_single_files(dev: Path) -> None:
