@@ -138,21 +138,47 @@ def plans() -> str:
     return table(["tiny checkpoint", "in", *kinds], rows)
 
 
-def exports() -> str:
-    """Return what exports of full-size architectures took, the newest record of each."""
+def export_records() -> list[dict[str, Any]]:
+    """Return the newest record of each export of a full-size architecture."""
     found: dict[tuple[str, ...], dict[str, Any]] = {}
     for file in sorted((DOCS.parent / "benchmarks" / "results").glob("*.jsonl")):
         for record in map(json.loads, file.read_text(encoding="utf-8").splitlines()):
             if record["kind"] == "export":
                 names = tuple(graph["graph"] for graph in record["graphs"])
                 found[(record["architecture"], record["precision"], *names)] = record
+    return list(found.values())
+
+
+def parts() -> str:
+    """Return how many bytes of a denoiser in parts each step reads, beside those of the whole one."""
+    known = {
+        (record["architecture"], record["precision"], record.get("hoist", False)): record for record in export_records()
+    }
     rows = []
-    for record in found.values():
+    for (architecture, precision, hoist), record in known.items():
+        if not hoist or (architecture, precision, False) not in known:
+            continue
+        size = {graph["graph"]: graph["bytes"] for graph in record["graphs"]}
+        whole = {graph["graph"]: graph["bytes"] for graph in known[architecture, precision, False]["graphs"]}[
+            "denoiser"
+        ]
+        step = size["denoiser"] + size.get("modulation", 0)
+        sizes = [f"{each / 1e6:,.0f}" for each in (whole, step, size.get("prompt", 0), size.get("schedule", 0))]
+        sizes[1] += f" ({step / whole - 1:+.1%})"
+        rows.append([architecture, precision, *sizes])
+    return table(["denoiser", "in", "whole", "every step", "prompt", "schedule"], rows)
+
+
+def exports() -> str:
+    """Return what exports of full-size architectures took, the newest record of each."""
+    rows = []
+    for record in export_records():
         graphs = [graph for graph in record["graphs"] if graph["parity"]]
         worst = max(graphs, key=lambda graph: float(graph["parity"]["relative_error"]))["parity"]
         shallow = ", of a copy of few layers" if worst["layers"] else ""
         size = sum(graph["bytes"] for graph in record["graphs"]) / 2**30
-        what = "all" if len(record["graphs"]) > 1 else record["graphs"][0]["graph"]
+        names = [graph["graph"] for graph in record["graphs"]]
+        what = "all" if "decoder" in names else "denoiser" + (" in parts" if len(names) > 1 else "")
         memory = [f"{record[name] / 2**30:.1f} GiB" for name in ("anonymous_bytes", "peak_bytes")]
         times = f"{record['seconds'] / 60:.0f} min"
         error = f"{worst['relative_error']:.1e}{shallow}"
@@ -173,6 +199,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "options.md": {"samplers": samplers, "backend-options": backend_options},
     "arguments.md": {"arguments": arguments},
     "bundle.md": {"manifest": manifest_fields},
+    "export.md": {"parts": parts},
     "families.md": {"families": compared, "plans": plans, "exports": exports},
     "troubleshooting.md": {"errors": error_tree},
     "extend/family.md": {"family": family},

@@ -47,6 +47,8 @@ class Candidate:
     name: str
     title: str
     missing: str | None = None
+    bundle: Bundle | None = None
+    """What it opens instead of the workload's bundle."""
 
     @property
     def lossy(self) -> bool:
@@ -129,6 +131,34 @@ def of_bundle(found: Sequence[Candidate], bundle: Bundle, height: int, width: in
         return f"{width}x{height} fits in one tile" if lossy.get("tiled") and decodings[0].tile is None else None
 
     return [replace(each, missing=each.missing or missing(each)) for each in found]
+
+
+def beside(found: Sequence[Candidate], bundle: Bundle, others: Sequence[Bundle]) -> list[Candidate]:
+    """Return candidates, and each of latentrt's exact ones again with every further bundle of the same checkpoint.
+
+    A bundle whose denoiser is in parts ends their names with `-parts`, a quantized one with `+int8` or `+fp8`. Raises
+    `RequestError` for a bundle that is neither, is like another, or comes from another checkpoint than `bundle`.
+    """
+    kinds: dict[str, str] = {}
+    added = list[Candidate]()
+    for other in others:
+        graphs = other.manifest.graphs
+        quantized = next((graph.quantization.precision for graph in graphs if graph.quantization), None)
+        kind = ("-parts" if other.manifest.bytes_of("request") else "") + (f"+{quantized}" if quantized else "")
+        if other.manifest.source != bundle.manifest.source:
+            raise RequestError(f"{other.path} comes from another checkpoint than the workload's bundle, {bundle.path}")
+        if not kind:
+            raise RequestError(f"{other.path} is neither quantized nor in parts: nothing of it would differ")
+        if kind in kinds:
+            raise RequestError(f"{kinds[kind]} and {other.path} are alike ({kind[1:]}): give one of them")
+        kinds[kind] = str(other.path)
+        words = [*(["in parts"] if "-parts" in kind else []), *([quantized] if quantized else [])]
+        added += [
+            replace(c, name=c.name + kind, title=f"{c.title[:-1]}, {', '.join(words)})", bundle=other)
+            for c in found
+            if c.ours and not c.lossy and c.name.endswith("/step")
+        ]
+    return [*found, *added]
 
 
 def precision_apart(backend: str) -> tuple[str, str | None]:

@@ -15,6 +15,9 @@ import numpy as np
 
 from . import LOSSY, ON_A_PROCESSOR, OWN_GRAPHS, STAGES, precision_apart
 
+PARTS = ("prompt", "schedule", "modulation")
+"""Graphs that are parts of a denoiser, beside what keeps its name."""
+
 LIBRARIES = {
     "onnxruntime-cpu": ("onnxruntime", "onnxruntime-gpu"),
     "onnxruntime-cuda": ("onnxruntime-gpu", "onnxruntime"),
@@ -55,7 +58,8 @@ class Contender:
         self._png = image.encode_png
         backend, _, mode = variant.partition("/")
         mode, _, lossy = mode.partition("+")
-        self._lossy = dict(LOSSY[lossy]) if lossy else {}
+        mode = mode.removesuffix("-parts")
+        self._lossy = dict(LOSSY.get(lossy, {}))  # of a quantized bundle nothing is asked for
         backend, inside = precision_apart(backend)
         if backend.startswith("onnxruntime"):
             import onnxruntime  # noqa: F401
@@ -116,7 +120,8 @@ class Contender:
     def _network_seconds(self) -> dict[str, float]:
         seconds: dict[str, float] = defaultdict(float)
         for binding, start, end in self._runs:
-            seconds[binding._engine.name] += end - start
+            name = binding._engine.name
+            seconds["denoiser" if name in PARTS else name] += end - start
         return dict(seconds)
 
     def _watched_steps(self) -> list[float]:

@@ -43,6 +43,8 @@ class Options:
     threads: int = field(default_factory=physical_cores)
     contenders: Sequence[str] | None = None
     lossy: bool = False
+    beside: Sequence[Path] = ()
+    """Further bundles of the same checkpoint: quantized, or with a denoiser in parts."""
     warmup: int = 2
     rounds: int | None = None
     budget: float = 30.0
@@ -72,6 +74,7 @@ def run(work: Workload, options: Options, say: Say, keep: Keep = lambda record: 
     model = ensure_model(work, checkpoint=options.checkpoint, fresh=options.fresh, say=say)
     bundle = Bundle.open(model.bundle)
     found = contenders.of_bundle(found, bundle, work.height, work.width)
+    found = contenders.beside(found, bundle, [Bundle.open(path) for path in options.beside])
     if options.contenders is None and options.device == "cpu" and model.weight_bytes > LARGE:
         found = [c for c in found if not c.ours or "/step" in c.name]
     names = [c.name for c in found if c.missing is None]
@@ -90,6 +93,7 @@ def run(work: Workload, options: Options, say: Say, keep: Keep = lambda record: 
         budget=options.budget,
         memory_limit=options.memory_limit,
         slow=options.slow,
+        bundles={c.name: c.bundle.path for c in found if c.bundle is not None},
         say=say,
         meter=machine.DeviceMeter.open() if options.device == "cuda" else None,
     )

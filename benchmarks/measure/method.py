@@ -7,7 +7,7 @@ requests that stand beside each other. Where memory does not hold all at once, e
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -72,6 +72,8 @@ class Conditions:
     budget: float = 60.0
     memory_limit: int = 16 * 2**30
     slow: dict[str, float] = field(default_factory=dict)
+    bundles: Mapping[str, Path] = field(default_factory=dict)
+    """What contenders open, by their names, that do not open the model's bundle."""
     say: Say = lambda line: None
     meter: DeviceMeter | None = None
     folder: Path = Path()
@@ -79,9 +81,10 @@ class Conditions:
     after: Callable[[Worker, Measured], None] = lambda worker, measured: None
     """Called for every contender after its last round, while it is still open."""
 
-    def options(self) -> dict[str, Any]:
-        """Return what a worker needs to prepare."""
-        paths = {"checkpoint": str(self.model.checkpoint), "bundle": str(self.model.bundle)}
+    def options(self, contender: str = "") -> dict[str, Any]:
+        """Return what the worker of a contender needs to prepare."""
+        bundle = self.bundles.get(contender, self.model.bundle)
+        paths = {"checkpoint": str(self.model.checkpoint), "bundle": str(bundle)}
         return {**self.work.as_request(), **paths, "device": self.device, "max_batch": 4 * self.work.batch}
 
     def memory_of_one(self) -> int:
@@ -158,7 +161,7 @@ def _measure_group(group: list[Measured], conditions: Conditions) -> None:
 def _prepare(worker: Worker, measured: Measured, conditions: Conditions) -> None:
     slow = conditions.slow if measured.name.startswith("latentrt/") else {}
     before = conditions.meter.memory_bytes() if conditions.meter else 0
-    facts = worker.prepare(**conditions.options(), slow=slow)
+    facts = worker.prepare(**conditions.options(measured.name), slow=slow)
     measured.facts = measured.facts or facts
     warmup = []
     for number in range(max(1, conditions.warmup)):

@@ -37,9 +37,10 @@ def title_of(record: Record) -> str:
     return f"latentrt, {name.split('/')[1]}" if name in BESIDE else "latentrt"
 
 
-def is_lossy(record: Record) -> bool:
-    """Tell whether a record is of a mode that leaves out evaluations of the network."""
-    return "+" in str(record["contender"]["name"])
+def is_plain(record: Record) -> bool:
+    """Tell whether a record is of the workload's own bundle, all of whose evaluations are made."""
+    name = str(record["contender"]["name"])
+    return "+" not in name and "-parts" not in name
 
 
 def headlines(group: Sequence[Record]) -> list[str]:
@@ -73,7 +74,7 @@ def chosen(records: Iterable[Record], workload: str) -> list[Record]:
             work, device = record["workload"], record["conditions"]["device"]
             if (work["name"], work["precision"], work["batch"], device) == (workload, "fp32", 1, "cpu"):
                 groups.setdefault((number, *key[:3], key[4]), {})[record["contender"]["name"]] = record
-    found = [g for g in groups.values() if any(map(is_ours, g.values())) and not any(map(is_lossy, g.values()))]
+    found = [g for g in groups.values() if any(map(is_ours, g.values())) and all(map(is_plain, g.values()))]
     if not found:
         return []
     newest = max(found, key=lambda group: max(record["date"] for record in group.values()))

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
-from . import bench, build, bundle, cache, env, generate, serve, serving
 from .errors import outcome
 from .interrupts import INTERRUPTED
 from .progress import set_verbosity
@@ -22,71 +23,105 @@ EXIT_CODES = "Exit codes: 0 done, 1 failed, 2 bad usage or request, 130 interrup
 
 log = logging.getLogger(__name__)
 
-app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False)
-COMMANDS: list[tuple[str, Callable[..., None], str, str]] = [
-    (
-        "generate",
-        generate.generate,
+STYLE: dict[str, Any] = {"rich_markup_mode": None, "pretty_exceptions_enable": False}
+COMMANDS = {
+    "generate": (
+        "generate:generate",
         "Turn prompts into pictures.",
         'latentrt generate "a red circle on a blue background" -o circle.png',
     ),
-    ("serve", serve.serve, "Serve bundles over HTTP.", "latentrt serve my-bundle --size 512x512 --port 8000"),
-    (
-        "export",
-        bundle.export,
+    "serve": (
+        "serve:serve",
+        "Serve bundles over HTTP.",
+        "latentrt serve my-bundle --size 512x512 --port 8000",
+    ),
+    "export": (
+        "bundle:export",
         "Turn a checkpoint into a bundle.",
         "latentrt export my-checkpoint/ -o my-bundle --precision fp16",
     ),
-    (
-        "quantize",
-        bundle.quantize,
+    "quantize": (
+        "bundle:quantize",
         "Write a bundle with its denoiser in 8 bits.",
         "latentrt quantize my-bundle -o my-bundle-int8 --precision int8 --prompts prompts.txt",
     ),
-    (
-        "build",
-        build.build,
+    "build": (
+        "build:build",
         "Build a bundle's engines ahead of time.",
         "latentrt build my-bundle --size 512x512 --batch 1 --batch 4",
     ),
-    ("inspect", env.inspect, "Show and check a bundle.", "latentrt inspect my-bundle"),
-    (
-        "triton-repository",
-        serving.triton_repository,
+    "inspect": ("env:inspect", "Show and check a bundle.", "latentrt inspect my-bundle"),
+    "triton-repository": (
+        "serving:triton_repository",
         "Write a model repository for Triton.",
         "latentrt triton-repository my-bundle models --size 512x512",
     ),
-    (
-        "verify",
-        bundle.verify,
+    "verify": (
+        "bundle:verify",
         "Compare a bundle with its checkpoint.",
         "latentrt verify my-bundle --against my-checkpoint/",
     ),
-    (
-        "samplers",
-        env.samplers,
+    "samplers": (
+        "env:samplers",
         "List the samplers.",
         'latentrt generate "a red circle" --sampler dpmpp_2m_karras',
     ),
-    (
-        "backends",
-        env.backends,
+    "backends": (
+        "env:backends",
         "List the backends and their options.",
         'latentrt generate "a red circle" --backend onnxruntime-cpu --option threads=2',
     ),
-    (
-        "plan",
-        serving.plan,
+    "plan": (
+        "serving:plan",
         "Say how many devices a load needs.",
         "latentrt plan --rate 10 --p99 6 --curve a100-sd15",
     ),
-    ("env", env.env, "Print what is installed and what works.", "latentrt env --json"),
-]
-for _name, _function, _summary, _example in COMMANDS:
-    app.command(_name, short_help=_summary, epilog=f"Example: {_example}")(_function)
-bench.app.command("serve")(serving.bench_serve)
-app.add_typer(cache.app, name="cache", short_help="List or remove the engines that were built.")
-app.add_typer(bench.app, name="bench", short_help="Measure, report and compare.")
+    "env": ("env:env", "Print what is installed and what works.", "latentrt env --json"),
+    "cache": ("cache:app", "List or remove the engines that were built.", ""),
+    "bench": ("bench:app", "Measure, report and compare.", ""),
+}
+"""Of every command, in the order of the help: its module and name there, what it does, and an example."""
+
+
+class _OnDemand(Mapping[str, Any]):
+    """The commands by their names, each imported and read when it is asked for: together they take a quarter second."""
+
+    def __init__(self) -> None:
+        self._loaded: dict[str, Any] = {}
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._loaded:
+            place, summary, example = COMMANDS[name]
+            module, _, attribute = place.partition(":")
+            found = getattr(importlib.import_module(f".{module}", __package__), attribute)
+            if not isinstance(found, typer.Typer):
+                function, found = found, typer.Typer(add_completion=False, **STYLE)
+                found.command(name, epilog=f"Example: {example}")(function)
+            command = typer.main.get_command(found)
+            command.name, command.short_help = name, summary
+            self._loaded[name] = command
+        return self._loaded[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(COMMANDS)
+
+    def __len__(self) -> int:
+        return len(COMMANDS)
+
+
+class _Commands(TyperGroup):
+    """The group of all commands, which loads none before it is asked for."""
+
+    def __init__(self, **attributes: Any) -> None:
+        super().__init__(**attributes)
+        self.commands: Any = _OnDemand()
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Return the names of the commands."""
+        return list(self.commands)
+
+
+app = typer.Typer(cls=_Commands, **STYLE)
 
 
 def _version(asked: bool) -> None:

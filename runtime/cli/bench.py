@@ -8,16 +8,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 from ...engines.errors import MissingExtraError, RequestError
 from ..sizes import parse_size
-
-if TYPE_CHECKING:
-    pass
+from .serving import bench_serve
 
 
 class _WorkloadGroup(TyperGroup):
@@ -65,13 +63,15 @@ def run(
             "--lossy", help="Also modes of latentrt that are not exact: forecasts, guidance in part, other decoders."
         ),
     ] = False,
+    beside: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--beside", metavar="BUNDLE", help="Also a bundle of the same checkpoint in 8 bits or parts; repeatable."
+        ),
+    ] = None,
     pictures: Annotated[
         int | None,
-        typer.Option(
-            "--pictures",
-            min=2,
-            help="Pictures that are judged, and compared with exact ones (default: 40, or 8).",
-        ),
+        typer.Option("--pictures", min=2, help="Pictures that are judged, and compared (default: 40, or 8)."),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Few rounds, no cold processes, no scenarios.")] = False,
     scaling: Annotated[
@@ -115,6 +115,7 @@ def run(
         device=chosen,
         contenders=contenders.split(",") if contenders else None,
         lossy=lossy,
+        beside=beside or (),
         warmup=warmup,
         rounds=rounds,
         memory_limit=int(memory * 2**30),
@@ -253,6 +254,9 @@ def quality(
     for name, value in found.items():
         bound = f"  MLPerf SDXL: {'within' if within[name] else 'outside'} the bounds" if name in within else ""
         typer.echo(f"{name:<20}{value:>12.4f}{bound}")
+
+
+app.command("serve")(bench_serve)
 
 
 @contextmanager

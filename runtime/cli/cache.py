@@ -14,7 +14,7 @@ from ...engines.cache import SIDECAR, EngineCache, home
 from ...engines.errors import LatentRTError, RequestError
 from .bundle import readable_size
 
-app = typer.Typer(rich_markup_mode=None)
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 DAY = 24 * 3600
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from latentrt.benchmarks import contenders
 from latentrt.benchmarks.measure import workloads
 from latentrt.engines.bundle import Bundle
+from latentrt.engines.bundle.manifest import EightBits, Quantization
 from latentrt.engines.errors import RequestError
 from latentrt.export.embedded import ensure_bundle
 
@@ -44,6 +47,58 @@ def test_decoders_that_a_bundle_lacks_and_tiles_that_are_the_picture_are_missing
         missing = {c.name.partition("+")[2]: c.missing for c in contenders.of_bundle(found, bundle, side, side)}
         assert missing["tiny-decoder"] == "the bundle has no tiny decoder" and missing["tiled"] == tiles
         assert missing[""] is None and missing["taylor"] is None
+
+
+def other(path: str, *, parts: bool = False, quantized: EightBits | None = None, source: str | None = None) -> Bundle:
+    """Return the embedded bundle as it would be with its denoiser in parts, in 8 bits, or of another checkpoint."""
+    bundle = Bundle.open(ensure_bundle())
+    told = (
+        Quantization(
+            precision=quantized, layers=1, kept=(), tool="a tool 1.0", samples=1, relative_error=0.1, psnr=40.0
+        )
+        if quantized
+        else None
+    )
+    graphs = tuple(
+        graph.model_copy(update={"quantization": told, "stage": "request" if parts else graph.stage})
+        if graph.name == "denoiser"
+        else graph
+        for graph in bundle.manifest.graphs
+    )
+    update = {"graphs": graphs, "source": bundle.manifest.source | ({"name": source} if source else {})}
+    return Bundle(Path(path), bundle.manifest.model_copy(update=update))
+
+
+def test_further_bundles_of_a_checkpoint_are_contenders_beside_each_exact_one() -> None:
+    bundle = Bundle.open(ensure_bundle())
+    found = contenders.choose("cpu", ["latentrt/onnxruntime-cpu/step", "latentrt/openvino", "diffusers/eager"])
+    bundles = [other("a", parts=True), other("b", quantized="int8"), other("c", parts=True, quantized="fp8")]
+    every = contenders.beside(found, bundle, bundles)
+    assert every[: len(found)] == found and len(every) == len(found) + 3 * 3
+    added = {each.name: each for each in every[len(found) :]}
+    assert {name.removeprefix("latentrt/") for name in added if "onnxruntime" in name} == {
+        "onnxruntime-cpu/step-parts",
+        "onnxruntime-cpu/step+int8",
+        "onnxruntime-cpu/step-parts+fp8",
+    }
+    assert added["latentrt/openvino/step+int8"].bundle is bundles[1]
+    assert added["latentrt/onnxruntime-cpu/step-parts+fp8"].title == "latentrt (onnxruntime-cpu, step, in parts, fp8)"
+    assert contenders.is_exact("latentrt/onnxruntime-cpu/step-parts") and not contenders.is_exact(
+        "latentrt/a/step+int8"
+    )
+    lossy = contenders.choose("cpu", ["latentrt/onnxruntime-cpu/step"], lossy=True)
+    assert len(contenders.beside(lossy, bundle, bundles[:1])) == len(lossy) + 1
+
+
+def test_bundles_that_would_not_differ_are_refused() -> None:
+    bundle = Bundle.open(ensure_bundle())
+    found = contenders.choose("cpu", ["latentrt/onnxruntime-cpu/step"])
+    with pytest.raises(RequestError, match="neither quantized nor in parts"):
+        contenders.beside(found, bundle, [bundle])
+    with pytest.raises(RequestError, match=r"a and b are alike \(int8\): give one of them"):
+        contenders.beside(found, bundle, [other("a", quantized="int8"), other("b", quantized="int8")])
+    with pytest.raises(RequestError, match="b comes from another checkpoint"):
+        contenders.beside(found, bundle, [other("b", parts=True, source="another")])
 
 
 def test_a_whole_name_is_that_contender_alone() -> None:

@@ -79,6 +79,24 @@ def test_a_shell_completes_commands() -> None:
     assert (done.returncode, done.stdout.split(), done.stderr) == (0, ["samplers"], "")
 
 
+@pytest.mark.parametrize(
+    "words", [["generate", "--help"], ["samplers"], ["--version"], ["genrate"], ["cache", "path"]], ids=" ".join
+)
+def test_a_command_loads_no_other(words: list[str]) -> None:
+    """What a command does not use is not read either: the first picture waits for nothing."""
+    code = f"import sys\nfrom latentrt.runtime.cli import run\nrun({words!r})\nprint(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    commands = {name.replace("-", "_") for name in COMMANDS} | {"bundle", "serving"}
+    loaded = {name for name in commands if f"latentrt.runtime.cli.{name}" in done.stdout.split("\n")[-2].split()}
+    used = {"generate": {"generate"}, "samplers": {"env", "bundle"}, "cache": {"cache", "bundle"}}
+    assert loaded == used.get(words[0], set())
+
+
+def test_a_word_that_is_no_command_is_told_those_like_it(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["genrate"]) == 2
+    assert capsys.readouterr().err == "latentrt: error: No such command 'genrate'. Did you mean 'generate'?\n"
+
+
 def test_every_sampler_is_listed_with_suffixes_that_it_takes(capsys: pytest.CaptureFixture[str]) -> None:
     found = json.loads(output(capsys, "samplers", "--json"))
     assert [sampler["name"] for sampler in found] == names()
