@@ -14,7 +14,7 @@ BASELINES = ("one at a time", "static equal")
 TITLES = {"in-flight": "**in flight**", "static equal": "static, equals", "static unlike": "static, unlike"}
 
 Found = dict[tuple[str, str, float | None], Record]
-"""The newest record by policy, point and load."""
+"""The newest record by policy, point and load (a share of the baselines' rate, or else the rate itself)."""
 
 
 def serving_sections(records: Iterable[Record]) -> list[Section]:
@@ -26,7 +26,8 @@ def serving_sections(records: Iterable[Record]) -> list[Section]:
             engines, server = record["engines"], record["server"]
             key = (_device(record), record["curve"]["scale"], engines["bundle"], record["over"], record["mix"]["name"])
             found = parts.setdefault((*key, *server.values()), {})
-            found[record["policy"], record["point"], record.get("load")] = record
+            load = record.get("load") or record["rate"]
+            found[record["policy"], record["point"], load if record["point"] == "load" else None] = record
         sections += [_section(found) for found in parts.values()]
     return sections
 
@@ -68,7 +69,8 @@ def serving_table(found: Found) -> Table:
         f"Poisson arrivals {over}, {server['queue']} may wait, {server['slots']} slots, {server['rows']} rows. "
         f"`images/s`: at saturation; `×`: of the better of one at a time and static batches of equals, of which the "
         f"loads are shares. Seconds; `in bounds`: requests answered within {bound:g} × their own time alone; `rate in "
-        f"bounds`: the highest at which 99 % are. In brackets what the simulation says of the same requests.{paced}"
+        f"bounds`: the highest at which 99 % are. In brackets what the simulation says of the same requests."
+        f"{_further(found)}{paced}"
     )
     return Table("Serving", [*head, "rate in bounds"], rows, note)
 
@@ -95,6 +97,16 @@ def _latency(record: Record | None) -> Sequence[str]:
 
 def _bounded(record: Record | None) -> str:
     return DASH if record is None else f"{record['bounded_rate']:.3g} ({record['simulated_bounded_rate']:.3g})"
+
+
+def _further(found: Found) -> str:
+    """Return in words what was seen at rates that are no usual share of the baselines'."""
+    rates: dict[float, list[str]] = {}
+    for (policy, point, load), record in found.items():
+        if point == "load" and load not in LOADS:
+            seen, simulated = (record[name]["within_bound_share"] for name in ("seen", "simulated"))
+            rates.setdefault(record["rate"], []).append(f"{policy} {seen:.1%} ({simulated:.1%})")
+    return "".join(f" In bounds at {rate:g} images/s: {', '.join(each)}." for rate, each in sorted(rates.items()))
 
 
 def _number(seconds: float | None) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from ...engines.errors import RequestError
+from ..contenders import REFERENCE
 from .records import Record, by_machine, latest
 from .table import DASH, MARK_SAYS, Table, marked, mib
 
@@ -66,7 +67,8 @@ def _ratio(ours: Record, theirs: Record) -> float:
 def chosen(records: Iterable[Record], workload: str) -> list[Record]:
     """Return the newest fp32 records of a workload on a processor: of latentrt's first modes, then of the others.
 
-    All come from the machine and the size of the newest; empty when there are none of latentrt.
+    All come from the machine and the size of the newest that diffusers was measured at, too, or of the newest; empty
+    when there are none of latentrt.
     """
     groups: dict[tuple[object, ...], dict[str, Record]] = {}
     for number, group in enumerate(by_machine(records)):
@@ -77,7 +79,8 @@ def chosen(records: Iterable[Record], workload: str) -> list[Record]:
     found = [g for g in groups.values() if any(map(is_ours, g.values())) and all(map(is_plain, g.values()))]
     if not found:
         return []
-    newest = max(found, key=lambda group: max(record["date"] for record in group.values()))
+    beside = [group for group in found if REFERENCE in group] or found
+    newest = max(beside, key=lambda group: max(record["date"] for record in group.values()))
     ours = next((r for name, r in newest.items() if is_ours(r) and name not in BESIDE), None)
     shown = [newest[name] for name in (*BESIDE, *OTHERS) if name in newest]
     return [ours, *shown] if ours else shown
