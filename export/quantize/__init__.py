@@ -20,6 +20,7 @@ def quantize_bundle(
     keep: Sequence[str] = (),
     steps: int | None = None,
     seed: int = 0,
+    tries: int = 32,
     python: str | Path | None = None,
     threads: int | None = None,
     replace: bool = False,
@@ -31,9 +32,10 @@ def quantize_bundle(
     has it, otherwise it is made in the folder for caches once. It is calibrated on what the denoiser is called with
     while the bundle draws `prompts` (2 or more, default: a set of many subjects) in `steps` steps (default: the
     bundle's, up to 20) from `seed` on, on the CPU. Of every four prompts the last takes no part and measures what is
-    lost, which the manifest says. The first and the last layers stay as they are, as do those that a sweep finds to
-    cost most, and those whose names match a pattern of `keep`. Nothing is left behind when an error is raised:
-    `RequestError`, `BundleError`, `ExportError`, `EngineError`, `StorageError` or `MissingExtraError`.
+    lost, which the manifest says. The first and the last layers stay as they are, as do those that up to `tries`
+    measurements find to cost most (0: none are looked for), and those whose names match a pattern of `keep`. Nothing
+    is left behind when an error is raised: `RequestError`, `BundleError`, `ExportError`, `EngineError`, `StorageError`
+    or `MissingExtraError`.
     """
     if precision not in get_args(EightBits):
         raise RequestError(f"precision is {precision!r}: choose {' or '.join(get_args(EightBits))}")
@@ -51,6 +53,7 @@ def quantize_bundle(
         keep=keep,
         steps=steps,
         seed=seed,
+        tries=tries,
         python=python,
         threads=threads,
         replace=replace,

@@ -24,7 +24,7 @@ from . import calibrate
 from .environment import run
 from .layers import Layer, fold, without
 from .record import Call, Recording
-from .sweep import TRIES, sensitive
+from .sweep import sensitive
 
 SWEPT = 3
 """Calls that the sweep measures on."""
@@ -52,11 +52,13 @@ class Marked:
         layers: Sequence[Layer],
         kept: Collection[Layer],
         recordings: Sequence[Recording],
+        tries: int,
         progress: Progress,
     ) -> GraphInfo:
         """Write the graph, all its layers but `kept` and those that lose most in 8 bits, and return its entry.
 
-        What the entry says of the loss is to be measured. Raises `ExportError` where the program fails.
+        The latter are found in `tries` measurements. What the entry says of the loss is to be measured. Raises
+        `ExportError` where the program fails.
         """
         calls = [call for recording in recordings for call in recording.calls]
         progress("calibrating", 0, 1)
@@ -65,7 +67,7 @@ class Marked:
         if not candidates:
             raise ExportError(f"Model Optimizer quantized no layer of graph {self._graph.name}: keep fewer of them")
         some = [each.calls[number % len(each.calls)] for number, each in enumerate(recordings[:SWEPT])]
-        costly = sensitive(candidates, lambda group: self._error(group, some, progress))
+        costly = sensitive(candidates, lambda group: self._error(group, some, tries, progress), tries)
         chosen = [layer for layer in candidates if layer not in costly]
         files = self._write(folder, chosen)
         quantization = Quantization(
@@ -107,10 +109,10 @@ class Marked:
         self._nodes = {node.name for node in self._model.graph.node if not marks.isdisjoint(node.input)}
         return version
 
-    def _error(self, group: Sequence[Layer], calls: Sequence[Call], progress: Progress) -> float:
+    def _error(self, group: Sequence[Layer], calls: Sequence[Call], tries: int, progress: Progress) -> float:
         """Return the relative error of the predictions with these layers alone in 8 bits."""
         self._measured += 1
-        progress("looking for the layers that lose most", self._measured, TRIES)
+        progress("looking for the layers that lose most", self._measured, tries)
         alone = without(self._model, self._nodes - {layer.node for layer in group})
         file = self._work / "alone.onnx"
         onnx.save(alone, file)

@@ -6,9 +6,6 @@ from collections.abc import Callable, Sequence
 
 from .layers import Layer
 
-TRIES = 32
-"""Times that the network is measured with some of its layers quantized."""
-
 OUTLIER = 4.0
 """How many times the mean squared error of a layer one must add to be kept."""
 
@@ -16,14 +13,15 @@ MOST_KEPT = 1 / 8
 """Share of the layers that are kept at most."""
 
 
-def sensitive(layers: Sequence[Layer], error: Callable[[Sequence[Layer]], float], tries: int = TRIES) -> list[Layer]:
+def sensitive(layers: Sequence[Layer], error: Callable[[Sequence[Layer]], float], tries: int) -> list[Layer]:
     """Return the layers whose quantization costs far more than others', the costliest first.
 
     `error` returns the relative error of the network's output with these layers alone quantized. Errors of groups add
     up in squares, nearly; so the group with the largest is halved, and both halves are measured, until `tries` of them
-    are spent. A layer that was found alone is kept when its squared error is above `OUTLIER` times the mean.
+    are spent; with less than three no layer is found. One that was found alone is kept when its squared error is above
+    `OUTLIER` times the mean.
     """
-    if not layers:
+    if not layers or tries < 3:
         return []
     groups = [(error(layers) ** 2, list(layers))]
     for _ in range((tries - 1) // 2):

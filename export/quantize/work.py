@@ -50,6 +50,7 @@ def quantize(
     keep: Sequence[str],
     steps: int | None,
     seed: int,
+    tries: int,
     python: str | Path | None,
     threads: int | None,
     replace: bool,
@@ -63,6 +64,8 @@ def quantize(
         raise RequestError(f"{len(chosen)} prompts are given: give 2 or more, as some calibrate and others measure")
     if steps is not None and steps < 1:
         raise RequestError(f"steps is {steps}: give 1 or more, or leave it out")
+    if tries < 0:
+        raise RequestError(f"tries is {tries}: give 0 or more")
     steps = steps or min(opened.manifest.default_num_inference_steps, MOST_STEPS)
     model = load_graph(graph_files(opened, graph, "cpu")[0], "cpu")
     name_nodes(model.graph)
@@ -76,7 +79,7 @@ def quantize(
         with TemporaryDirectory(dir=folder, prefix="work-") as work:
             marked = Marked(opened, graph, model, Path(work))
             calibrating = [recording for number, recording in enumerate(recordings) if number not in held]
-            info = marked.quantized(folder, interpreter, precision, layers, kept, calibrating, progress)
+            info = marked.quantized(folder, interpreter, precision, layers, kept, calibrating, tries, progress)
         manifest = _copied(opened, graph, info, folder)
         write_manifest(folder, manifest)
         known = [(chosen[number], seed + number, recordings[number]) for number in held]

@@ -130,6 +130,9 @@ def quantize(
         int | None, typer.Option("--steps", min=1, help="Steps of a picture (default: the bundle's, up to 20).")
     ] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the first picture.")] = 0,
+    tries: Annotated[
+        int, typer.Option("--tries", min=0, help="Measurements that look for layers that lose most, at most.")
+    ] = 32,
     python: Annotated[
         Path | None,
         typer.Option("--python", help="Python that has nvidia-modelopt (default: an environment that is made once)."),
@@ -156,6 +159,7 @@ def quantize(
             keep=keep or (),
             steps=steps,
             seed=seed,
+            tries=tries,
             python=python,
             threads=threads,
             replace=force,

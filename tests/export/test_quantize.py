@@ -10,8 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from latentrt.engines.errors import EngineError, ExportError, RequestError  # no
 from latentrt.engines.progress import silent  # noqa: E402
 from latentrt.engines.tensorrt.planner import Planner  # noqa: E402
 from latentrt.export.embedded import BUNDLE, CHECKPOINT  # noqa: E402
-from latentrt.export.quantize import environment, marked, quantize_bundle, work  # noqa: E402
+from latentrt.export.quantize import environment, quantize_bundle, work  # noqa: E402
 from latentrt.export.quantize.layers import (  # noqa: E402
     Layer,
     borders,
@@ -194,19 +193,25 @@ def additive(squares: dict[str, float]) -> tuple[Any, list[int]]:
 
 def test_the_sweep_finds_planted_layers_in_few_tries() -> None:
     error, tries = additive({"17": 300.0, "64": 200.0})
-    assert [layer.node for layer in sensitive(LAYERS, error)] == ["17", "64"]
+    assert [layer.node for layer in sensitive(LAYERS, error, 32)] == ["17", "64"]
     assert len(tries) <= 32
 
 
 def test_the_sweep_keeps_nothing_of_a_network_whose_layers_are_alike() -> None:
     error, _ = additive({})
-    assert sensitive(LAYERS, error) == []
-    assert sensitive([], error) == []
+    assert sensitive(LAYERS, error, 32) == []
+    assert sensitive([], error, 32) == []
+
+
+@pytest.mark.parametrize("allowed", [0, 2, 5])
+def test_the_sweep_measures_as_often_as_it_may(allowed: int) -> None:
+    error, tries = additive({"17": 300.0})
+    assert sensitive(LAYERS, error, allowed) == [] and len(tries) == (allowed if allowed > 2 else 0)
 
 
 def test_the_sweep_keeps_few_layers_and_ends_where_there_are_few() -> None:
     error, tries = additive({str(number): 1e4 for number in range(3)})
-    assert len(sensitive(LAYERS[:16], error)) == 2  # an eighth of them
+    assert len(sensitive(LAYERS[:16], error, 32)) == 2  # an eighth of them
     assert len(tries) == 31  # all, and both halves of fifteen groups
 
 
@@ -234,12 +239,11 @@ def test_the_recorder_keeps_what_the_denoiser_got_and_gave(backend: Any) -> None
 
 
 @pytest.fixture(scope="module")
-def quantized(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("quantized")
     stub = program(folder, f'exec "{sys.executable}" "{STUB}" "$@"')
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(marked, "sensitive", partial(sensitive, tries=5))
-        yield quantize_bundle(BUNDLE, folder / "int8", **SHORT | {"steps": 4}, keep=["mid_block.*"], python=stub)
+    given: dict[str, Any] = {**SHORT, "steps": 4, "tries": 5, "keep": ["mid_block.*"]}
+    return quantize_bundle(BUNDLE, folder / "int8", **given, python=stub)
 
 
 def test_the_bundle_says_what_it_lost(quantized: Path) -> None:
@@ -313,9 +317,8 @@ def test_a_denoiser_that_lost_too_much_is_not_kept(
     optimizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(work, "LOST", 1e-6)
-    monkeypatch.setattr(marked, "sensitive", lambda layers, error: [])
     with pytest.raises(ExportError, match=r"off by 0\.\d+ of its output, where 1e-06 is allowed: keep more layers"):
-        quantize_bundle(BUNDLE, tmp_path / "out", **SHORT, python=optimizer)
+        quantize_bundle(BUNDLE, tmp_path / "out", **SHORT, tries=0, python=optimizer)
     assert [path.name for path in tmp_path.iterdir()] == ["stub"]
 
 
@@ -326,6 +329,7 @@ def test_a_denoiser_that_lost_too_much_is_not_kept(
         ({"prompts": ["one"]}, "1 prompts are given: give 2 or more"),
         ({"keep": ["nothing.*"]}, "--keep 'nothing.*' is no layer"),
         ({"steps": 0}, "steps is 0: give 1 or more"),
+        ({"tries": -1}, "tries is -1: give 0 or more"),
         ({"python": "/nowhere/python"}, "/nowhere/python cannot be run"),
     ],
 )
