@@ -26,8 +26,8 @@ def serving_sections(records: Iterable[Record]) -> list[Section]:
             engines, server = record["engines"], record["server"]
             key = (_device(record), record["curve"]["scale"], engines["bundle"], record["over"], record["mix"]["name"])
             found = parts.setdefault((*key, *server.values()), {})
-            load = record.get("load") or record["rate"]
-            found[record["policy"], record["point"], load if record["point"] == "load" else None] = record
+            load = record["load"] or record["rate"] if record["point"] == "load" else None
+            found[record["policy"], record["point"], load] = record
         sections += [_section(found) for found in parts.values()]
     return sections
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from ...engines.errors import RequestError
-from ..contenders import REFERENCE
 from .records import Record, by_machine, latest
 from .table import DASH, MARK_SAYS, Table, marked, mib
 
@@ -79,7 +78,7 @@ def chosen(records: Iterable[Record], workload: str) -> list[Record]:
     found = [g for g in groups.values() if any(map(is_ours, g.values())) and all(map(is_plain, g.values()))]
     if not found:
         return []
-    beside = [group for group in found if REFERENCE in group] or found
+    beside = [group for group in found if OTHERS[0] in group] or found
     newest = max(beside, key=lambda group: max(record["date"] for record in group.values()))
     ours = next((r for name, r in newest.items() if is_ours(r) and name not in BESIDE), None)
     shown = [newest[name] for name in (*BESIDE, *OTHERS) if name in newest]

@@ -5,16 +5,15 @@ from __future__ import annotations
 import shlex
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from ...engines.errors import MissingExtraError, RequestError
+from ...engines.errors import RequestError
 from ..sizes import parse_size
+from .errors import bench_extra
 from .serving import bench_serve
 
 
@@ -89,7 +88,7 @@ def run(
     ] = None,
 ) -> None:
     """Measure a workload with every contender that is installed; append records and write a page beside them."""
-    with _bench_extra():
+    with bench_extra():
         from ...benchmarks.measure import bench as benchmark
         from ...benchmarks.measure import machine, workloads
         from ...benchmarks.measure import scaling as growth
@@ -155,7 +154,7 @@ def write_report(
     ] = False,
 ) -> None:
     """Write pages and plots from records; without FILES in a source tree, the tables and images of README and docs."""
-    with _bench_extra():
+    with bench_extra():
         from ...benchmarks.report import page as report
         from ...benchmarks.report import records
     folder = records.results_folder()
@@ -188,7 +187,7 @@ def compare(
     after: Annotated[str, typer.Argument(metavar="B", help="Record file of later runs.")],
 ) -> None:
     """Say what changed beyond noise from A to B; exit 1 when anything got worse."""
-    with _bench_extra():
+    with bench_extra():
         from ...benchmarks.report import compare as comparison
         from ...benchmarks.report import records
     found = comparison.compare(records.read_run(before), records.read_run(after))
@@ -231,7 +230,7 @@ def quality(
     if lpips and not modes:
         raise RequestError("--lpips is a distance to the exact run: say with --modes of what")
     prompts = read_prompts(None, prompt_file)
-    with _bench_extra():
+    with bench_extra():
         from ...benchmarks.quality import deltas, scores
         from ...benchmarks.report.quality_tables import costs_table
     named = {name: deltas.mode_named(name) for name in (modes.split(",") if modes else ())}
@@ -257,17 +256,6 @@ def quality(
 
 
 app.command("serve")(bench_serve)
-
-
-@contextmanager
-def _bench_extra() -> Iterator[None]:
-    """Turn a missing package into the command that installs it."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        if (error.name or "").startswith("latentrt"):
-            raise
-        raise MissingExtraError("cpu,export,bench", "a benchmark") from error
 
 
 def _shares(text: str | None) -> dict[str, float]:

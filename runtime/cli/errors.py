@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
 import typer
 
-from ...engines.errors import LatentRTError, RequestError, is_out_of_memory, reason
+from ...engines.errors import LatentRTError, MissingExtraError, RequestError, is_out_of_memory, reason
 from ...engines.files import DISK_FULL
 from . import interrupts
 from .interrupts import INTERRUPTED
@@ -94,3 +95,14 @@ def _usage(error: Any, words: Sequence[str]) -> str:
     if getattr(error, "option_name", None) in GLOBAL_OPTIONS:
         return f"{error.option_name} stands before the command: latentrt {error.option_name} {command.split()[-1]} ..."
     return f"{error.format_message()}{f' from {given[-1]!r}' if given else ''} (see `{command} --help`)"
+
+
+@contextmanager
+def bench_extra() -> Iterator[None]:
+    """Turn a missing package into the command that installs it."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("latentrt"):
+            raise
+        raise MissingExtraError("cpu,export,bench", "a benchmark") from error

@@ -16,6 +16,7 @@ import typer
 from ...engines.errors import MissingExtraError, RequestError
 from ..loop import widths
 from ..sizes import check_size, parse_size
+from .errors import bench_extra
 from .options import BackendOptions, backend_options, check_backend, opened_bundle
 
 MIX = typer.Option(
@@ -104,9 +105,7 @@ def bench_serve(
     ] = None,
 ) -> None:
     """Put load on a server, in flight and as baselines, and append a record for each point."""
-    from .bench import _bench_extra
-
-    with _bench_extra():
+    with bench_extra():
         from ...benchmarks.measure import machine
         from ...benchmarks.report import page as report
         from ...benchmarks.report import records

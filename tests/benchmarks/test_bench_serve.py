@@ -87,6 +87,7 @@ def test_tables_hold_the_newest_of_each_point_apart_by_device() -> None:
 
     found = [saturated("one at a time", 9.0), saturated("one at a time", 2.0), saturated("in-flight", 3.0)]
     found.append({**common, "policy": "in-flight", "point": "load", "load": 0.9, "seen": figures, "simulated": figures})
+    found.append({**found[-1], "load": None, "rate": 1.25})
     bounded = {"bounded_rate": 1.5, "simulated_bounded_rate": 1.6}
     again = {"command": "latentrt bench serve --point bounded"}
     found.append({**found[-1], "point": "bounded", "load": None, **bounded, **again})
@@ -97,6 +98,7 @@ def test_tables_hold_the_newest_of_each_point_apart_by_device() -> None:
         ["**in flight**", "3 (3)", "1.50", *["–"] * 3, "1 (1)", "refused (refused)", "50% (50%)", "1.5 (1.6)"],
     ]
     assert "`latentrt bench serve`" in first.conditions and f"`{again['command']}`" in first.conditions
+    assert "In bounds at 1.25 images/s: in-flight 50.0% (50.0%)." in first.tables[0].note
     assert second.title == "Serving: b on x, mix m" and "No engine ran" not in second.tables[0].note
 
 
