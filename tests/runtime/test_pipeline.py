@@ -376,7 +376,6 @@ def test_bad_requests_name_what_is_wrong(pipe: Pipeline, arguments: dict[str, An
         ("x", "latents is a str that numpy cannot read: give an array"),
         ([[1], [1, 2]], "latents is a list that numpy cannot read"),
     ],
-    ids=str,
 )
 def test_what_is_no_latents_is_not_decoded(pipe: Pipeline, latents: Any, message: str) -> None:
     with pytest.raises(RequestError, match=message):
