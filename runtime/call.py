@@ -90,12 +90,21 @@ class Call:
         return cls(request, pictures, noise, latents, embeddings, output_type, decodings, started, guided)
 
     def result(
-        self, asked: tuple[int | None, int | None], takes_eta: bool, multiple: int, table: StepTable
+        self,
+        asked: tuple[int | None, int | None],
+        takes_eta: bool,
+        multiple: int,
+        table: StepTable,
+        *,
+        logged: bool = False,
     ) -> GenerationResult[Any]:
-        """Return an empty result, with what to know about the request; `asked` are the caller's width and height."""
+        """Return an empty result, with what to know about the request; `asked` are the caller's width and height.
+
+        With `logged` its warnings are logged as well.
+        """
         request, pictures = self.request, self.pictures
         seeds = [seed for *_, seed in request.images]
-        finished: GenerationResult[Any] = GenerationResult([], seeds, Timings(), request=request)
+        finished: GenerationResult[Any] = GenerationResult([], seeds, Timings(), request=request, logged=logged)
         if pictures is not None and pictures.padding is None:
             size, drawn = pictures.size, (request.width, request.height)
             if any(given is None and own != to for given, own, to in zip(asked, size, drawn, strict=True)):

@@ -88,13 +88,15 @@ class Drawing(DiffusersHabits):
         self._manifest = manifest
         self._table = lru_cache(MAX_TABLES)(partial(self._table_of, manifest))
 
-    def _begun(self, call: Call, given: Mapping[str, Any]) -> tuple[StepTable, GenerationResult[Any]]:
+    def _begun(
+        self, call: Call, given: Mapping[str, Any], *, logged: bool = False
+    ) -> tuple[StepTable, GenerationResult[Any]]:
         """Return the step table of a call of some arguments, and its empty result, with what to know about both."""
         request, manifest = call.request, self._manifest
         table = self._table_for(request, any(given[name] is not None for name in ("sampler", "timesteps", "sigmas")))
         table = replace(table, init_noise_sigma=1.0) if call.started else table
         eta_taken, asked = takes_eta(request.sampler or "", manifest.scheduler), (given["width"], given["height"])
-        finished = call.result(asked, eta_taken, manifest.latent.size_multiple, table)
+        finished = call.result(asked, eta_taken, manifest.latent.size_multiple, table, logged=logged)
         if request.forecast is not None:
             whole = self._table_for(request.model_copy(update={"forecast": None}), chosen=True)
             if len(table) == len(whole):

@@ -223,7 +223,7 @@ class Pipeline(Drawing):
         given = {name: value for name, value in locals().items() if name != "self"}
         start = time.perf_counter()
         call = Call.of(self.bundle, self._manifest, given)
-        table, finished = self._begun(call, given)
+        table, finished = self._begun(call, given, logged=True)
         request = call.request
         calls = 1 if forecast else calls_of_a_step(request.sampler or "", self._manifest.scheduler)
         legacy = legacy_callback(callback, callback_steps, len(table), request, calls)

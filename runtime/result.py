@@ -54,6 +54,9 @@ class GenerationResult(Generic[Images]):
     request: GenerationRequest | None = None
     """The request with every default filled in."""
 
+    logged: bool = field(default=False, repr=False, compare=False)
+    """Whether warnings are logged as well: they quote prompts, which a server's log has no place for."""
+
     nsfw_content_detected: None = None
     """Always None, as in diffusers without a safety checker: bundles hold none."""
 
@@ -71,11 +74,12 @@ class GenerationResult(Generic[Images]):
         return iter(("images",))
 
     def warn(self, message: str, cut: int = 0) -> None:
-        """Add a warning once, and log it; `cut` is how many tokens it says are not used."""
+        """Add a warning once; `cut` is how many tokens it says are not used."""
         if message not in self.warnings:
             self.warnings.append(message)
             self.tokens_cut += cut
-            log.warning(message)
+            if self.logged:
+                log.warning(message)
 
     def add(self, trace: Trace, steps: int) -> None:
         """Add what one batch took; waits for its last stage."""

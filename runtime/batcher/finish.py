@@ -69,6 +69,13 @@ def hear(job: Job, event: Event) -> None:
 
 def settle(job: Job, tally: Tally) -> None:
     """Give a request's future its result or its error, unless it was cancelled; on a thread beside the loop."""
+    try:
+        _settle(job, tally)
+    finally:
+        job.let_go()
+
+
+def _settle(job: Job, tally: Tally) -> None:
     if not job.future.set_running_or_notify_cancel():
         tally.count("cancelled")
         return

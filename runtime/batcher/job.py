@@ -103,6 +103,8 @@ class Job:
     error: BaseException | None = None
     over: bool = False
     """Whether the rest of its images is to be dropped."""
+    ended: JobProgress | None = None
+    """How far it had come when its future was settled."""
     _prompts: WeightedPrompts | None = None
     _lengths: Mapping[str, int] = field(default_factory=dict)
     _blank: Arrays = field(default_factory=lambda: ({}, {}))
@@ -196,6 +198,12 @@ class Job:
             return False
         self.over, self.error = True, error
         return True
+
+    def let_go(self) -> None:
+        """Cut the circles through a settled request: its pictures would be there until Python looks for circles."""
+        self.ended = ended = self.future.progress()
+        self.future._progress = lambda: ended
+        self.images = []
 
     @property
     def work(self) -> int:

@@ -167,6 +167,9 @@ class Queue:
 
     def progress(self, job: Job) -> JobProgress:
         """Return how far a request has come."""
+        images = job.images  # read before `ended`, which is written before they are dropped
+        if job.ended is not None:
+            return job.ended
         future, pool = job.future, self.pools.get(job.fit)
         position: int | None = None
         seconds: float | None = 0.0
@@ -179,9 +182,9 @@ class Queue:
             queue = [] if pool is None else sorted(pool.waiting, key=lambda image: due(image.candidate, pool.times))
             position = next((place for place, image in enumerate(queue) if image.job is job), None)
             seconds = self.estimate(job)
-        done = sum(image.done for image in job.images)
-        total = sum(image.candidate.evaluations for image in job.images)
-        return JobProgress(state, done, total, len(job.finished_images), len(job.images), position, seconds)
+        done = sum(image.done for image in images)
+        total = sum(image.candidate.evaluations for image in images)
+        return JobProgress(state, done, total, len(job.finished_images), len(images), position, seconds)
 
     def stats(self) -> Stats:
         """Return what there is at this moment, and what has been since the batcher was opened."""

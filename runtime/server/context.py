@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ..result import GenerationResult
 from .auth import Keys
 from .errors import ApiError, api_error
 from .metrics import GONE
@@ -68,7 +68,7 @@ class Context:
         try:
             state["owner"] = self._keys.owner(scope["path"], headers)
             await self._app(scope, receive, answered)
-        except ClientGoneError:
+        except (ClientGoneError, ClientDisconnect):
             status, state["code"] = GONE, "client_gone"
         except Exception as error:
             answer = api_error(error)
@@ -122,23 +122,19 @@ class JsonLines(logging.Formatter):
 
 
 @contextmanager
-def logs(*, as_json: bool = False, access: bool = True, keep_prompts: bool = False) -> Iterator[None]:
-    """Log what a server does inside the block, unless the process was told to be quiet; never a prompt."""
+def logs(*, as_json: bool = False, access: bool = True) -> Iterator[None]:
+    """Log what a server does inside the block, unless the process was told to be quiet."""
     handlers, ours = logging.getLogger().handlers, logging.getLogger("latentrt")
-    quoting = logging.getLogger(GenerationResult.__module__)  # whose warnings quote the prompts that they are of
-    before = ours.level, quoting.level, ACCESS.disabled, [handler.formatter for handler in handlers]
+    before = ours.level, ACCESS.disabled, [handler.formatter for handler in handlers]
     if ours.level == logging.WARNING:
         ours.setLevel(logging.INFO)
-    if not keep_prompts:
-        quoting.setLevel(logging.ERROR)
     ACCESS.disabled = not access
     for handler in handlers if as_json else ():
         handler.setFormatter(JsonLines())
     try:
         yield
     finally:
-        for handler, formatter in zip(handlers, before[3], strict=False):
+        for handler, formatter in zip(handlers, before[2], strict=False):
             handler.setFormatter(formatter)
         ours.setLevel(before[0])
-        quoting.setLevel(before[1])
-        ACCESS.disabled = before[2]
+        ACCESS.disabled = before[1]

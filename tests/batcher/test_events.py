@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
+import weakref
 from collections.abc import Iterator
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, wait
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,6 +31,7 @@ from latentrt.runtime.batcher.deliver import Box, Deliverer
 from latentrt.runtime.batcher.encode import Encoder
 from latentrt.runtime.batcher.job import Job
 from latentrt.runtime.result import Timings
+from PIL import Image
 
 from .conftest import Gate
 
@@ -43,6 +46,37 @@ def batcher(pipe: Pipeline) -> Iterator[Batcher]:
 
 def of(events: list[Event], kind: type) -> list[Any]:
     return [event for event in events if isinstance(event, kind)]
+
+
+@pytest.mark.parametrize("end", ["done", "cancelled"])
+def test_a_request_that_is_over_is_let_go_of_at_once(batcher: Batcher, end: str) -> None:
+    """Without Python's search for circles, which may come minutes later: pictures are large."""
+    start, found = Image.new("RGB", (64, 64), "red"), list[weakref.ref[Any]]()
+
+    def jobs() -> int:
+        return sum(type(each) is Job for each in gc.get_objects())
+
+    gc.collect()
+    gc.disable()
+    try:
+        before = jobs()
+        future = batcher.submit(**SMALL, image=start, strength=1.0, num_images_per_prompt=2)
+        if end == "cancelled":
+            future.cancel()
+            wait([future])
+        else:
+            found += [weakref.ref(future.result()), *map(weakref.ref, future.result().images)]
+        while future.progress().state != end or batcher._queue.jobs:
+            time.sleep(0.001)
+        assert future.progress().images == 2
+        found.append(weakref.ref(future))
+        del future
+        until = time.monotonic() + 60
+        while any(each() for each in found) or jobs() > before:
+            assert time.monotonic() < until, found
+            time.sleep(0.01)
+    finally:
+        gc.enable()
 
 
 def test_a_listener_hears_of_every_image_until_its_result(batcher: Batcher) -> None:
