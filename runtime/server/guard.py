@@ -6,6 +6,7 @@ import asyncio
 import secrets
 import time
 from collections.abc import Collection, Iterable
+from http import HTTPStatus
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -21,6 +22,8 @@ GRACE = 5.0
 """Seconds that an answer to a slow client has before its connection is cut."""
 SPARE = 100
 """Connections beyond the most that are answered, all further ones are cut."""
+MAX_HEAD, PIECE = 1 << 16, 1 << 14
+"""Bytes of a request's head, or of anything else beside its body; and bytes that are parsed before they are counted."""
 
 
 class Guard:
@@ -82,6 +85,10 @@ def protocol_of(settings: HttpSettings) -> type[asyncio.Protocol]:
         """Since when a head or a body is awaited, that has not come whole."""
         stalled: tuple[int, float] = (0, 0.0)
         """Bytes that wait to be sent, and since when they are no fewer."""
+        beside: int = 0
+        """Bytes since the last one of a body, or since the end of a head."""
+        refused = False
+        """Whether what comes is thrown away, until the client has read why and closes, or is cut."""
 
         def connection_made(self, transport: Any) -> None:
             """Answer, or refuse, or cut a new connection."""
@@ -92,6 +99,41 @@ def protocol_of(settings: HttpSettings) -> type[asyncio.Protocol]:
             elif len(self.connections) > settings.max_connections:
                 self.app = _too_many
 
+        def data_received(self, data: bytes) -> None:
+            """Parse what comes, unless it is more of a head than there may be."""
+            for begin in range(0, len(data), PIECE):
+                if self.refused or self.transport.is_closing():
+                    return
+                piece = data[begin : begin + PIECE]
+                self.beside += len(piece)
+                super().data_received(piece)
+                if self.beside > MAX_HEAD and not self.transport.is_closing():
+                    self._refuse_head()
+
+        def _refuse_head(self) -> None:
+            """Answer to a head or to trailers that are too large; where another answer is due before, cut."""
+            cycle = self.cycle
+            if cycle is not None and not cycle.response_complete:
+                if cycle.response_started or not cycle.more_body:
+                    self.transport.abort()
+                    return
+                cycle.disconnected = True
+                cycle.message_event.set()
+            self.refused = True
+            said = f"the head of the request, or its trailers, have more than {MAX_HEAD} bytes: send less"
+            self._answer(ApiError(431, said, "head_too_large"))
+            self.transport.write_eof()
+
+        def on_headers_complete(self) -> None:
+            """Note the end of a head."""
+            self.beside = 0
+            super().on_headers_complete()
+
+        def on_body(self, body: bytes) -> None:
+            """Note bytes of a body."""
+            self.beside = 0
+            super().on_body(body)
+
         def on_message_begin(self) -> None:
             """Note the first byte of a request."""
             super().on_message_begin()
@@ -100,16 +142,19 @@ def protocol_of(settings: HttpSettings) -> type[asyncio.Protocol]:
         def on_message_complete(self) -> None:
             """Note the last byte of a request."""
             super().on_message_complete()
-            self.waits_since = None
+            self.waits_since, self.beside = None, 0
 
         def send_400_response(self, msg: str) -> None:
             """Answer to what is no HTTP."""
-            error = ApiError(400, msg[0].lower() + msg[1:].rstrip("."), "invalid_http")
-            body = bytes(error.response().body)
-            head = ["HTTP/1.1 400 Bad Request", "content-type: application/json", f"content-length: {len(body)}"]
-            head += [f"x-request-id: req-{secrets.token_hex(12)}", "connection: close", "", ""]
-            self.transport.write("\r\n".join(head).encode() + body)
+            self._answer(ApiError(400, msg[0].lower() + msg[1:].rstrip("."), "invalid_http"))
             self.transport.close()
+
+        def _answer(self, error: ApiError) -> None:
+            """Answer to what no application sees."""
+            body = bytes(error.response().body)
+            head = [f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}", "content-type: application/json"]
+            head += [f"content-length: {len(body)}", f"x-request-id: req-{secrets.token_hex(12)}"]
+            self.transport.write("\r\n".join([*head, "connection: close", "", ""]).encode() + body)
 
     return Connection
 

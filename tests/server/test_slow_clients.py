@@ -90,6 +90,55 @@ def test_a_second_head_that_does_not_come(impatient: Served) -> None:
     assert answer.startswith(b"HTTP/1.1 200") and answer.count(b"HTTP/1.1") == 1
 
 
+LONG = b"x" * 200_000
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        HEAD + b"cookie: " + LONG,
+        HEAD + b"cookie: " + LONG + b"\r\n\r\n",
+        HEAD + LONG,
+        HEAD + b"a:\r\n" * 50_000 + b"\r\n",
+        b"GET /" + LONG + b" HTTP/1.1\r\nhost: x\r\n\r\n",
+        HEAD + b"transfer-encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n" + b"a: b\r\n" * 30_000,
+        HEAD + b"transfer-encoding: chunked\r\n\r\n2;" + LONG,
+    ],
+    ids=["value", "whole value", "name", "headers", "path", "trailers", "extension"],
+)
+@pytest.mark.parametrize("piece", [200_100, 5000])
+def test_a_head_that_is_too_large(impatient: Served, sent: bytes, piece: int) -> None:
+    with connected(impatient) as client:
+        for begin in range(0, len(sent), piece):
+            client.sendall(sent[begin : begin + piece])
+        head, _, body = read(client).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 431 Request Header Fields Too Large\r\n") and b"connection: close" in head
+    assert json.loads(body)["error"]["code"] == "head_too_large"
+    with impatient.http() as http:
+        assert http.get("/health").status_code == 200
+
+
+def test_a_second_head_that_is_too_large(impatient: Served) -> None:
+    ask = b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n"
+    with connected(impatient) as client:
+        client.sendall(ask)
+        assert client.recv(65536).startswith(b"HTTP/1.1 200")
+        client.sendall(HEAD + LONG)
+        assert read(client).startswith(b"HTTP/1.1 431")
+    with connected(impatient) as client:
+        client.sendall(ask + HEAD + LONG)  # where the first is not answered yet, both are cut
+        assert read(client).count(b"HTTP/1.1 431") <= 1
+
+
+def test_a_head_that_is_large_is_read(impatient: Served) -> None:
+    body = b" " * 300_000
+    with connected(impatient) as client:
+        client.sendall(HEAD + b"cookie: " + b"x" * 60_000 + b"\r\nconnection: close\r\n")
+        client.sendall(b"content-length: %d\r\n\r\n" % len(body) + body)
+        answer = read(client)
+    assert answer.startswith(b"HTTP/1.1 400") and b"no JSON" in answer
+
+
 def test_a_client_that_sends_on_after_its_answer_is_cut(impatient: Served) -> None:
     with connected(impatient) as client:
         client.sendall(HEAD.replace(b"/v1/images/generations", b"/nothing") + b"content-length: 100000\r\n\r\n")
