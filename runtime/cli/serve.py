@@ -177,7 +177,7 @@ def serve(
         results_bytes=bytes_of("--results-memory", results_memory) or 0,
     )
     app = create_app(service, http, metrics)
-    with logs(as_json=log_json, access=access_log, keep_prompts=keep_prompts):
+    with logs(as_json=log_json, access=access_log):
         interrupted = run(app, service, life, http, metrics)
     if interrupted:
         raise typer.Exit(INTERRUPTED)
@@ -193,5 +193,8 @@ def _alias(text: str) -> tuple[str, str]:
 def _keys(file: Path | None) -> tuple[str, ...]:
     from ..server.auth import keys_of_file
 
-    given = tuple(key.strip() for key in os.environ.get(KEY_VARIABLE, "").split(",") if key.strip())
+    variable = os.environ.get(KEY_VARIABLE, "")
+    given = tuple(key.strip() for key in variable.split(",") if key.strip())
+    if variable and not given:  # whoever set it did not mean a server for everybody
+        raise RequestError(f"{KEY_VARIABLE} is set, and holds no key: give keys with commas between them, or unset it")
     return (*given, *(keys_of_file(file) if file else ()))

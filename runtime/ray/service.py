@@ -16,6 +16,7 @@ from ...engines.errors import LatentRTError, QueueFullError
 from ..batcher import JobProgress
 from ..service import Ended, Event, Job, Limits, Model, Models, Pictured, Previewed, Service, Work
 from ..service.counts import Figures
+from ..service.deadlines import too_late
 from ..service.errors import UnavailableError
 from .wire import Done, Failed, Message, Progress, Taken, Told
 
@@ -170,10 +171,11 @@ class RemoteService(Service):
             work = replace(work, arguments={**work.arguments, "seed": secrets.randbits(32)})
         tries = 0
         while not job.is_over:
-            left = (job.work.timeout or self.limits.timeout) - (time.monotonic() - job.arrived)
+            if (left := job.left) <= 0:
+                return too_late(job)
             error: BaseException | None = None
             try:
-                error = await self._once(job, replace(work, timeout=max(left, 1e-3)))
+                error = await self._once(job, replace(work, timeout=left))
             except errors.busy:
                 error = QueueFullError("more requests wait than may: try later", self._soonest())
             except errors.unavailable:
@@ -185,7 +187,7 @@ class RemoteService(Service):
             if job.is_over:
                 return None
             taken = tries or job.state != "loading"  # once: no reason to send it away
-            if isinstance(error, QueueFullError) and taken and left > 0:
+            if isinstance(error, QueueFullError) and taken:
                 await asyncio.sleep(BUSY_SECONDS)
             elif isinstance(error, UnavailableError):
                 tries += 1

@@ -10,10 +10,15 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from ..loop.widths import SLOTS
 from ..service import Limits, ModelSettings
+from ..service.work import MOST_SECONDS
 from ..sizes import parse_size
 
 ON_PROCESSORS = ("onnxruntime-cpu", "openvino")
 """Backends that use no GPU."""
+
+Seconds = Annotated[float, Field(gt=0, le=MOST_SECONDS)]
+Delay = Annotated[float, Field(ge=0, le=MOST_SECONDS)]
+"""Seconds that may be none."""
 
 
 def _parts(value: Any) -> Any:
@@ -50,31 +55,31 @@ class RaySettings(BaseModel):
     fixed_rows: bool = False
     max_waiting: int = Field(default=64, ge=0)
     """Requests that a replica takes beyond one for each of its slots."""
-    max_wait: float | None = Field(default=None, gt=0)
+    max_wait: Seconds | None = None
     """Seconds that what waits in a replica may take, above which it takes nothing more; None: any."""
     max_queued: int = Field(default=64, ge=1)
     """Requests that may wait in the ingress for a replica with room, beside those in the batchers' own queues."""
     sizes: Annotated[list[tuple[int, int]], BeforeValidator(_sizes)] = []
     sizes_only: bool = False
     api_key_file: Path | None = None
-    max_images: int = Limits.images
-    max_steps: int = Limits.steps
-    max_work: float = Limits.work
-    timeout: float = Limits.timeout
+    max_images: int = Field(default=Limits.images, ge=1)
+    max_steps: int = Field(default=Limits.steps, ge=1)
+    max_work: float = Field(default=Limits.work, gt=0, allow_inf_nan=False)
+    timeout: Seconds = Limits.timeout
 
-    num_gpus: float | None = None
+    num_gpus: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     """GPUs of a replica; None: one, and none where the backend uses none."""
-    num_cpus: float = 1
+    num_cpus: float = Field(default=1, ge=0, allow_inf_nan=False)
     """Processors of a replica, which are the threads of a backend that computes on them."""
     min_replicas: int = Field(default=1, ge=0)
     max_replicas: int = Field(default=1, ge=1)
-    queue_seconds: float | None = Field(default=None, gt=0)
+    queue_seconds: Seconds | None = None
     """Seconds of work that each replica may have before another is started; None: as many requests as it has slots."""
-    upscale_delay: float = 10.0
-    downscale_delay: float = 300.0
-    drain_timeout: float = 60.0
+    upscale_delay: Delay = 10.0
+    downscale_delay: Delay = 300.0
+    drain_timeout: Delay = 60.0
     """Seconds that requests have when a replica is stopped."""
-    step_timeout: float = 120.0
+    step_timeout: Seconds = 120.0
     """Seconds after which a step hangs, and the replica is started again."""
 
     @property

@@ -21,6 +21,7 @@ import uvicorn
 from ...engines.errors import EngineError, LatentRTError, RequestError
 from ..service import Service
 from ..service.errors import UnavailableError
+from ..service.work import check_seconds
 from .guard import protocol_of, watch_connections
 from .metrics import Metrics
 from .settings import HttpSettings
@@ -49,6 +50,13 @@ class LifeSettings:
     """Seconds after which a step hangs, and the process with it."""
     max_failures: int = 3
     """Failures of an engine in a row after which the process ends, to be started again."""
+
+    def __post_init__(self) -> None:
+        """Raise `RequestError` for times that no timer takes, and for ends at once."""
+        check_seconds("drain_timeout", self.drain_timeout, zero=True)
+        check_seconds("step_timeout", self.step_timeout)
+        if self.max_failures < 1:
+            raise RequestError(f"max_failures is {self.max_failures}: give 1 or more")
 
 
 def bound(host: str, port: int) -> socket.socket:
@@ -135,7 +143,8 @@ class Server(uvicorn.Server):
             names = ", ".join(self.service.models.names)
             log.info("serving %s on %s", names, self.address)
         except BaseException as error:
-            self.fail(error)
+            if not self._draining:  # it was told to end while it was loading
+                self.fail(error)
 
     @property
     def address(self) -> str:

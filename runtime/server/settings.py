@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from ...engines.errors import RequestError
+from ..service.work import check_seconds
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,8 @@ class HttpSettings:
 
     def __post_init__(self) -> None:
         """Raise `RequestError` for limits that allow nothing."""
-        for each in fields(self):
-            value = getattr(self, each.name)
-            if isinstance(value, (int, float)) and not isinstance(value, bool) and not value > 0:
-                raise RequestError(f"{each.name} is {value!r}: give more than 0")
+        for name in ("body_timeout", "send_timeout", "heartbeat"):
+            check_seconds(name, getattr(self, name))
+        for name in ("max_body", "max_connections"):
+            if not (value := getattr(self, name)) > 0:
+                raise RequestError(f"{name} is {value!r}: give more than 0")

@@ -7,10 +7,11 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import CancelledError
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from ...engines.errors import DeadlineError, QueueFullError, RequestError
+from ..result import GenerationResult
 from .pictures import Picture
 from .work import Size, Work
 
@@ -67,10 +68,13 @@ class Job:
     Listeners are called one event at a time, on the thread on which it happens: they must return at once.
     """
 
-    def __init__(self, work: Work, name: str, size: Size, *, steps: bool = True) -> None:
-        """A request for pictures of a size from the bundle `name`; `steps`: somebody may want to hear of them."""
+    def __init__(self, work: Work, name: str, size: Size, timeout: float, *, steps: bool = True) -> None:
+        """A request for pictures of a size from the bundle `name`, which nobody wants after `timeout` seconds.
+
+        `steps`: somebody may want to hear of them.
+        """
         self.id = f"job-{secrets.token_hex(12)}"
-        self.work, self.model, self.size, self.steps = work, name, size, steps
+        self.work, self.model, self.size, self.timeout, self.steps = work, name, size, timeout, steps
         self.created, self.arrived = time.time(), time.monotonic()
         self.finished: float | None = None
         """When it was over (`time.time`), or None."""
@@ -89,6 +93,8 @@ class Job:
         """When somebody last asked for it (`time.monotonic`)."""
         self._steps: dict[int, tuple[int, int]] = {}
         self._future: Any = None
+        self._let_go: Callable[[], Any] | None = None
+        """What ends it where it waits or is drawn."""
         self._lock = threading.RLock()
         self._over = threading.Event()
         self._listeners: list[Hear] = []
@@ -97,6 +103,11 @@ class Job:
     def is_over(self) -> bool:
         """Whether nothing more will happen."""
         return self.state in OVER
+
+    @property
+    def left(self) -> float:
+        """Seconds until nobody wants it."""
+        return self.arrived + self.timeout - time.monotonic()
 
     @property
     def outcome(self) -> str:
@@ -109,7 +120,7 @@ class Job:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its pictures."""
+        """Bytes of its pictures: once it is over, nothing else of it takes memory to speak of."""
         with self._lock:
             return sum(len(picture.data) for picture in self.pictures.values())
 
@@ -126,8 +137,8 @@ class Job:
                 "queue_position": None,
                 "seconds_left": None,
             }
-        if not self.is_over and self._future is not None:
-            told = self._future.progress()
+        if (future := self._future) is not None:
+            told = future.progress()
             said |= {"steps": told.done, "total_steps": told.total}
             said |= {"queue_position": told.position, "seconds_left": told.seconds}
         return said
@@ -158,23 +169,26 @@ class Job:
 
     def cancel(self) -> bool:
         """Drop what is not done, and tell whether it was not over before."""
+        return self.end("cancelled", CancelledError())
+
+    def waits(self, let_go: Callable[[], Any]) -> None:
+        """Note that it has no batcher yet; `let_go` is called when it ends before it has one."""
         with self._lock:
-            future = self._future
-            ended = self.end("cancelled", CancelledError())
-        if future is not None:
-            future.cancel()
-        return ended
+            if not self.is_over:
+                self._let_go = let_go
+                return
+        let_go()
 
     def started(self, future: Any) -> None:
         """Note what a batcher returned, and that the request is in its queue."""
         with self._lock:
-            self._future = future
-            if self.state == "loading":
-                self.state = "queued"
-                self._tell(Queued())
-            gone = self.is_over
-        if gone:
-            future.cancel()
+            if not self.is_over:
+                self._future, self._let_go = future, future.cancel
+                if self.state == "loading":
+                    self.state = "queued"
+                    self._tell(Queued())
+                return
+        future.cancel()
 
     def admitted(self) -> None:
         """Note that an image of it has a slot."""
@@ -205,7 +219,7 @@ class Job:
                 self._tell(Pictured(index, picture))
 
     def end(self, state: State, error: BaseException | None = None, facts: Mapping[str, Any] | None = None) -> bool:
-        """End the job once, and tell whether it was not over before."""
+        """End the job once, and tell whether it was not over before; only what is said of it is kept."""
         with self._lock:
             if self.is_over:
                 return False
@@ -214,11 +228,41 @@ class Job:
             self.preview = None
             if state != "succeeded":
                 self.pictures.clear()
+            let_go, self._let_go, self._future = self._let_go, None, None
+            kept = {"num_images_per_prompt": self.work.images}  # pictures it starts from are large
+            self.work = replace(self.work, arguments=kept)
+            _without_frames(error)
             self._tell(Ended(state, error))
             self._listeners.clear()
             self._over.set()
+        if let_go is not None:
+            let_go()
         return True
 
     def _tell(self, event: Event) -> None:
         for hear in tuple(self._listeners):
             hear(event)
+
+
+def facts_of(job: Job, result: GenerationResult[Any]) -> dict[str, Any]:
+    """Return what is said with a job's result."""
+    timings = asdict(result.timings)
+    timings["encode_image"] = sum(picture.encode_seconds for picture in job.pictures.values())
+    timings["total"] = time.monotonic() - job.arrived
+    request = result.request
+    said = {} if request is None else {
+        "num_inference_steps": request.num_inference_steps,
+        "guidance_scale": request.guidance_scale,
+        "sampler": request.sampler,
+    }  # fmt: skip
+    cut = {"warnings": list(result.warnings), "tokens_cut": result.tokens_cut}
+    return {"timings": timings, **cut, "parameters": said}
+
+
+def _without_frames(error: BaseException | None) -> None:
+    """Drop the frames of an error and of those that led to it: pictures and requests are in their variables."""
+    seen = set[int]()  # they may lead to each other
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__

@@ -159,6 +159,8 @@ class Models:
         if not bundles:
             raise RequestError("no bundle is given: name one")
         self._settings, self.observer, self.budget = settings, observer or ServiceObserver(), budget
+        self.max_waiting = settings.max_waiting
+        """Images that may wait for a bundle to be opened, as many as then for a slot."""
         self._models = {name: Model(name, bundle, settings) for name, bundle in bundles.items()}
         self._aliases = dict(aliases or {})
         for alias, name in self._aliases.items():
@@ -248,20 +250,26 @@ class Models:
     def _make_room(self, wanted: Model) -> bool:
         """Close other models without work, the longest idle first, until `wanted` fits beside the rest; tell whether.
 
-        One that takes more than the budget, as it turned out when it was opened, is open alone.
+        Nothing is closed for one that would not fit all the same, unless it is open already. One that takes more than
+        the budget, as it turned out when it was opened, is open alone.
         """
-        while self.budget is not None:
-            with self._lock:
-                others = [model for model in self._models.values() if model.state == "ready" and model is not wanted]
-                if not others or sum(model.nbytes for model in others) + wanted.nbytes <= self.budget:
-                    break
-                idle = [model for model in others if not model.unfinished]
-                if not idle:
-                    return False
-                oldest = min(idle, key=lambda model: model.used)
-                batcher = oldest.taken()
-            log.info("closing bundle %s to make room for %s", oldest.name, wanted.name)
-            oldest.close(batcher)
+        if self.budget is None:
+            return True
+        with self._lock:
+            others = [model for model in self._models.values() if model.state == "ready" and model is not wanted]
+            idle = sorted((model for model in others if not model.unfinished), key=lambda model: model.used)
+            excess = sum(model.nbytes for model in others) + wanted.nbytes - self.budget
+            fits = len(idle) == len(others) or excess <= sum(model.nbytes for model in idle)
+            if not fits and wanted.state != "ready":
+                return False
+            closing = []
+            while idle and excess > 0:
+                oldest = idle.pop(0)
+                excess -= oldest.nbytes
+                closing.append((oldest, oldest.taken()))
+        for model, batcher in closing:
+            log.info("closing bundle %s to make room for %s", model.name, wanted.name)
+            model.close(batcher)
         return True
 
     def close(self, *, cancel: bool = False) -> None:

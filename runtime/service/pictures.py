@@ -7,7 +7,6 @@ import binascii
 import io
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -32,9 +31,9 @@ class Picture:
     seed: int | None = None
     encode_seconds: float = 0.0
 
-    @cached_property
+    @property
     def text(self) -> str:
-        """The bytes in base64."""
+        """The bytes in base64, which are not kept beside them."""
         return base64.b64encode(self.data).decode("ascii")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import os
 import threading
@@ -11,15 +10,16 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from typing import Any, Literal
 
-from ...engines.errors import LatentRTError, RequestError, reason
+from ...engines.errors import LatentRTError, QueueFullError, RequestError, reason
 from ..batcher import events
 from .counts import Figures
+from .deadlines import Deadlines, too_late
 from .errors import BusyError, UnavailableError
-from .job import Job
+from .job import Job, facts_of
 from .models import Model, Models
 from .pictures import Picture, encoded
 from .store import Store
-from .work import Limits, Output, Work, size_of
+from .work import Limits, Output, Size, Work, check_seconds, size_of
 
 PREVIEW = Output("jpeg", 80)
 """A PNG of a preview would cost ten times the time."""
@@ -45,18 +45,27 @@ class Service:
         """Take models, of which none needs to be open yet.
 
         With `keep_prompts` every PNG holds its request, prompt included. Finished jobs that were to be kept are for
-        `results_seconds`, in at most `results_bytes` of memory.
+        `results_seconds`, in at most `results_bytes` of memory. Raises `RequestError` for those that keep nothing.
         """
+        check_seconds("results_seconds (--results-ttl)", results_seconds)
+        if not results_bytes > 0:
+            raise RequestError(f"results_bytes (--results-memory) is {results_bytes}: give more than 0")
         self.models, self.limits, self.keep_prompts = models, limits or Limits(), keep_prompts
         self.store = Store(results_seconds, results_bytes)
         self.state: Literal["loading", "ready", "draining", "failed"] = "loading"
         self._live: dict[str, Job] = {}
         self._lock, self._naming = threading.Lock(), threading.Lock()
+        self._deadlines = Deadlines(lambda job, error: self._end(job, self.models.find(job.model), error))
         self._pool = ThreadPoolExecutor(max(2, min(8, os.cpu_count() or 2)), "latentrt pictures")
 
     def open(self) -> None:
-        """Open the first model, and further ones while there is room; raises what opening raises."""
+        """Open the first model, and further ones while there is room; raises what opening raises.
+
+        A service that drains or has failed meanwhile opens no more.
+        """
         for model in self.models:
+            if self.state in ("draining", "failed"):
+                return
             taken = self.models.open_bytes
             if self.models.budget is None or not taken or taken + model.nbytes <= self.models.budget:
                 self.models.opened(model).result()
@@ -92,15 +101,15 @@ class Service:
             return before or self._submit(work, keep, name, asked_for, steps)
 
     def _submit(self, work: Work, keep: bool, name: str | None, asked_for: str, steps: bool) -> Job:
-        model = self.models.find(work.model)
-        size = size_of(work, model.manifest, model.allowed, model.most_pixels)
-        self.limits.check(work, model.manifest, size)
-        job = Job(work, model.name, size, steps=steps)
+        model, size = self.check(work)
+        job = Job(work, model.name, size, work.timeout or self.limits.timeout, steps=steps)
         with self._lock:
             self.check_ready()  # a drain that begins now waits for this one, or this one is refused
             most = self.limits.unfinished
             if most is not None and sum(each.work.owner == work.owner for each in self._live.values()) >= most:
                 raise BusyError(f"{most} requests of this key are not done: at most so many are taken", "key_busy", 1.0)
+            if model.state != "ready":
+                self._check_waiting(work, model)
             self._live[job.id] = job
         self.models.hold(model)
         try:
@@ -112,8 +121,27 @@ class Service:
         if keep:
             self.store.add(job, name, asked_for)
         if job.state == "loading":
+            job.waits(lambda: self._over(job, model))
+            self._deadlines.watch(job)
             self.models.opened(model).add_done_callback(lambda opened: self._opened(job, model, opened))
         return job
+
+    def check(self, work: Work) -> tuple[Model, Size]:
+        """Return a request's model and the size of its pictures; raises what can be said without a batcher."""
+        model = self.models.find(work.model)
+        size = size_of(work, model.manifest, model.allowed, model.most_pixels)
+        self.limits.check(work, model.manifest, size)
+        return model, size
+
+    def _check_waiting(self, work: Work, model: Model) -> None:
+        """Raise `QueueFullError` when too many images wait for a model to be opened; with the lock held."""
+        live, most = self._live.values(), self.models.max_waiting
+        waiting = sum(job.work.images for job in live if job.model == model.name and job.state == "loading")
+        if waiting and waiting + work.images > most:
+            raise QueueFullError(
+                f"{waiting} images wait for model {model.name} to be opened: at most {most} may; try later",
+                model.load_seconds,
+            )
 
     def check_ready(self) -> None:
         """Raise `UnavailableError` unless requests are taken."""
@@ -142,11 +170,12 @@ class Service:
         batcher, work = model.batcher, job.work
         assert batcher is not None
         width, height = job.size
-        left = (work.timeout or self.limits.timeout) - (time.monotonic() - job.arrived)
+        if (left := job.left) <= 0:
+            raise too_late(job)
         try:
             future = batcher.submit(
                 **{**work.arguments, "width": width, "height": height},
-                timeout=max(left, 1e-3),
+                timeout=left,
                 previews=work.previews,
                 on_event=(lambda event: self._heard(job, event)) if job.steps or work.images > 1 else None,
             )
@@ -202,25 +231,14 @@ class Service:
         try:
             for index, (picture, seed) in enumerate(zip(result.images, result.seeds, strict=True)):
                 self._picture(job, index, picture, seed)
-            facts = self._facts(job, model, result)
+            facts = facts_of(job, result) | {"bundle": model.digest}
+            for warning in result.warnings if self.keep_prompts else ():  # they quote prompts
+                log.warning(warning)
         except Exception as error:
             self._end(job, model, error)
             return
         job.end("succeeded", facts=facts)
         self._over(job, model)
-
-    def _facts(self, job: Job, model: Model, result: Any) -> dict[str, Any]:
-        timings = dataclasses.asdict(result.timings)
-        timings["encode_image"] = sum(picture.encode_seconds for picture in job.pictures.values())
-        timings["total"] = time.monotonic() - job.arrived
-        request = result.request
-        said = {} if request is None else {
-            "num_inference_steps": request.num_inference_steps,
-            "guidance_scale": request.guidance_scale,
-            "sampler": request.sampler,
-        }  # fmt: skip
-        cut = {"warnings": list(result.warnings), "tokens_cut": result.tokens_cut}
-        return {"timings": timings, **cut, "bundle": model.digest, "parameters": said}
 
     def _end(self, job: Job, model: Model, error: BaseException) -> None:
         state: Literal["cancelled", "failed"] = "cancelled" if isinstance(error, CancelledError) else "failed"
@@ -252,12 +270,11 @@ class Service:
         end = time.monotonic() + timeout
         for job in self.unfinished:
             job.wait(max(0.0, end - time.monotonic()))
-        left = self.unfinished
+        left = [job for job in self.unfinished if not job.is_over]
         while not left and self.store.is_wanted(PATIENCE) and time.monotonic() < end:
             time.sleep(0.05)
         for job in left:
             job.end("failed", UnavailableError("the server shut down before this was done", "draining", DRAIN_SECONDS))
-            job.cancel()
         return not left
 
     def fail(self, error: BaseException) -> None:

@@ -17,6 +17,9 @@ Task = Literal["generation", "edit"]
 Size = tuple[int, int]
 """Width and height in pixels."""
 
+MOST_SECONDS = 1_000_000_000
+"""Of every setting: the system's timers take no more."""
+
 TEXTS = ("prompt", "negative_prompt", "prompt_2", "negative_prompt_2", "prompt_3", "negative_prompt_3")
 
 
@@ -77,8 +80,9 @@ class Limits:
         """Raise `RequestError` for limits that allow nothing."""
         for each in fields(self):
             value = getattr(self, each.name)
-            if value is not None and not (value > 0 or (each.name == "previews" and value == 0)):
-                raise RequestError(f"the limit {each.name} is {value!r}: give more than 0")
+            if value is not None and not (0 < value < math.inf or (each.name == "previews" and value == 0)):
+                raise RequestError(f"the limit {each.name} is {value!r}: give a number above 0")
+        check_seconds("the limit timeout", self.timeout)
 
     def check(self, work: Work, manifest: Manifest, size: Size) -> None:
         """Raise `RefusedError` for a request over a limit; `size` is that of its pictures."""
@@ -106,6 +110,13 @@ class Limits:
             )
 
 
+def check_seconds(name: str, value: float, *, zero: bool = False) -> None:
+    """Raise `RequestError` for a setting that is no time a server can wait; `zero`: 0 is one as well."""
+    if not (0 < value <= MOST_SECONDS or (zero and value == 0)):
+        least = "0 or more" if zero else "more than 0"
+        raise RequestError(f"{name} is {value:g}: give seconds, {least} and at most {MOST_SECONDS}")
+
+
 def size_of(work: Work, manifest: Manifest, allowed: tuple[Size, ...] | None, most_pixels: int) -> Size:
     """Return the size of a request's pictures: one of those `allowed`; with None, any of so many pixels at most.
 
@@ -121,6 +132,13 @@ def size_of(work: Work, manifest: Manifest, allowed: tuple[Size, ...] | None, mo
             multiple = latent.size_multiple
             shrunk = min(1.0, math.sqrt(most_pixels / (image.width * image.height)))
             across, down = (max(multiple, int(side * shrunk) // multiple * multiple) for side in image.size)
+            if allowed is None and across * down > most_pixels:  # its short side has no fewer pixels
+                raise RefusedError(
+                    f"image is {image.width}x{image.height}, which is drawn at {across}x{down}: at most {most_pixels} "
+                    "pixels are drawn; cut it, or give a size",
+                    "image",
+                    "unsupported_size",
+                )
             size = across, down
         return size if allowed is None or size in allowed else _nearest(size, allowed)
     if allowed is not None and (width, height) not in allowed:

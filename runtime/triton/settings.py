@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from ...engines.errors import RequestError
 from ..loop.widths import SLOTS
 from ..request import problem_of
 from ..service import Limits, ModelSettings
+from ..service.work import MOST_SECONDS
 
 
 @dataclass(frozen=True)
@@ -37,9 +38,9 @@ class TritonSettings:
     """Megapixels times images times steps of a request."""
     timeout: float = Limits.timeout
     """Seconds that a request may take."""
-    step_timeout: float = 120.0
+    step_timeout: Annotated[float, Field(gt=0, le=MOST_SECONDS)] = 120.0
     """Seconds after which a step hangs, and the server is ended, to be started again."""
-    drain_timeout: float = 25.0
+    drain_timeout: Annotated[float, Field(ge=0, le=MOST_SECONDS)] = 25.0
     """Seconds that requests have when the model is unloaded; Triton itself waits 30 (--exit-timeout-secs)."""
 
     @property

@@ -9,7 +9,7 @@ import pickle
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,6 +27,7 @@ from latentrt.runtime.service.errors import BusyError as ServiceBusyError
 from latentrt.runtime.service.errors import NotFoundError, RefusedError, UnavailableError
 from latentrt.runtime.service.models import named_bundles
 from PIL import Image
+from pydantic import ValidationError
 
 from . import engines as fake
 
@@ -352,6 +353,39 @@ def test_replicas_follow_the_work_there_is(engine: Engine, held: threading.Event
         ctx = SimpleNamespace(aggregated_metrics={"queue_seconds": work}, capacity_adjusted_min_replicas=1)
         assert policy(ctx) == (wanted, {})
     assert policy(SimpleNamespace(aggregated_metrics=None, capacity_adjusted_min_replicas=0)) == (0, {})
+
+
+def test_a_deadline_passes_while_no_engine_takes_a_request(remote: Remote, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def waits(engine: Engine, work: Work) -> AsyncIterator[Any]:
+        await asyncio.sleep(60)
+        yield None
+
+    monkeypatch.setattr(Engine, "draw", waits)
+    answer = remote.ask(timeout=0.2)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (504, "deadline_exceeded")
+    until(lambda: all(call.closed for call in remote.engines.calls) and not remote.service.unfinished)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"step_timeout": 0},
+        {"step_timeout": float("nan")},
+        {"drain_timeout": float("inf")},
+        {"drain_timeout": -1},
+        {"timeout": float("inf")},
+        {"max_work": 0},
+        {"max_wait": float("nan")},
+        {"queue_seconds": float("inf")},
+        {"upscale_delay": float("nan")},
+        {"max_images": 0},
+        {"num_gpus": -1},
+    ],
+    ids=str,
+)
+def test_settings_that_do_harm_are_refused(given: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match=next(iter(given))):
+        RaySettings(bundles=["/a"], **given)
 
 
 def test_settings_are_read_from_texts() -> None:

@@ -7,6 +7,7 @@ import io
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import httpx2
@@ -19,6 +20,7 @@ from latentrt.runtime.server import HttpSettings, Metrics, create_app
 from latentrt.runtime.server.guard import protocol_of
 from latentrt.runtime.server.lifecycle import LifeSettings, Server, bound
 from latentrt.runtime.service import Limits, Models, ModelSettings, Service
+from latentrt.runtime.service.models import Model
 from PIL import Image
 
 from ..conftest import turns_held
@@ -89,6 +91,23 @@ class Served:
     def http(self, **options: Any) -> httpx2.Client:
         """Return a plain client."""
         return httpx2.Client(base_url=self.url, timeout=60, verify=False, **options)  # certificates take long to load
+
+
+@contextmanager
+def opening_held() -> Iterator[threading.Event]:
+    """Hold the opening of bundles until the event is set, or the block ends."""
+    free, opened = threading.Event(), Model.open
+
+    def waiting(model: Model, *given: Any, **named: Any) -> None:
+        assert free.wait(120)
+        opened(model, *given, **named)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Model, "open", waiting)
+        try:
+            yield free
+        finally:
+            free.set()
 
 
 def until(condition: Callable[[], Any], seconds: float = 60.0) -> Any:

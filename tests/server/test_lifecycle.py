@@ -22,13 +22,14 @@ import pytest
 from latentrt.engines.bundle import Bundle
 from latentrt.engines.errors import EngineError, RequestError
 from latentrt.export.embedded import ensure_bundle
+from latentrt.runtime.batcher import Batcher
 from latentrt.runtime.batcher.slots import Slots
 from latentrt.runtime.cli import run
 from latentrt.runtime.server import HttpSettings, Metrics, create_app, lifecycle
 from latentrt.runtime.service import Models, ModelSettings, Service
 from latentrt.runtime.service.models import Model
 
-from .conftest import error_of, generate, held, until
+from .conftest import error_of, generate, held, opening_held, until
 
 SMALL = ("--size", "64x64", "--backend", "onnxruntime-cpu", "--threads", "1", "--slots", "2")
 
@@ -121,6 +122,25 @@ def test_an_interrupt_ends_it_and_a_second_one_at_once() -> None:
         (["--rows", "2", "--slots", "3"], "3 slots need 3"),
         (["--body-timeout", "0"], "body_timeout is 0"),
         (["--timeout", "0"], "timeout"),
+        (["--timeout", "inf"], "timeout is inf"),
+        (["--timeout", "1e300"], "timeout is 1e"),
+        (["--max-work", "inf"], "work is inf"),
+        (["--max-work", "nan"], "work is nan"),
+        (["--drain-timeout", "inf"], "drain_timeout is inf"),
+        (["--drain-timeout", "nan"], "drain-timeout.*nan"),
+        (["--step-timeout", "0"], "step_timeout is 0"),
+        (["--step-timeout", "-1"], "step_timeout is -1"),
+        (["--step-timeout", "inf"], "step_timeout is inf"),
+        (["--step-timeout", "nan"], "step_timeout is nan"),
+        (["--results-ttl", "nan"], "results-ttl.* is nan"),
+        (["--results-ttl", "-1"], "results-ttl.* is -1"),
+        (["--results-ttl", "inf"], "results-ttl.* is inf"),
+        (["--results-memory", "0"], "results-memory.* is 0"),
+        (["--body-timeout", "inf"], "body_timeout is inf"),
+        (["--send-timeout", "nan"], "send_timeout is nan"),
+        (["--max-body", "0"], "max_body is 0"),
+        (["--max-wait", "nan"], "max_wait is nan"),
+        (["--models-budget", "0"], "more than all may have"),
         (["--models-budget", "1KB"], "more than all may have"),
         (["no-such-bundle"], "does not exist"),
     ],
@@ -129,6 +149,15 @@ def test_bad_usage_is_one_line(options: list[str], said: str, capsys: pytest.Cap
     assert run(["serve", *SMALL, *options]) == 2
     printed = capsys.readouterr().err.strip()
     assert printed.startswith("latentrt: error: ") and "\n" not in printed and re.search(said, printed), printed
+
+
+@pytest.mark.parametrize("keys", [",", " ", " , ,"])
+def test_a_variable_without_a_key_opens_no_server(
+    keys: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LATENTRT_SERVE_API_KEY", keys)
+    assert run(["serve", *SMALL, "--host", "256.1.1.1"]) == 2
+    assert "LATENTRT_SERVE_API_KEY is set, and holds no key" in capsys.readouterr().err
 
 
 def test_a_port_that_is_taken_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -152,8 +181,8 @@ def test_every_option_has_an_environment_variable(capsys: pytest.CaptureFixture[
 class Life:
     """`lifecycle.serve` on a thread; a context manager."""
 
-    def __init__(self, **settings: Any) -> None:
-        models = {"embedded": Bundle.open(ensure_bundle())}
+    def __init__(self, *names: str, **settings: Any) -> None:
+        models = {name: Bundle.open(ensure_bundle()) for name in names or ("embedded",)}
         given = ModelSettings("onnxruntime-cpu", {"threads": 1}, slots=2, sizes=((64, 64),))
         self.metrics = Metrics()
         self.service = Service(Models(models, given, observer=self.metrics))
@@ -230,6 +259,23 @@ def test_a_bundle_that_cannot_be_opened_ends_the_server(monkeypatch: pytest.Monk
     with Life() as life:
         life.thread.join(60)
         assert isinstance(life.error, RequestError)
+
+
+def test_a_signal_while_bundles_are_opened_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Batcher, "warm_up", lambda *_: None)
+    life = Life("one", "two")
+    with opening_held() as free:
+        life.thread.start()
+        server = until(lambda: life.server)
+        until(lambda: server.started)
+        server.drain()
+        until(lambda: server.should_exit)
+        until(lambda: any(thread.name == "latentrt close" for thread in threading.enumerate()))
+        free.set()
+        life.thread.join(60)
+    assert not life.thread.is_alive() and life.error is None
+    assert [model.state for model in life.service.models] == ["cold", "cold"]
+    life.http.close()
 
 
 def test_what_is_not_done_in_time_is_dropped() -> None:

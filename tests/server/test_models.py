@@ -6,7 +6,6 @@ import re
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from latentrt.runtime.loop.session import Session
 from latentrt.runtime.service import Models, ModelSettings
 from latentrt.runtime.service.models import Model, named_bundles
 
-from .conftest import Served, error_of, generate, held, until
+from .conftest import Served, error_of, generate, held, opening_held, until
 
 
 def bundles(*names: str) -> dict[str, Bundle]:
@@ -56,23 +55,6 @@ def room() -> int:
     return int(1.5 * model.nbytes)
 
 
-@contextmanager
-def opening_held() -> Iterator[threading.Event]:
-    """Hold the opening of bundles until the event is set, or the block ends."""
-    free, opened = threading.Event(), Model.open
-
-    def waiting(model: Model, *given: Any, **named: Any) -> None:
-        assert free.wait(120)
-        opened(model, *given, **named)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Model, "open", waiting)
-        try:
-            yield free
-        finally:
-            free.set()
-
-
 def states(served: Served) -> dict[str, str]:
     return {model.name: model.state for model in served.service.models}
 
@@ -101,6 +83,26 @@ def test_the_longest_idle_bundle_goes_for_another(room: int) -> None:
         assert 'latentrt_admissions_total{model="one"} 3.0' in text  # those before it was closed are counted
         held = set(re.findall(r'latentrt_memory_bytes{graph="denoiser",kind="weights",model="(\w+)"}', text))
         assert held == {"one"}
+
+
+def test_nothing_is_closed_in_vain() -> None:
+    """For a bundle that has no room beside one with work, even without those that have none."""
+    files = Model("embedded", Bundle.open(ensure_bundle()), ModelSettings()).nbytes
+    with Served(bundles("one", "two", "three"), budget=int(2.5 * files)) as served, served.http() as http:
+        for model in served.service.models:
+            model.nbytes = files * (2 if model.name == "three" else 1)
+        assert states(served) == {"one": "ready", "two": "ready", "three": "cold"}
+        with held() as free, ThreadPoolExecutor() as pool:
+            running = pool.submit(generate, http, model="two")
+            until(lambda: served.service.unfinished)
+            for _ in range(2):
+                assert error_of(generate(http, model="three"))["code"] == "model_not_loaded"
+                assert states(served) == {"one": "ready", "two": "ready", "three": "cold"}
+            free.set()
+            assert running.result().status_code == 200
+        until(lambda: not served.service.unfinished)
+        assert generate(http, model="three").status_code == 200
+        assert states(served) == {"one": "cold", "two": "cold", "three": "ready"}
 
 
 def test_a_bundle_with_work_stays(room: int) -> None:

@@ -71,6 +71,11 @@ def test_parameters_survive_the_configuration() -> None:
         ({"slots": "three"}, "parameter slots is 'three', which is no JSON"),
         ({"slots": "[3]"}, r"parameter slots is \[3\]: input should be a valid integer"),
         ({"sizes": "[[64]]"}, "parameter sizes is "),
+        ({"step_timeout": "0"}, "parameter step_timeout is 0: input should be greater than 0"),
+        ({"step_timeout": "Infinity"}, "parameter step_timeout is inf: input should be less than"),
+        ({"step_timeout": "NaN"}, "parameter step_timeout is nan: "),
+        ({"drain_timeout": "-1"}, "parameter drain_timeout is -1: input should be greater than or equal to 0"),
+        ({"drain_timeout": "Infinity"}, "parameter drain_timeout is inf: "),
     ],
 )
 def test_parameters_that_are_wrong_are_named(parameters: dict[str, str], said: str) -> None:
