@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from ...engines.errors import RequestError
+from ..sizes import MAX_PIXELS
 from .load import load_image
 
 Box = tuple[int, int, int, int]
@@ -132,8 +133,8 @@ def _grown(begin: int, end: int, length: float, limit: int) -> tuple[int, int]:
 def filled(image: Image.Image, width: int, height: int) -> Image.Image:
     """Return a picture fitted inside a size, its edges drawn out to fill the rest (diffusers' resize_mode "fill")."""
     across = width / height < image.width / image.height
-    inner_width = width if across else image.width * height // image.height
-    inner_height = image.height * width // image.width if across else height
+    inner_width = width if across else max(1, image.width * height // image.height)
+    inner_height = max(1, image.height * width // image.width) if across else height
     inner = image.resize((inner_width, inner_height), LANCZOS)
     result = Image.new("RGB", (width, height))
     left, top = width // 2 - inner_width // 2, height // 2 - inner_height // 2
@@ -154,7 +155,13 @@ def centred(image: Image.Image, width: int, height: int) -> Image.Image:
     across = width / height > image.width / image.height
     inner_width = width if across else image.width * height // image.height
     inner_height = image.height * width // image.width if across else height
-    result = Image.new("RGB", (width, height))
-    inner = image.resize((inner_width, inner_height), LANCZOS)
-    result.paste(inner, (width // 2 - inner_width // 2, height // 2 - inner_height // 2))
-    return result
+    left, top = inner_width // 2 - width // 2, inner_height // 2 - height // 2
+    if inner_width * inner_height <= MAX_PIXELS:
+        result = Image.new("RGB", (width, height))
+        result.paste(image.resize((inner_width, inner_height), LANCZOS), (-left, -top))
+        return result
+    box = (  # what stays: all of a narrow picture, scaled, would fill the memory
+        *(left * image.width / inner_width, top * image.height / inner_height),
+        *((left + width) * image.width / inner_width, (top + height) * image.height / inner_height),
+    )
+    return image.resize((width, height), LANCZOS, box).convert("RGB")

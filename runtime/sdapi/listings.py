@@ -6,10 +6,12 @@ import asyncio
 import os
 from typing import Any
 
-from fastapi import APIRouter, Body, Request
+from fastapi import APIRouter, Request
+from pydantic import TypeAdapter
 
 from ...engines.host import HostDevice
-from ..server.body import context_of
+from ..server.body import context_of, read_json
+from ..server.watch import Workers
 from ..service import Service
 from .samplers import listed, schedulers
 from .settings import Board, title_of
@@ -32,7 +34,12 @@ EMPTY: dict[str, Any] = {
 """What the web UI has and this server has not: clients ask when they connect."""
 
 
-def add_listings(routes: APIRouter, service: Service, board: Board) -> None:
+OPTIONS = TypeAdapter(dict[str, Any])
+DESCRIBED = {"requestBody": {"required": True, "content": {"application/json": {"schema": OPTIONS.json_schema()}}}}
+"""What OpenAPI says of a body that is read by hand."""
+
+
+def add_listings(routes: APIRouter, service: Service, board: Board, workers: Workers) -> None:
     """Add the routes that list, and those of options."""
 
     @routes.get("/samplers")
@@ -65,9 +72,11 @@ def add_listings(routes: APIRouter, service: Service, board: Board) -> None:
         """Say which model and which format the requests of this key get."""
         return board.settings(context_of(request)["owner"]).said(service.models)
 
-    @routes.post("/options")
-    async def set_options(request: Request, given: dict[str, Any] = Body()) -> None:  # noqa: B008
+    @routes.post("/options", openapi_extra=DESCRIBED)
+    async def set_options(request: Request) -> None:
         """Choose the model of this key's requests, which is opened, the format of pictures, and whether to preview."""
+        came = await request.body()
+        given = await workers.run(lambda: read_json(OPTIONS.validate_json, came))
         owner = context_of(request)["owner"]
         settings = board.settings(owner).with_options(given, service.models)
         if given.get("sd_model_checkpoint") is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from PIL import Image, ImageFilter, ImageOps
 
@@ -12,6 +14,8 @@ from ..service.pictures import bytes_of_text, decoded, picture_of
 
 BLURS = ((256, 1), (64, 1), (16, 2), (4, 4), (2, 2), (0, 1))
 """Radii and repetitions with which the colors around a mask are spread into it: those of the web UI."""
+MOST_SPREAD = 1 << 22
+"""Pixels at which that is done, at most: a larger picture takes its colors from a smaller copy."""
 
 STRETCH, CUT, FILL = range(3)
 
@@ -51,8 +55,12 @@ def sized(picture: Image.Image, width: int, height: int, mode: int) -> Image.Ima
 def spread(picture: Image.Image, mask: Image.Image) -> Image.Image:
     """Return a picture whose masked part has the colors of what is around it, as the web UI's masked content "fill".
 
-    The mask is gray and of the picture's size.
+    The mask is black and white, and of the picture's size.
     """
+    factor = math.ceil(math.sqrt(picture.width * picture.height / MOST_SPREAD))
+    if factor > 1:
+        covered = mask.reduce(factor).point(lambda value: 255 * (value > 0))
+        return Image.composite(spread(picture.reduce(factor), covered).resize(picture.size), picture, mask)
     around = Image.new("RGBa", picture.size)
     around.paste(picture.convert("RGBA").convert("RGBa"), mask=ImageOps.invert(mask))
     whole = Image.new("RGBA", picture.size)

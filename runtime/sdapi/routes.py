@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from fastapi import APIRouter, Body, Request
+from fastapi import APIRouter, Request
+from pydantic import TypeAdapter
 from starlette.responses import Response
 
-from ..server.body import context_of
+from ..server.body import context_of, read_json
 from ..server.errors import ApiError, api_error
 from ..server.watch import ClientGoneError, Events, Workers, unless_gone
 from ..service import Ended, Pictured, Service
@@ -23,6 +24,7 @@ from .work import drawing_of
 PREFIX = "/sdapi/v1"
 DROPPED_WAIT = 0.25
 """Seconds in which the end of a connection may follow an interrupt that was sent for it."""
+ANYTHING = TypeAdapter(Any)
 
 
 def router(service: Service, workers: Workers) -> APIRouter:
@@ -30,8 +32,8 @@ def router(service: Service, workers: Workers) -> APIRouter:
     board = Board()
     routes = APIRouter(prefix=PREFIX, tags=["AUTOMATIC1111"], route_class=Route)
     _add_drawing(routes, service, workers, board)
-    _add_watching(routes, board)
-    add_listings(routes, service, board)
+    _add_watching(routes, board, workers)
+    add_listings(routes, service, board, workers)
 
     @routes.api_route("/{rest:path}", methods=["GET", "POST", "PUT", "PATCH", "DELETE"], include_in_schema=False)
     async def nothing(rest: str) -> None:
@@ -45,7 +47,8 @@ def router(service: Service, workers: Workers) -> APIRouter:
 def _add_drawing(routes: APIRouter, service: Service, workers: Workers, board: Board) -> None:
     async def draw(request: Request, schema: type[TextToImage]) -> Response:
         service.check_ready()
-        body = schema.model_validate_json(await request.body())
+        came = await request.body()
+        body = await workers.run(lambda: read_json(schema.model_validate_json, came))
         context, whose = context_of(request), whose_is(request)
         owner = context["owner"]
         drawing = await workers.run(lambda: drawing_of(body, service, board.settings(owner), **context))
@@ -101,7 +104,7 @@ def whose_is(request: Request) -> str:
     return owner or (request.client.host if request.client else "")
 
 
-def _add_watching(routes: APIRouter, board: Board) -> None:
+def _add_watching(routes: APIRouter, board: Board, workers: Workers) -> None:
     def one_of(whose: str, task: str | None) -> Asked | None:
         """Return somebody's request by its task or job, or the oldest that is not over."""
         asked = [each for each in board.asked(whose) if not each.job.is_over]
@@ -118,16 +121,14 @@ def _add_watching(routes: APIRouter, board: Board) -> None:
 
     @routes.post("/interrupt")
     @routes.post("/skip")
-    async def interrupt(
-        request: Request,
-        id_task: str | None = None,
-        body: Any = Body(default=None),  # noqa: B008
-    ) -> dict[str, Any]:
+    async def interrupt(request: Request, id_task: str | None = None) -> dict[str, Any]:
         """End the oldest unfinished request of this key and API, or the one that force_task_id named.
 
         Its answer holds the pictures that are done. Programs send this when a user of theirs has gone, and close that
         user's connection as well: then it is that request which ends, and no other one.
         """
+        came = await request.body()
+        body = await workers.run(lambda: read_json(ANYTHING.validate_json, came)) if came else None
         task = id_task or (body.get("id_task") if isinstance(body, dict) else None)
         whose = whose_is(request)
         if not task:

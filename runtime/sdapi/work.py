@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import secrets
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from PIL import ImageFilter
@@ -79,16 +80,23 @@ def drawing_of(
         elif body.eta not in (0, 1):  # fresh noise is whole here, which clients call 1, and older ones 0
             notes.append("eta")
     latent = model.manifest.latent
-    arguments |= _pictures(body, latent) if isinstance(body, ImageToImage) else _size(body, latent)
     work = Work(
         arguments,
         model=model.name,
-        task="edit" if "image" in arguments else "generation",
+        task="edit" if isinstance(body, ImageToImage) else "generation",
         output=settings.output,
         previews=service.limits.previews if settings.previews else 0,
         owner=owner,
         request_id=request_id,
     )
+
+    def with_more(more: Mapping[str, Any]) -> Work:
+        return replace(work, arguments={**arguments, **more})
+
+    if isinstance(body, ImageToImage):
+        work = with_more(_pictures(body, latent, lambda size: service.check(with_more(size))))
+    else:
+        work = with_more(_size(body, latent))
     return Drawing(body, work, model, seed, sampler or model.manifest.scheduler.get("_class_name", ""), settings, notes)
 
 
@@ -124,14 +132,19 @@ def _size(body: TextToImage, latent: LatentInfo) -> dict[str, int]:
     return {"width": body.width or latent.default_width, "height": body.height or latent.default_height}
 
 
-def _pictures(body: ImageToImage, latent: LatentInfo) -> dict[str, Any]:
-    """Return what is drawn from, and at which size where the request or a mask says so; raises `RefusedError`."""
+def _pictures(body: ImageToImage, latent: LatentInfo, check: Callable[[dict[str, int]], object]) -> dict[str, Any]:
+    """Return what is drawn from, and at which size where the request or a mask says so; raises `RefusedError`.
+
+    `check` raises it for a size that is not served: before a picture gets that size, which takes memory and time.
+    """
     if len(body.init_images) != 1:
         count = len(body.init_images)
         raise RefusedError(f"init_images is {count} pictures: give one, as base64 or a data: URL", "init_images")
     if not body.denoising_strength > 0:
         raise RefusedError("denoising_strength is 0, which draws nothing: give more, to 1", "denoising_strength")
-    picture, size = initial_picture(body.init_images[0]), _size(body, latent)
+    if size := _size(body, latent):
+        check(size)
+    picture = initial_picture(body.init_images[0])
     arguments: dict[str, Any] = {"strength": body.denoising_strength, **size}
     if not body.mask:
         if size:
@@ -150,10 +163,11 @@ def _pictures(body: ImageToImage, latent: LatentInfo) -> dict[str, Any]:
     if not body.inpaint_full_res:  # the whole picture is drawn, and pasted where the mask is
         multiple = latent.size_multiple
         width, height = (max(multiple, side // multiple * multiple) for side in picture.size)
-        width, height = size.get("width", width), size.get("height", height)
-        picture, mask = (sized(each, width, height, body.resize_mode) for each in (picture, mask))
-        arguments |= {"width": width, "height": height}
-        padding = max(width, height)
+        size = {"width": width, "height": height, **size}
+        check(size)
+        picture, mask = (sized(each, size["width"], size["height"], body.resize_mode) for each in (picture, mask))
+        arguments |= size
+        padding = max(size.values())
     if body.inpainting_fill == 0:
         picture = spread(picture, mask.point(lambda value: 255 * (value > 127)))
     blur = tuple(body.mask_blur if given is None else given for given in (body.mask_blur_x, body.mask_blur_y))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -20,8 +22,11 @@ from .watch import Workers
 FILES = {"image": "image", "image[]": "image", "mask": "mask"}
 """Fields of a form that are files, and what they are called."""
 MAX_FIELDS, MAX_FILES = 100, 8
+MAX_VALUES = 100_000
+"""Of a body of JSON, those in lists and objects included; a picture is one."""
 
 Body = TypeVar("Body", bound=Generation)
+Read = TypeVar("Read")
 
 
 def context_of(request: Request) -> dict[str, str]:
@@ -30,24 +35,45 @@ def context_of(request: Request) -> dict[str, str]:
     return {"owner": state.get("owner", ""), "request_id": state.get("request_id", "")}
 
 
-async def read_body(request: Request, schema: type[Body], workers: Workers) -> tuple[Body, Work, list[str]]:
-    """Return a request's fields, its work, and the fields that are ignored.
+async def read_body(
+    request: Request, schema: type[Body], workers: Workers
+) -> tuple[Body, Work, list[str], list[bytes]]:
+    """Return a request's fields, its work, the fields that are ignored, and the bytes that it came as.
 
     Raises `ApiError` for another content type, `ValidationError` and `RefusedError` for fields that are wrong.
     """
+    fields: dict[str, str] | None = None
     files: dict[str, bytes] = {}
     kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
-    body: Body
     if kind in ("multipart/form-data", "application/x-www-form-urlencoded") and issubclass(schema, Edit):
-        body, files = await _form(request, schema, kind)
+        fields, files = await _form(request, kind)
+        came = [json.dumps(fields).encode(), json.dumps(list(files)).encode(), *files.values()]
     elif kind == "application/json" or kind.endswith("+json"):
-        body = schema.model_validate_json(await request.body())
+        came = [await request.body()]
     else:
         raise ApiError(415, f"content-type is {kind[:60]!r}: send application/json", "unsupported_media_type")
-    if schema is Edit and not (files.get("image") or getattr(body, "image", None)):
-        raise RefusedError("image is missing: give the picture to start from", "image")
-    work = await workers.run(lambda: work_of(body, files=files, **context_of(request)))
-    return body, work, ignored(body)
+
+    def read() -> tuple[Body, Work]:
+        if fields is None:
+            body = read_json(schema.model_validate_json, came[0])
+        else:
+            body = schema.model_validate_strings(fields)
+        if schema is Edit and not (files.get("image") or getattr(body, "image", None)):
+            raise RefusedError("image is missing: give the picture to start from", "image")
+        return body, work_of(body, files=files, **context_of(request))
+
+    body, work = await workers.run(read)
+    return body, work, ignored(body), came
+
+
+def read_json(validate: Callable[[bytes], Read], data: bytes) -> Read:
+    """Return what pydantic reads in a body, not on an event loop; raises `ApiError` and `ValidationError`.
+
+    A body of many small values is not read at all: Python's lock is held for as long as that takes.
+    """
+    if sum(map(data.count, (b",", b"[", b"{"))) > MAX_VALUES:
+        raise ApiError(400, f"the body has more than {MAX_VALUES} values: send fewer", "invalid_request")
+    return validate(data)
 
 
 class _InMemory(MultiPartParser):
@@ -71,7 +97,7 @@ async def _read_form(request: Request, kind: str) -> FormData:
         raise ApiError(400, said, "invalid_request") from error
 
 
-async def _form(request: Request, schema: type[Body], kind: str) -> tuple[Body, dict[str, bytes]]:
+async def _form(request: Request, kind: str) -> tuple[dict[str, str], dict[str, bytes]]:
     fields: dict[str, str] = {}
     files: dict[str, bytes] = {}
     form = await _read_form(request, kind)
@@ -93,7 +119,7 @@ async def _form(request: Request, schema: type[Body], kind: str) -> tuple[Body, 
                 fields[field] = value
     finally:
         await form.close()
-    return schema.model_validate_strings(fields), files
+    return fields, files
 
 
 def described(schema: type[Generation], *, form: bool = False) -> dict[str, Any]:

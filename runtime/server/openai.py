@@ -26,7 +26,7 @@ def router(service: Service, workers: Workers, heartbeat: float) -> APIRouter:
 
     async def answer(request: Request, schema: type[Generation]) -> Response:
         service.check_ready()
-        body, work, ignored = await read_body(request, schema, workers)
+        body, work, ignored, _ = await read_body(request, schema, workers)
         job = await workers.run(lambda: service.submit(work, steps=bool(body.stream)))
         request.scope["state"] |= {"job": job.id, "model": job.model}
         if body.stream:

@@ -25,7 +25,7 @@ class Generation(BaseModel):
 
     prompt: Text
     model: Annotated[str | None, Field(description="A bundle's name; without it the first one.")] = None
-    n: Annotated[int, Field(ge=1, le=1024, description="How many pictures.")] = 1
+    n: Annotated[int | None, Field(ge=1, le=1024, description="How many pictures (1).")] = None
     size: Annotated[str | None, Field(description="WIDTHxHEIGHT in pixels, or auto.")] = None
     response_format: Literal["b64_json", "url"] | None = None
     output_format: Literal["png", "jpeg", "webp"] | None = None
@@ -138,7 +138,7 @@ def work_of(body: Generation, *, owner: str = "", request_id: str = "", files: d
             "response_format",
             "unsupported_response_format",
         )
-    arguments: dict[str, Any] = {"prompt": body.prompt, "num_images_per_prompt": body.n}
+    arguments: dict[str, Any] = {"prompt": body.prompt, "num_images_per_prompt": body.n or 1}
     for name in PASSED:
         if (value := getattr(body, name, None)) is not None:
             arguments[name] = value

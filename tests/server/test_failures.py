@@ -6,6 +6,7 @@ import json
 import logging
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -163,6 +164,41 @@ def test_a_client_that_goes_away_frees_its_slot(served: Served, stream: bool, ca
     assert_well(served)
 
 
+PATHS = ("/v1/images/generations", "/v1/images/edits", "/v1/jobs", "/sdapi/v1/txt2img", "/sdapi/v1/options")
+
+
+@pytest.mark.parametrize("path", [*PATHS, "/sdapi/v1/interrupt"])
+@pytest.mark.parametrize("kind", ["application/json", "multipart/form-data; boundary=x"])
+def test_a_client_that_goes_away_while_it_sends_is_no_failure(
+    served: Served, path: str, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    head = [f"POST {path} HTTP/1.1", "host: x", f"content-type: {kind}", "content-length: 1000", "", ""]
+    with caplog.at_level(logging.INFO, "latentrt.access"):
+        with socket.create_connection(("127.0.0.1", int(served.url.rpartition(":")[2]))) as client:
+            client.sendall("\r\n".join(head).encode() + b"--x\r\n")
+        (record,) = until(lambda: [each for each in caplog.records if each.name == "latentrt.access"])
+    refused = kind != "application/json" and path == "/v1/images/generations"  # before its body is read
+    assert vars(record)["status"] == (415 if refused else 499) and vars(record)["code"] != "internal_error"
+    assert not [each for each in caplog.records if each.levelno >= logging.WARNING]
+
+
+@pytest.mark.parametrize("path", [*PATHS, "/sdapi/v1/interrupt"])
+def test_a_body_that_is_too_large_or_late_is_told_so_everywhere(path: str) -> None:
+    with Served(http=HttpSettings(max_body=10_000, body_timeout=0.3), opened=False) as served, served.http() as http:
+        served.service.state = "ready"
+        kind = {"content-type": "application/json"}
+        chunked = http.post(path, content=iter([b" " * 4096] * 4), headers=kind)
+        assert chunked.status_code == 413 and "larger than 10000 bytes" in chunked.text
+
+        def slow() -> Iterator[bytes]:
+            yield b" "
+            time.sleep(0.6)
+            yield b" "
+
+        late = http.post(path, content=slow(), headers=kind)
+        assert late.status_code == 408 and "not come within 0.3 s" in late.text
+
+
 def test_loading_and_draining() -> None:
     with Served(opened=False) as served, served.http() as http:
         for path in ("/health", "/v2/health/ready"):
@@ -246,14 +282,16 @@ def test_prompts_are_neither_logged_nor_written_into_pictures(
         generate(http, prompt=secret, n=0)
         generate(http, prompt=secret * 100)
         generate(http, prompt=poison)
-    assert "castle" not in "".join(record.getMessage() for record in caplog.records if record.levelno < logging.WARNING)
+    assert "castle" not in "".join(record.getMessage() for record in caplog.records)
     image = picture(answer.json()["data"][0]["b64_json"])
     image.load()
     assert image.info == {}
 
 
-def test_prompts_are_written_when_asked_for() -> None:
+def test_prompts_are_written_when_asked_for(caplog: pytest.LogCaptureFixture) -> None:
     with Served(keep_prompts=True) as served, served.http() as http:
+        generate(http, prompt="a castle " * 50)
+        assert "a castle" in caplog.text and "is longer than" in caplog.text
         image = picture(generate(http, n=2).json()["data"][1]["b64_json"])
         image.load()
         said = json.loads(image.info["latentrt"])

@@ -106,6 +106,19 @@ def test_an_idempotency_key_gives_the_same_job(served: Served, http: httpx2.Clie
     assert long.status_code == 400 and error_of(long)["param"] == "Idempotency-Key"
 
 
+def test_an_idempotency_key_of_a_form(http: httpx2.Client) -> None:
+    """Of which every sending has another boundary."""
+
+    def sent(colour: str = "red", **fields: str) -> httpx2.Response:
+        files = {"image": ("a.png", png(Image.new("RGB", (64, 64), colour)), "image/png")}
+        given = {"prompt": "x", "num_inference_steps": "4", "strength": "0.5", **fields}
+        return http.post("/v1/jobs", data=given, files=files, headers={"idempotency-key": "of-a-form"})
+
+    first, again = sent(), sent()
+    assert first.status_code == again.status_code == 202 and first.json()["id"] == again.json()["id"]
+    assert error_of(sent("blue"))["code"] == error_of(sent(seed="1"))["code"] == "idempotency_key_reused"
+
+
 def test_an_idempotency_key_of_requests_that_come_at_once(served: Served) -> None:
     until(lambda: not served.service.unfinished)
     with held(), ThreadPoolExecutor(8) as pool, served.http() as http:
@@ -208,6 +221,7 @@ def test_results_expire() -> None:
 
 
 def test_results_take_so_much_memory_and_no_more() -> None:
+    """As the store counts them; `test_kept.py` looks at what is alive."""
     with Served(results_bytes=15_000) as served, served.http() as http:
         ids = [submit(http, n=1, seed=seed)["id"] for seed in range(4)]
         for id in ids:

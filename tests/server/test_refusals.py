@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,8 +13,9 @@ import httpx2
 import pytest
 from latentrt.engines.bundle import Bundle
 from latentrt.runtime.request import GenerationRequest
+from latentrt.runtime.sdapi.fields import TextToImage
 from latentrt.runtime.server import HttpSettings
-from latentrt.runtime.server.schema import PASSED
+from latentrt.runtime.server.schema import PASSED, Edit, Generation, JobBody
 from latentrt.runtime.service import Limits
 from PIL import Image
 
@@ -127,6 +129,46 @@ LEFT_OUT = {"height", "width", "num_images_per_prompt", "denoising_start", "deno
 """Fields of a request that have other names here, or start from latents."""
 
 
+NULLABLE = (
+    *("background", "input_fidelity", "mask", "model", "moderation", "n", "output_compression", "output_format"),
+    *("partial_images", "quality", "response_format", "size", "stream", "style"),
+)
+"""Of OpenAI's generations and edits, after their reference."""
+
+
+def test_what_openai_lets_be_null_may_be_null(http: httpx2.Client) -> None:
+    for path, more in (("/v1/images/generations", {}), ("/v1/images/edits", {"image": SQUARE}), ("/v1/jobs", {})):
+        schema = Generation if path == "/v1/images/generations" else Edit
+        nothing = dict.fromkeys(set(NULLABLE) & set(schema.model_fields))
+        answer = http.post(path, json={"prompt": "x", **FEW, **more, **nothing})
+        assert answer.status_code == (202 if path == "/v1/jobs" else 200), answer.text
+        assert answer.json()["ignored"] == [] and (path == "/v1/jobs" or len(answer.json()["data"]) == 1)
+
+
+def test_a_body_of_many_values_is_not_read(http: httpx2.Client) -> None:
+    for path in ("/v1/images/generations", "/v1/images/edits", "/v1/jobs", "/sdapi/v1/txt2img", "/sdapi/v1/options"):
+        body = b'{"prompt": "x", "svg": [' + b"[]," * 200_000 + b"[]]}"
+        answer = http.post(path, content=body, headers={"content-type": "application/json"})
+        assert answer.status_code == 400 and "more than 100000 values" in answer.text
+
+
+def test_bodies_are_read_beside_the_event_loop(http: httpx2.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = set[str]()
+    validate = ("model_validate_json", "model_validate_strings")
+    reads = [(schema, name, getattr(schema, name)) for schema in (Edit, JobBody, TextToImage) for name in validate]
+    for schema, name, read in reads:
+
+        def noted(*given: Any, read: Any = read) -> Any:
+            threads.add(threading.current_thread().name.rpartition("_")[0])
+            return read(*given)
+
+        monkeypatch.setattr(schema, name, noted)
+    for path in ("/v1/images/edits", "/v1/jobs", "/sdapi/v1/txt2img"):
+        assert http.post(path, json={"prompt": "x", "n": 0, "steps": 0}).status_code == 400
+    assert http.post("/v1/images/edits", data={"prompt": "x", "n": "0"}).status_code == 400
+    assert threads == {"latentrt requests"}
+
+
 def test_every_field_of_a_request_can_be_asked_for() -> None:
     of_sizes = {name for name in GenerationRequest.model_fields if name.endswith(("_size", "_top_left", "_score"))}
     assert set(GenerationRequest.model_fields) - LEFT_OUT - of_sizes == set(PASSED) & set(
@@ -147,6 +189,21 @@ def test_an_edit_of_a_large_picture_is_drawn_at_a_size_that_is_served(http: http
     large = base64.b64encode(png(Image.new("RGB", (640, 320), "red"))).decode()
     answer = http.post("/v1/images/edits", json={"prompt": "x", "image": large, "strength": 0.5, **FEW})
     assert answer.json()["size"] == "176x88"
+
+
+def test_an_edit_of_a_narrow_picture_is_drawn_with_no_more_pixels(http: httpx2.Client) -> None:
+    """Its short side is made as long as the network needs, and its long one is not cut."""
+
+    def edited(size: tuple[int, int], path: str = "/v1/images/edits") -> httpx2.Response:
+        image = base64.b64encode(png(Image.new("RGB", size, "red"))).decode()
+        return http.post(path, json={"prompt": "x", "image": image, "strength": 0.5, **FEW})
+
+    assert edited((8, 2048)).json()["size"] == "8x2048"
+    for path in ("/v1/images/edits", "/v1/jobs"):
+        for size in ((1, 100_000), (100_000, 1)):
+            error = error_of(answer := edited(size, path))
+            assert (answer.status_code, error["code"], error["param"]) == (400, "unsupported_size", "image")
+            assert "at most 16384 pixels are drawn" in error["message"]
 
 
 def test_a_picture_of_many_pixels_is_not_decoded(http: httpx2.Client) -> None:
