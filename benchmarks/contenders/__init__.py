@@ -145,7 +145,8 @@ def beside(found: Sequence[Candidate], bundle: Bundle, others: Sequence[Bundle])
         graphs = other.manifest.graphs
         quantized = next((graph.quantization.precision for graph in graphs if graph.quantization), None)
         kind = ("-parts" if other.manifest.bytes_of("request") else "") + (f"+{quantized}" if quantized else "")
-        if other.manifest.source != bundle.manifest.source:
+        weights, own = (each.manifest.source.get("files", {}) for each in (other, bundle))
+        if not (both := weights.keys() & own.keys()) or any(weights[name] != own[name] for name in both):
             raise RequestError(f"{other.path} comes from another checkpoint than the workload's bundle, {bundle.path}")
         if not kind:
             raise RequestError(f"{other.path} is neither quantized nor in parts: nothing of it would differ")

@@ -49,7 +49,7 @@ def test_decoders_that_a_bundle_lacks_and_tiles_that_are_the_picture_are_missing
         assert missing[""] is None and missing["taylor"] is None
 
 
-def other(path: str, *, parts: bool = False, quantized: EightBits | None = None, source: str | None = None) -> Bundle:
+def other(path: str, *, parts: bool = False, quantized: EightBits | None = None, weights: str | None = None) -> Bundle:
     """Return the embedded bundle as it would be with its denoiser in parts, in 8 bits, or of another checkpoint."""
     bundle = Bundle.open(ensure_bundle())
     told = (
@@ -65,7 +65,8 @@ def other(path: str, *, parts: bool = False, quantized: EightBits | None = None,
         else graph
         for graph in bundle.manifest.graphs
     )
-    update = {"graphs": graphs, "source": bundle.manifest.source | ({"name": source} if source else {})}
+    files = dict.fromkeys(bundle.manifest.source["files"], weights) if weights else bundle.manifest.source["files"]
+    update = {"graphs": graphs, "source": {"name": "copied-elsewhere", "files": files}}
     return Bundle(Path(path), bundle.manifest.model_copy(update=update))
 
 
@@ -98,7 +99,7 @@ def test_bundles_that_would_not_differ_are_refused() -> None:
     with pytest.raises(RequestError, match=r"a and b are alike \(int8\): give one of them"):
         contenders.beside(found, bundle, [other("a", quantized="int8"), other("b", quantized="int8")])
     with pytest.raises(RequestError, match="b comes from another checkpoint"):
-        contenders.beside(found, bundle, [other("b", parts=True, source="another")])
+        contenders.beside(found, bundle, [other("b", parts=True, weights="others")])
 
 
 def test_a_whole_name_is_that_contender_alone() -> None:
