@@ -149,26 +149,6 @@ def export_records() -> list[dict[str, Any]]:
     return list(found.values())
 
 
-def parts() -> str:
-    """Return how many bytes of a denoiser in parts each step reads, beside those of the whole one."""
-    known = {
-        (record["architecture"], record["precision"], record.get("hoist", False)): record for record in export_records()
-    }
-    rows = []
-    for (architecture, precision, hoist), record in known.items():
-        if not hoist or (architecture, precision, False) not in known:
-            continue
-        size = {graph["graph"]: graph["bytes"] for graph in record["graphs"]}
-        whole = {graph["graph"]: graph["bytes"] for graph in known[architecture, precision, False]["graphs"]}[
-            "denoiser"
-        ]
-        step = size["denoiser"] + size.get("modulation", 0)
-        sizes = [f"{each / 1e6:,.0f}" for each in (whole, step, size.get("prompt", 0), size.get("schedule", 0))]
-        sizes[1] += f" ({step / whole - 1:+.1%})"
-        rows.append([architecture, precision, *sizes])
-    return table(["denoiser", "in", "whole", "every step", "prompt", "schedule"], rows)
-
-
 def exports() -> str:
     """Return what exports of full-size architectures took, the newest record of each."""
     rows = []
@@ -199,7 +179,6 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "options.md": {"samplers": samplers, "backend-options": backend_options},
     "arguments.md": {"arguments": arguments},
     "bundle.md": {"manifest": manifest_fields},
-    "export.md": {"parts": parts},
     "families.md": {"families": compared, "plans": plans, "exports": exports},
     "troubleshooting.md": {"errors": error_tree},
     "extend/family.md": {"family": family},

@@ -37,10 +37,9 @@ def title_of(record: Record) -> str:
     return f"latentrt, {name.split('/')[1]}" if name in BESIDE else "latentrt"
 
 
-def is_plain(record: Record) -> bool:
-    """Tell whether a record is of the workload's own bundle, all of whose evaluations are made."""
-    name = str(record["contender"]["name"])
-    return "+" not in name and "-parts" not in name
+def is_lossy(record: Record) -> bool:
+    """Tell whether a record is of a mode that leaves out evaluations of the network, or of a quantized one."""
+    return "+" in str(record["contender"]["name"])
 
 
 def headlines(group: Sequence[Record]) -> list[str]:
@@ -73,9 +72,10 @@ def chosen(records: Iterable[Record], workload: str) -> list[Record]:
     for number, group in enumerate(by_machine(records)):
         for key, record in latest(group).items():
             work, device = record["workload"], record["conditions"]["device"]
-            if (work["name"], work["precision"], work["batch"], device) == (workload, "fp32", 1, "cpu"):
+            whole = "-parts" not in record["contender"]["name"]
+            if whole and (work["name"], work["precision"], work["batch"], device) == (workload, "fp32", 1, "cpu"):
                 groups.setdefault((number, *key[:3], key[4]), {})[record["contender"]["name"]] = record
-    found = [g for g in groups.values() if any(map(is_ours, g.values())) and all(map(is_plain, g.values()))]
+    found = [g for g in groups.values() if any(map(is_ours, g.values())) and not any(map(is_lossy, g.values()))]
     if not found:
         return []
     beside = [group for group in found if OTHERS[0] in group] or found

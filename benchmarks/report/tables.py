@@ -37,9 +37,12 @@ def _sections_of_machine(records: Sequence[Record]) -> list[Section]:
     for kind in ("latency", "scaling"):
         for key, record in latest(records, kind).items():
             grouped.setdefault((*key[:3], key[4], kind), []).append(record)
-    out = []
+    out: list[Section] = []
     for group in grouped.values():
         first = group[0]
+        title = work_title(first)
+        if title in {section.title for section in out}:
+            title += f", guidance {first['workload']['guidance']:g}"
         if first["kind"] == "scaling":
             out.append(Section(f"{work_title(first)}: growth", conditions(first), [scaling_table(group)], [], group))
             continue
@@ -48,7 +51,7 @@ def _sections_of_machine(records: Sequence[Record]) -> list[Section]:
         missing = [f"{r['contender']['title']}: {r['reason']}" for r in absent if r["contender"]["name"] not in names]
         makers = (latency_table, quality_table, start_table, roofline_table, scenario_table)
         tables = [table for make in makers if (table := make(group)).rows]
-        out.append(Section(work_title(first), conditions(first) + _other_runs(group), tables, missing, group))
+        out.append(Section(title, conditions(first) + _other_runs(group), tables, missing, group))
     return out
 
 

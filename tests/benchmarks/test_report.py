@@ -187,6 +187,12 @@ def test_each_machine_has_tables_of_its_own(some_records: list[dict[str, Any]]) 
     assert [[r["run"] for r in section.records] for section in sections(found)] == [["run0"], ["run2"]]
 
 
+def test_sections_that_differ_in_guidance_alone_say_so() -> None:
+    work = latency_record()["workload"]
+    found = sections([latency_record(1), latency_record(2, workload=work | {"guidance": 3.0})])
+    assert [section.title for section in found] == [found[0].title, f"{found[0].title}, guidance 3"]
+
+
 def test_the_summary_takes_the_newest_machine_and_leaves_other_work_out() -> None:
     work = latency_record()["workload"]
     old, new = latency_record(1), latency_record(2, date="2026-02-03T00:00:00+00:00")
