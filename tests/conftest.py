@@ -8,7 +8,7 @@ import os
 import re
 import threading
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,19 +43,24 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def turns_held() -> Iterator[threading.Event]:
+def turns_held() -> AbstractContextManager[threading.Event]:
     """Hold the turns of all batchers until the event is set, or the block ends."""
     from latentrt.runtime.batcher.pool import Pool
 
-    turn, free = Pool.turn, threading.Event()
+    return calls_held(Pool, "turn")
 
-    def waiting(pool: Pool) -> None:
+
+@contextmanager
+def calls_held(owner: type, name: str) -> Iterator[threading.Event]:
+    """Hold the calls of a method until the event is set, or the block ends."""
+    method, free = getattr(owner, name), threading.Event()
+
+    def waiting(*given: Any, **named: Any) -> Any:
         assert free.wait(120)
-        turn(pool)
+        return method(*given, **named)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Pool, "turn", waiting)
+        patch.setattr(owner, name, waiting)
         try:
             yield free
         finally:

@@ -56,7 +56,6 @@ def open_single_file(source: SingleFile, family: str, parts: Mapping[str, Part])
     scheduler = _scheduler(file, weights, version, source.prediction_type)
     is_large = version == 2 and scheduler["prediction_type"] == "v_prediction"
     unet = read(weights, lambda weights: _unet_config(weights, version)) | {"sample_size": 96 if is_large else 64}
-    layers = unet["layers_per_block"]
     text: Find = (
         (lambda name: weights.get(CLIP + name.removeprefix("text_model.")))
         if version == 1
@@ -70,14 +69,7 @@ def open_single_file(source: SingleFile, family: str, parts: Mapping[str, Part])
             weights,
             text,
         ),
-        "unet": Component.of(
-            parts["unet"],
-            f"U-Net of {file}",
-            unet,
-            weights,
-            lambda name: unet_tensor(weights, name, layers),
-            unet_names(weights),
-        ),
+        "unet": own_unet(file, weights, parts["unet"], unet),
         "vae": replaced["vae"].component if "vae" in replaced else own_vae(file, weights, parts["vae"]),
     }
     return Checkpoint(
@@ -109,6 +101,15 @@ def _scheduler(file: Path, weights: Weights, version: int, prediction_type: str 
     class_name = "PNDMScheduler" if version == 1 and not zero_snr else "DDIMScheduler"
     mine = SCHEDULES | {"_class_name": class_name, "prediction_type": prediction}
     return mine | ZERO_TERMINAL_SNR if zero_snr else mine
+
+
+def own_unet(file: Path, weights: Weights, part: Part, config: dict[str, Any]) -> Component:
+    """Open the U-Net of a file, of which every tensor is to be read."""
+    layers = config["layers_per_block"]
+    names = unet_names(weights)
+    return Component.of(
+        part, f"U-Net of {file}", config, weights, lambda name: unet_tensor(weights, name, layers), names
+    )
 
 
 def _version(file: Path, weights: Weights) -> int | None:

@@ -15,9 +15,9 @@ from ..checkpoints.streamed import Find
 from ..checkpoints.weights import Weights
 from ..networks.unet import inpaints
 from .markers import chosen
-from .names import UNET, open_clip_tensor, unet_names, unet_tensor
+from .names import UNET, open_clip_tensor
 from .shapes import clip_config, open_clip_config, read, unet_config
-from .stable_diffusion import SCHEDULES, TOKENIZER, ZERO_TERMINAL_SNR
+from .stable_diffusion import SCHEDULES, TOKENIZER, ZERO_TERMINAL_SNR, own_unet
 from .vae import own_vae
 
 FIRST = "conditioner.embedders.0.transformer.text_model."
@@ -76,7 +76,6 @@ def open_single_file(source: SingleFile, family: str, parts: Mapping[str, Part])
         )
     unet = read(weights, unet_config)
     unet |= read(weights, lambda weights: _added(weights, f"{prefix}text_projection", SIZE_IDS[first]))
-    layers = unet["layers_per_block"]
     second, scale = TokenizerSource(source.tokenizer(TOKENIZER), 0), _scale(weights)
     return Checkpoint(
         file.name,
@@ -87,14 +86,7 @@ def open_single_file(source: SingleFile, family: str, parts: Mapping[str, Part])
             for name, (place, config, find) in sorted(texts.items())
         }
         | {
-            "unet": Component.of(
-                parts["unet"],
-                f"U-Net of {file}",
-                unet,
-                weights,
-                lambda name: unet_tensor(weights, name, layers),
-                unet_names(weights),
-            ),
+            "unet": own_unet(file, weights, parts["unet"], unet),
             "vae": replaced["vae"].component if "vae" in replaced else own_vae(file, weights, parts["vae"], scale),
         },
         tokenizers=({"tokenizer": TokenizerSource(second.folder)} if first else {}) | {"tokenizer_2": second},

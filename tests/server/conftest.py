@@ -7,7 +7,7 @@ import io
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import httpx2
@@ -23,7 +23,7 @@ from latentrt.runtime.service import Limits, Models, ModelSettings, Service
 from latentrt.runtime.service.models import Model
 from PIL import Image
 
-from ..conftest import turns_held
+from ..conftest import calls_held, turns_held
 
 pytest.importorskip("onnxruntime")
 
@@ -93,21 +93,9 @@ class Served:
         return httpx2.Client(base_url=self.url, timeout=60, verify=False, **options)  # certificates take long to load
 
 
-@contextmanager
-def opening_held() -> Iterator[threading.Event]:
+def opening_held() -> AbstractContextManager[threading.Event]:
     """Hold the opening of bundles until the event is set, or the block ends."""
-    free, opened = threading.Event(), Model.open
-
-    def waiting(model: Model, *given: Any, **named: Any) -> None:
-        assert free.wait(120)
-        opened(model, *given, **named)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Model, "open", waiting)
-        try:
-            yield free
-        finally:
-            free.set()
+    return calls_held(Model, "open")
 
 
 def until(condition: Callable[[], Any], seconds: float = 60.0) -> Any:
