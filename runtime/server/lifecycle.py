@@ -21,7 +21,7 @@ import uvicorn
 from ...engines.errors import EngineError, LatentRTError, RequestError
 from ..service import Service
 from ..service.errors import UnavailableError
-from ..service.work import check_seconds
+from ..service.work import check_timer
 from .guard import protocol_of, watch_connections
 from .metrics import Metrics
 from .settings import HttpSettings
@@ -53,8 +53,8 @@ class LifeSettings:
 
     def __post_init__(self) -> None:
         """Raise `RequestError` for times that no timer takes, and for ends at once."""
-        check_seconds("drain_timeout", self.drain_timeout, zero=True)
-        check_seconds("step_timeout", self.step_timeout)
+        check_timer("drain_timeout", self.drain_timeout, zero=True)
+        check_timer("step_timeout", self.step_timeout)
         if self.max_failures < 1:
             raise RequestError(f"max_failures is {self.max_failures}: give 1 or more")
 

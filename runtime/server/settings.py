@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ...engines.errors import RequestError
-from ..service.work import check_seconds
+from ..service.work import check_timer
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class HttpSettings:
     def __post_init__(self) -> None:
         """Raise `RequestError` for limits that allow nothing."""
         for name in ("body_timeout", "send_timeout", "heartbeat"):
-            check_seconds(name, getattr(self, name))
+            check_timer(name, getattr(self, name))
         for name in ("max_body", "max_connections"):
             if not (value := getattr(self, name)) > 0:
                 raise RequestError(f"{name} is {value!r}: give more than 0")

@@ -19,7 +19,7 @@ from .job import Job, facts_of
 from .models import Model, Models
 from .pictures import Picture, encoded
 from .store import Store
-from .work import Limits, Output, Size, Work, check_seconds, size_of
+from .work import Limits, Output, Size, Work, check_timer, size_of
 
 PREVIEW = Output("jpeg", 80)
 """A PNG of a preview would cost ten times the time."""
@@ -47,7 +47,7 @@ class Service:
         With `keep_prompts` every PNG holds its request, prompt included. Finished jobs that were to be kept are for
         `results_seconds`, in at most `results_bytes` of memory. Raises `RequestError` for those that keep nothing.
         """
-        check_seconds("results_seconds (--results-ttl)", results_seconds)
+        check_timer("results_seconds (--results-ttl)", results_seconds)
         if not results_bytes > 0:
             raise RequestError(f"results_bytes (--results-memory) is {results_bytes}: give more than 0")
         self.models, self.limits, self.keep_prompts = models, limits or Limits(), keep_prompts

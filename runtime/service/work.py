@@ -82,7 +82,7 @@ class Limits:
             value = getattr(self, each.name)
             if value is not None and not (0 < value < math.inf or (each.name == "previews" and value == 0)):
                 raise RequestError(f"the limit {each.name} is {value!r}: give a number above 0")
-        check_seconds("the limit timeout", self.timeout)
+        check_timer("the limit timeout", self.timeout)
 
     def check(self, work: Work, manifest: Manifest, size: Size) -> None:
         """Raise `RefusedError` for a request over a limit; `size` is that of its pictures."""
@@ -110,7 +110,7 @@ class Limits:
             )
 
 
-def check_seconds(name: str, value: float, *, zero: bool = False) -> None:
+def check_timer(name: str, value: float, *, zero: bool = False) -> None:
     """Raise `RequestError` for a setting that is no time a server can wait; `zero`: 0 is one as well."""
     if not (0 < value <= MOST_SECONDS or (zero and value == 0)):
         least = "0 or more" if zero else "more than 0"
