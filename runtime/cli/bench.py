@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 from ...engines.errors import RequestError
 from ..sizes import parse_size
 from .errors import bench_extra
+from .options import opened_bundle
 from .serving import bench_serve
 
 
@@ -114,7 +115,7 @@ def run(
         device=chosen,
         contenders=contenders.split(",") if contenders else None,
         lossy=lossy,
-        beside=beside or (),
+        beside=[opened_bundle(each).path for each in beside or ()],
         warmup=warmup,
         rounds=rounds,
         memory_limit=int(memory * 2**30),

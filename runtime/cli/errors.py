@@ -34,6 +34,13 @@ OPTION_NAMES = {
     "mask_image": "--mask",
     "padding_mask_crop": "--mask-padding",
     "memory_budget": "--memory-budget",
+    "drain_timeout": "--drain-timeout",
+    "step_timeout": "--step-timeout",
+    "body_timeout": "--body-timeout",
+    "send_timeout": "--send-timeout",
+    "max_body": "--max-body",
+    "max_connections": "--max-connections",
+    "max_failures": "--max-failures",
 }
 """What the Python API calls an argument, and the option that gives it: anywhere in a message."""
 

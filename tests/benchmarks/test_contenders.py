@@ -11,6 +11,7 @@ from latentrt.engines.bundle import Bundle
 from latentrt.engines.bundle.manifest import EightBits, Quantization
 from latentrt.engines.errors import RequestError
 from latentrt.export.embedded import ensure_bundle
+from latentrt.runtime.cli import run
 
 IN_BF16 = {"latentrt/openvino-bf16/step", "diffusers/eager-bf16", "diffusers/compile-bf16", "openvino/bf16"}
 
@@ -151,3 +152,8 @@ def test_the_embedded_model_fits_everywhere() -> None:
 )
 def test_the_precision_follows_device_and_family(given: str, device: str, family: str, expected: str) -> None:
     assert workloads.precision(given, device, family) == expected
+
+
+def test_a_further_bundle_that_is_not_there_is_a_wrong_word(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["bench", "embedded", "--beside", "nowhere"]) == 2
+    assert "bundle nowhere does not exist" in capsys.readouterr().err
