@@ -42,6 +42,10 @@ class Backend(Protocol):
         """Whether one engine serves every shape; otherwise `open` needs the shapes that the engine is for."""
 
     @property
+    def compiles_shapes(self) -> bool:
+        """Whether something is compiled for every set of shapes that an engine is bound to."""
+
+    @property
     def can_capture(self) -> bool:
         """Whether its engines' work can be captured into graphs."""
 

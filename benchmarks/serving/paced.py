@@ -131,6 +131,7 @@ class PacedBackend:
 
     name = "paced"
     dynamic = True
+    compiles_shapes = False
     can_capture = True
 
     def __init__(self, curve: Curve, clock: Clock | None = None) -> None:

@@ -45,6 +45,7 @@ class OnnxRuntimeCpu:
 
     name = "onnxruntime-cpu"
     dynamic = True
+    compiles_shapes = False
     can_capture = True
 
     def __init__(

@@ -56,6 +56,7 @@ class OnnxRuntimeCuda:
 
     name = "onnxruntime-cuda"
     dynamic = True
+    compiles_shapes = False
     can_capture = False
 
     def __init__(

@@ -104,7 +104,7 @@ class OpenVino:
             )
         self.device = HostDevice()
         self.lock = threading.RLock()
-        self._precision, self._on, self.fixed = precision, device, shapes == "fixed"
+        self._precision, self._on, self.compiles_shapes = precision, device, shapes == "fixed"
         self._cache = cache or EngineCache()
 
     def prepare(self, bundle: Bundle, shapes: Mapping[str, Shapes | Sequence[Shapes]], *, build: bool = True) -> None:
@@ -117,15 +117,15 @@ class OpenVino:
         """
         weights = self._weights(bundle, graph)
         nbytes = weights.stat().st_size
-        most = max(FEWEST, min(MOST, FIXED_BYTES // max(1, nbytes))) if self.fixed else 0
+        most = max(FEWEST, min(MOST, FIXED_BYTES // max(1, nbytes))) if self.compiles_shapes else 0
         models = CompiledModels(most, lambda wanted: self._checked(bundle, graph, wanted))
-        if shapes or not self.fixed:
+        if shapes or not self.compiles_shapes:
             models.take(shapes or {})
         return OpenVinoEngine(graph, models, nbytes)
 
     def find(self, bundle: Bundle, graph: GraphInfo, shapes: Shapes) -> Path | None:
         """Return the folder of the compiled model for input shapes in the cache, or None where it has none."""
-        return self._cache.find(graph.name, self.key(bundle, graph, shapes if self.fixed else None))
+        return self._cache.find(graph.name, self.key(bundle, graph, shapes if self.compiles_shapes else None))
 
     def _weights(self, bundle: Bundle, graph: GraphInfo) -> Path:
         """Return the file of a graph's weights as OpenVINO writes them, in the cache."""

@@ -70,6 +70,7 @@ class TensorRt:
     """
 
     dynamic = False
+    compiles_shapes = True
 
     def __init__(
         self,

@@ -80,7 +80,8 @@ class _Tape:
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
         self.name, self.device, self.lock = backend.name, backend.device, backend.lock
-        self.dynamic, self.can_capture = backend.dynamic, backend.can_capture
+        self.dynamic, self.compiles_shapes = backend.dynamic, backend.compiles_shapes
+        self.can_capture = backend.can_capture
         self.prepare = backend.prepare
         self.calls: list[Call] = []
 

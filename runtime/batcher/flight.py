@@ -87,6 +87,7 @@ class Flight:
                 fit,
                 shared.slots,
                 shared.buckets,
+                compiles_shapes=session.backend.compiles_shapes,
                 mode=shared.mode,
                 stream=session.stream,
             )
@@ -124,8 +125,7 @@ class Flight:
             job.began, job.finished.timings.queue = now, now - job.arrived
         shared.tally.count("admitted", now - job.arrived)
         if job.listener is not None:
-            event = Admitted(image.index)
-            shared.deliverer.post(job.box, (Admitted, image.index), partial(hear, job, event))
+            shared.deliverer.post(job.box, (Admitted, image.index), partial(hear, job, Admitted(image.index)))
         return True
 
     def resume(self, image: Image) -> int:

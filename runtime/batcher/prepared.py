@@ -121,6 +121,43 @@ def table_names(bundle: Bundle) -> list[str]:
     return tables
 
 
+def blank(
+    bundle: Bundle, fit: Fit, slots: int, rows: int
+) -> tuple[dict[str, Array], dict[str, Array], dict[str, Array]]:
+    """Return what idle slots start with: state, the step's other inputs, and conditioning."""
+    denoiser, step, before = bundle.graph("denoiser"), bundle.graph("step"), hoisted.of_steps(bundle.manifest)
+    network = {spec.name: spec.dtype for graph in (*before, denoiser) for spec in graph.inputs}
+    total, cells = slots * fit.table_rows, fit.latents[1:]
+    sizes = {"T": total, "P": 1 + fit.history, "K": 3 + fit.branches + fit.history, "L": 1 + fit.branches}
+    specs = {spec.name: spec for spec in step.inputs}
+    shapes = {
+        name: tuple(sizes[size] if isinstance(size, str) else size for size in specs[name].shape)
+        for name in table_names(bundle)
+    }
+    tables: dict[str, Array] = {name: np.zeros(shape, specs[name].dtype) for name, shape in shapes.items()}
+    tables["weights"][:, 0, 0] = 1  # latents stay what they are
+    tables["next_rows"][:] = np.arange(total)
+    state: dict[str, Array] = {
+        "latents": np.zeros((slots, *fit.latents), np.float32),
+        "history": np.zeros((slots, fit.history, *fit.latents), np.float32),
+        "model_input": np.zeros((rows, *fit.latents), network["model_input"]),
+        "timestep": np.zeros(rows, np.float32),
+        "row": np.arange(slots, dtype=np.int64) * fit.table_rows,
+    }
+    rest = tables | {
+        "rows_of_image": np.zeros((slots, fit.branches), np.int64),
+        "image_of_row": np.zeros(rows, np.int64),
+        "noise": np.zeros((slots, 1, *fit.latents), np.float32),
+        "original": np.zeros((slots, 2, *fit.latents), np.float32),
+        "mask": np.ones((slots, 1, *cells), bool),
+    }
+    conditioning: dict[str, Array] = {
+        name: np.zeros((rows, *shape), network[name])
+        for name, shape in (*fit.conditioning, *hoisted.modulation_of(denoiser))
+    }
+    return state, rest, conditioning
+
+
 def fit_of(bundle: Bundle, inputs: Mapping[str, Array], latents: tuple[int, int, int], table: StepTable) -> Fit:
     """Return what an image of these inputs [G, ...] and this table needs."""
     read = hoisted.row_conditioning(bundle.manifest)

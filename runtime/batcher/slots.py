@@ -2,7 +2,8 @@
 
 A slot is an image's place in the step graph, a row one of the network's: the index inputs of the step graph connect
 them. The rows in use are always the first ones, so a bucket is a prefix of the buffers, and the row of an image that
-left is filled by moving the last one. An idle slot holds what it has and reads row 0, which every bucket has.
+left is filled by moving the last one. An idle slot holds what it has and reads row 0, which every bucket has. Where
+shapes cost nothing a step leaves out idle slots behind the last one in use.
 
 Nothing of an image depends on who else is there: its numbers are the same bit for bit in every slot, every row and any
 company, as long as the bucket is the same.
@@ -22,8 +23,9 @@ from ...engines.device import Array, Device, Stream, Tensor
 from ...engines.engine import BoundEngine
 from ..loop import hoisted
 from ..loop.denoise import CapturedWork, Mode, OpenEngine, allocate, allocate_like, shapes_of
+from ..loop.widths import slots_of_steps
 from ..loop.workspace import allocate_outputs
-from .prepared import Fit, Parked, Prepared, table_names
+from .prepared import Fit, Parked, Prepared, blank
 
 OF_ROWS = ("model_input", "timestep", "image_of_row", "prediction")
 """The step graph's tensors that a bucket has a prefix of."""
@@ -41,23 +43,26 @@ class Slots:
         slots: int,
         buckets: Sequence[int],
         *,
+        compiles_shapes: bool = True,
         mode: Mode,
         stream: Stream,
     ) -> None:
         """Allocate the buffers; engines are opened and bound when a bucket is first run."""
         self.fit, self.slots, self.buckets = fit, slots, tuple(buckets)
+        self._prefixes = slots_of_steps(slots, compiles_shapes=compiles_shapes)
         self._denoiser, self._step = bundle.graph("denoiser"), bundle.graph("step")
         self._device, self._open, self._mode, self._stream = device, open_engine, mode, stream
-        self._tables, self._before = table_names(bundle), hoisted.of_steps(bundle.manifest)
+        self._before = hoisted.of_steps(bundle.manifest)
         self._of_rows = (*(name for name, _ in fit.conditioning), "model_input", "timestep")
         self._rows: list[tuple[int, int]] = []  # slot and branch of every row in use
         self._taken: set[int] = set()  # slots in use
-        self._rows_of_image = np.zeros((slots, fit.branches), np.int64)
         self._parity = 0
-        self._bound: dict[tuple[int, int], tuple[BoundEngine, ...]] = {}
-        self._captured = CapturedWork(2 * len(self.buckets))
+        self._networks: dict[tuple[int, int], tuple[BoundEngine, ...]] = {}
+        self._updates: dict[tuple[int, int, int], BoundEngine] = {}
+        self._captured = CapturedWork(2 * len(self.buckets) * len(self._prefixes))
         self._views: dict[tuple[str, int, int, int], Tensor] = {}
-        state, rest, conditioning = self._blank()
+        state, rest, conditioning = blank(bundle, fit, slots, self.buckets[-1])
+        self._rows_of_image = rest["rows_of_image"]
         with ExitStack() as memory:
             self._sets = [allocate_like(device, state, memory), allocate_like(device, state, memory)]
             self._constants = allocate_like(device, rest, memory)
@@ -79,40 +84,6 @@ class Slots:
         except BaseException:
             self.close()
             raise
-
-    def _blank(self) -> tuple[dict[str, Array], dict[str, Array], dict[str, Array]]:
-        """Return the first contents of state, of the step's other inputs and of the conditioning: every slot idle."""
-        fit, slots, rows = self.fit, self.slots, self.buckets[-1]
-        network = {spec.name: spec.dtype for graph in (*self._before, self._denoiser) for spec in graph.inputs}
-        total, cells = slots * fit.table_rows, fit.latents[1:]
-        sizes = {"T": total, "P": 1 + fit.history, "K": 3 + fit.branches + fit.history, "L": 1 + fit.branches}
-        specs = {spec.name: spec for spec in self._step.inputs}
-        shapes = {
-            name: tuple(sizes[size] if isinstance(size, str) else size for size in specs[name].shape)
-            for name in self._tables
-        }
-        tables: dict[str, Array] = {name: np.zeros(shape, specs[name].dtype) for name, shape in shapes.items()}
-        tables["weights"][:, 0, 0] = 1  # latents stay what they are
-        tables["next_rows"][:] = np.arange(total)
-        state: dict[str, Array] = {
-            "latents": np.zeros((slots, *fit.latents), np.float32),
-            "history": np.zeros((slots, fit.history, *fit.latents), np.float32),
-            "model_input": np.zeros((rows, *fit.latents), network["model_input"]),
-            "timestep": np.zeros(rows, np.float32),
-            "row": np.arange(slots, dtype=np.int64) * fit.table_rows,
-        }
-        rest = tables | {
-            "rows_of_image": self._rows_of_image,
-            "image_of_row": np.zeros(rows, np.int64),
-            "noise": np.zeros((slots, 1, *fit.latents), np.float32),
-            "original": np.zeros((slots, 2, *fit.latents), np.float32),
-            "mask": np.ones((slots, 1, *cells), bool),
-        }
-        conditioning: dict[str, Array] = {
-            name: np.zeros((rows, *shape), network[name])
-            for name, shape in (*fit.conditioning, *hoisted.modulation_of(self._denoiser))
-        }
-        return state, rest, conditioning
 
     @property
     def used(self) -> int:
@@ -243,14 +214,18 @@ class Slots:
         return self._part("latents", slot, 1, self._parity).read(self._stream)
 
     def bind(self, bucket: int) -> None:
-        """Open and bind what steps of a bucket run."""
+        """Open and bind what steps of a bucket run, on all slots."""
         for parity in (0, 1):
-            self._pair(bucket, parity)
+            self._engines(bucket, self.slots, parity)
 
     def step(self, bucket: int) -> None:
-        """Enqueue a step of all slots; what a step that failed has written is written again by the next one."""
-        key = (bucket, self._parity)
-        enqueue = partial(self._enqueue, self._pair(*key))
+        """Enqueue a step of the slots in use, or of as many as fill the bucket where none is.
+
+        What a step that failed has written is written again by the next one.
+        """
+        needed = 1 + max(self._taken) if self._taken else min(self.slots, -(-bucket // self.fit.branches))
+        key = (bucket, next(each for each in self._prefixes if each >= needed), self._parity)
+        enqueue = partial(self._enqueue, self._engines(*key))
         if self._mode == "eager":
             enqueue(self._stream)
         else:
@@ -262,22 +237,33 @@ class Slots:
         for bound in engines:
             bound.enqueue(stream)
 
-    def _pair(self, bucket: int, parity: int) -> tuple[BoundEngine, ...]:
-        """Return what a step runs, bound to the first rows of one set of buffers, and to the other set."""
-        if (bucket, parity) not in self._bound:
-            here, there = self._sets[parity], self._sets[1 - parity]
-            rows = {name: self._part(name, 0, bucket) for name in self._conditioning}
-            rows |= {name: self._part(name, 0, bucket, parity) for name in ("model_input", "timestep")}
-            before = [hoisted.bound_to_rows(self._open, graph, rows) for graph in self._before]
-            network = {spec.name: rows[spec.name] for spec in self._denoiser.inputs}
-            update = {**self._constants, **here} | {name: self._part(name, 0, bucket, parity) for name in OF_ROWS}
-            update = {spec.name: update[spec.name] for spec in self._step.inputs}
-            engines = self._open(self._denoiser, shapes_of(network)), self._open(self._step, shapes_of(update))
-            outputs = {name: self._part(name, 0, bucket) for name in self._outputs}
-            after = {name: self._part(name, 0, bucket, 1 - parity) for name in ("model_input", "timestep")}
-            update |= {f"next_{name}": tensor for name, tensor in {**there, **after}.items()}
-            self._bound[bucket, parity] = *before, engines[0].bind({**network, **outputs}), engines[1].bind(update)
-        return self._bound[bucket, parity]
+    def _engines(self, bucket: int, slots: int, parity: int) -> tuple[BoundEngine, ...]:
+        """Return what a step runs, bound to the first rows and slots of one set of buffers, and to the other set."""
+        if (bucket, parity) not in self._networks:
+            self._networks[bucket, parity] = self._network(bucket, parity)
+        if (bucket, slots, parity) not in self._updates:
+            self._updates[bucket, slots, parity] = self._update(bucket, slots, parity)
+        return *self._networks[bucket, parity], self._updates[bucket, slots, parity]
+
+    def _network(self, bucket: int, parity: int) -> tuple[BoundEngine, ...]:
+        rows = {name: self._part(name, 0, bucket) for name in self._conditioning}
+        rows |= {name: self._part(name, 0, bucket, parity) for name in ("model_input", "timestep")}
+        before = [hoisted.bound_to_rows(self._open, graph, rows) for graph in self._before]
+        network = {spec.name: rows[spec.name] for spec in self._denoiser.inputs}
+        outputs = {name: self._part(name, 0, bucket) for name in self._outputs}
+        return *before, self._open(self._denoiser, shapes_of(network)).bind({**network, **outputs})
+
+    def _update(self, bucket: int, slots: int, parity: int) -> BoundEngine:
+        def part(name: str, side: int) -> Tensor:
+            return self._part(name, 0, bucket if name in OF_ROWS else self._of_slots(name, slots), side)
+
+        update = {spec.name: part(spec.name, parity) for spec in self._step.inputs}
+        engine = self._open(self._step, shapes_of(update))
+        return engine.bind({**update, **{f"next_{name}": part(name, 1 - parity) for name in self._sets[0]}})
+
+    def _of_slots(self, name: str, slots: int) -> int:
+        """Return how many elements of a tensor's first axis so many slots have."""
+        return self._whole(name, 0).shape[0] // self.slots * slots
 
     def _part(self, name: str, first: int, count: int, parity: int = 0) -> Tensor:
         """Return rows of a tensor, the same view each time: a view has memory of its own to copy through."""
@@ -291,7 +277,8 @@ class Slots:
 
     def _unbind(self) -> None:
         self._captured.close()
-        self._bound.clear()
+        self._networks.clear()
+        self._updates.clear()
         while self._views:
             self._views.popitem()[1].close()
 

@@ -26,6 +26,12 @@ def buckets_of(rows: int, *, dynamic: bool, fixed_rows: bool = False) -> tuple[i
     return (*(bucket for bucket in narrower if bucket < rows), rows)
 
 
+def slots_of_steps(slots: int, *, compiles_shapes: bool) -> tuple[int, ...]:
+    """Return of how many slots, from the first, a step may be: of all, where another number would be compiled."""
+    fewer = () if compiles_shapes else tuple(1 << power for power in range(slots.bit_length()))
+    return (*(number for number in fewer if number < slots), slots)
+
+
 def check_numbers(slots: int, rows: int | None, max_waiting: int, max_wait: float | None) -> int:
     """Return a batcher's network rows, as many as suit its slots for None; raises `RequestError` for bad options."""
     check_whole("slots", slots, 1, MAX_ROWS // 2)

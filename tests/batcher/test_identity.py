@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import as_completed
 from typing import Any
 
 import numpy as np
 import pytest
-from latentrt.engines.device import Array
+from latentrt.engines.device import Array, Tensor
+from latentrt.engines.engine import BoundEngine
 from latentrt.engines.errors import EngineError
+from latentrt.engines.onnxruntime.session import OnnxRuntimeEngine
 from latentrt.runtime import Pipeline
 from latentrt.runtime.batcher import Batcher
 from latentrt.runtime.batcher.policy import StepTimes
@@ -96,6 +98,32 @@ def test_idle_slots_read_rows_that_every_bucket_has(
     for request, future in zip(requests, futures, strict=True):
         assert np.abs(future.result(300).images - pipe(**request).images).max() <= 1 / 255
     assert buckets == [6, 6, 2, 2, 2]
+
+
+def test_steps_leave_out_idle_slots_behind_the_last_in_use(
+    pipe: Pipeline, monkeypatch: pytest.MonkeyPatch, buckets: list[int], gate: Gate
+) -> None:
+    bound, bind = list[tuple[int, int]](), OnnxRuntimeEngine.bind
+
+    def seen(engine: OnnxRuntimeEngine, tensors: Mapping[str, Tensor]) -> BoundEngine:
+        if "rows_of_image" in tensors:
+            bound.append((tensors["prediction"].shape[0], tensors["latents"].shape[0]))
+        return bind(engine, tensors)
+
+    monkeypatch.setattr(OnnxRuntimeEngine, "bind", seen)
+    requests = [{**SMALL, "prompt": "a star", "seed": 1, "num_inference_steps": steps} for steps in (8, 6, 2, 4, 4, 4)]
+    with Batcher(pipe, slots=6, rows=12) as batcher:
+        futures = []
+        for number, request in enumerate(requests):
+            futures.append(batcher.submit(**request))
+            if number < 2:
+                gate.run(1)
+        gate.open()
+        pictures = [future.result(300).images for future in futures]
+    assert buckets == [2, 4, 12, 12, 10, 10, 4, 2]
+    assert bound == [(2, 1), (4, 2), (12, 6), (12, 6), (10, 6), (10, 6), (4, 2), (2, 1)]
+    for request, picture in zip(requests, pictures, strict=True):
+        assert np.abs(picture - pipe(**request).images).max() <= 1 / 255
 
 
 @pytest.mark.parametrize(
