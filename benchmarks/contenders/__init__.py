@@ -63,7 +63,12 @@ class Candidate:
 
 def is_exact(name: str) -> bool:
     """Tell by its name whether a contender computes in the precision that is asked for and leaves nothing out."""
-    return "+" not in name and "bf16" not in name
+    return "+" not in name and not in_bf16(name)
+
+
+def in_bf16(name: str) -> bool:
+    """Tell by its name whether a contender computes in bf16, whatever the precision that is asked for."""
+    return "bf16" in name
 
 
 def candidates(device: str) -> list[Candidate]:

@@ -15,16 +15,34 @@ from typing import Any
 
 import numpy as np
 
+from ...engines.machine import has_bf16
+
 REPEATS = 7
 
 
 def ceiling(device: str, threads: int, precision: str) -> dict[str, Any]:
-    """Return `flops` (a second, multiply and add counted as two) and `bytes` (a second, read plus written)."""
+    """Return `flops` (a second, multiply and add counted as two) and `bytes` (a second, read plus written).
+
+    Of a processor that has bf16 units also `flops_bf16`.
+    """
     import torch
 
     torch.set_num_threads(threads)
-    dtype = torch.float16 if precision == "fp16" else torch.float32
     wait: Callable[[], object] = torch.cuda.synchronize if device == "cuda" else lambda: None
+    rates = _products(device, threads, torch.float16 if precision == "fp16" else torch.float32, wait)
+    in_bf16 = _products(device, threads, torch.bfloat16, wait) if device == "cpu" and has_bf16() else {}
+    source = torch.ones(2**28 if device == "cpu" else 2**31, dtype=torch.uint8, device=device)
+    target = torch.zeros_like(source)
+    copied = 2 * source.numel() / _best(partial(target.copy_, source), wait)
+    measured = {**rates, **{f"{name}, bf16": rate for name, rate in in_bf16.items()}, "copy, torch": copied}
+    found = {"flops": max(rates.values()), "bytes": copied, "measured": measured}
+    return found | ({"flops_bf16": max(in_bf16.values())} if in_bf16 else {})
+
+
+def _products(device: str, threads: int, dtype: Any, wait: Callable[[], object]) -> dict[str, float]:
+    """Return operations a second of products of square matrices, by size and library."""
+    import torch
+
     rates = {}
     for size in (1024, 2048) if device == "cpu" else (4096, 8192):
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
@@ -35,10 +53,7 @@ def ceiling(device: str, threads: int, precision: str) -> dict[str, Any]:
             products["onnxruntime"] = partial(_product_session(threads).run, None, {"a": x, "b": y})
         for library, product in products.items():
             rates[f"matrix product {size}, {library}"] = 2 * size**3 / _best(product, wait)
-    source = torch.ones(2**28 if device == "cpu" else 2**31, dtype=torch.uint8, device=device)
-    target = torch.zeros_like(source)
-    copied = 2 * source.numel() / _best(partial(target.copy_, source), wait)
-    return {"flops": max(rates.values()), "bytes": copied, "measured": {**rates, "copy, torch": copied}}
+    return rates
 
 
 def _product_session(threads: int) -> Any:

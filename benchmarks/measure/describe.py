@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from ...engines.bundle import Bundle
-from ..contenders import NETWORKS
+from ..contenders import NETWORKS, in_bf16
 from . import roofline
 from .method import Measured, paired_ratio
 from .statistics import summarize
@@ -44,13 +45,22 @@ def describe(entry: Measured, work: Workload, bundle: Bundle, ceiling: dict[str,
         },
         "joules": summarize(entry.joules) if entry.joules else None,
         "orchestration": orchestration,
-        "roofline": _roofline(entry, work, bundle, ceiling),
+        "roofline": _roofline(entry, work, bundle, limits(entry.name, ceiling)),
     }
 
 
-def _roofline(entry: Measured, work: Workload, bundle: Bundle, ceiling: dict[str, Any]) -> dict[str, Any]:
-    """Return, for each network, operations, bytes, the machine's limit, and the share of it that was reached."""
+def limits(name: str, ceiling: dict[str, Any]) -> tuple[float | None, float]:
+    """Return the most operations and bytes a second for a contender; none in bf16 where that was not measured."""
+    return ceiling.get("flops_bf16") if in_bf16(name) else ceiling["flops"], ceiling["bytes"]
+
+
+def _roofline(entry: Measured, work: Workload, bundle: Bundle, most: tuple[float | None, float]) -> dict[str, Any]:
+    """Return, for each network, operations, bytes, the machine's limit, and the share of it that was reached.
+
+    Who computes in bf16 moves half of the bytes.
+    """
     rows = {}
+    flops, bandwidth = most
     for name, stage in NETWORKS.items():
         runs = entry.samples[0]["evaluations"] if name == "denoiser" else 1
         cost = roofline.graph_cost(
@@ -62,8 +72,10 @@ def _roofline(entry: Measured, work: Workload, bundle: Bundle, ceiling: dict[str
             width=work.width,
             prompt=work.prompt,
         )
-        limit = cost.limit_seconds(ceiling["flops"], ceiling["bytes"])
+        if in_bf16(entry.name):
+            cost = replace(cost, bytes=cost.bytes / 2)
+        limit = cost.limit_seconds(flops, bandwidth) if flops else None
         took = np.median([s.get("networks", {}).get(name, s["stages"][stage]) for s in entry.samples]) / runs
         row: dict[str, Any] = {"operations": cost.operations, "bytes": cost.bytes, "limit_seconds": limit, "runs": runs}
-        rows[name] = row | {"seconds": float(took), "share_of_limit": float(limit / took) if took else None}
+        rows[name] = row | {"seconds": float(took), "share_of_limit": float(limit / took) if took and limit else None}
     return rows

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..contenders import NETWORKS
+from ..contenders import NETWORKS, in_bf16
 from .quality_tables import oracle_share, quality_table
 from .records import Record, by_machine, latest
 from .table import DASH, MARK_SAYS, NOT_EXACT, Table, marked, mib
@@ -154,17 +154,23 @@ def start_table(group: Sequence[Record]) -> Table:
 def roofline_table(group: Sequence[Record]) -> Table:
     """Return, for each network, what it asks for and what share of the machine's limit contenders reach."""
     ours, others = _partition(group)
-    shown = [*ours[:1], *others]  # the modes of latentrt run the same networks
+    plain = [record for record in ours if "+" not in record["contender"]["name"]]
+    shown = [
+        *ours[:1],
+        *(record for record in plain[1:] if in_bf16(record["contender"]["name"])),
+        *others,
+    ]  # one of each
     rows = []
     for network in NETWORKS:
         entries = [record["roofline"][network] for record in shown]
         one = entries[0]
         asks = [f"{one['operations'] / 1e9:,.4g}", f"{one['bytes'] / 2**20:,.4g}", _ms(one["limit_seconds"])]
-        rows.append([network, *asks, *map(_reached, entries)])
+        rows.append([network, *asks, *(_reached(record, network) for record in shown)])
     ceiling, first = group[0]["ceiling"], shown[0]["roofline"]
     lacking = min(NETWORKS, key=lambda name: first[name]["share_of_limit"] or math.inf)
+    bf16 = f" ({ceiling['flops_bf16'] / 1e9:,.0f} in bf16)" if "flops_bf16" in ceiling else ""
     note = (
-        f"Milliseconds a run, and the share of the machine's limit: {ceiling['flops'] / 1e9:,.0f} GFLOP/s and "
+        f"Milliseconds a run, and the share of the machine's limit: {ceiling['flops'] / 1e9:,.0f} GFLOP/s{bf16} and "
         f"{ceiling['bytes'] / 1e9:,.1f} GB/s, the fastest matrix product and copy in the same run. "
         f"Furthest from it in the first column: {lacking}."
     )
@@ -172,9 +178,13 @@ def roofline_table(group: Sequence[Record]) -> Table:
     return Table("Share of the hardware's limit", head, rows, note)
 
 
-def _reached(entry: dict[str, Any]) -> str:
-    share = entry["share_of_limit"]  # None for a request captured whole: its networks have no times of their own
-    return DASH if share is None else f"{_ms(entry['seconds'])} ({share:.0%})"
+def _reached(record: Record, network: str) -> str:
+    """Return milliseconds and the share; of a request captured whole nothing, as its networks have no times."""
+    entry = record["roofline"][network]
+    if not entry["seconds"]:
+        return DASH
+    unknown = in_bf16(record["contender"]["name"]) and "flops_bf16" not in record["ceiling"]
+    return _ms(entry["seconds"]) + ("" if unknown else f" ({entry['share_of_limit']:.0%})")
 
 
 def _partition(group: Sequence[Record]) -> tuple[list[Record], list[Record]]:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -144,3 +145,8 @@ def test_latentrt_answers_as_a_worker(tiny_sd15_bundle: Path, tmp_path: Path, mo
     limit = body["roofline"]["denoiser"]["limit_seconds"]
     assert body["roofline"]["denoiser"]["share_of_limit"] == pytest.approx(limit * 4 / reply["networks"]["denoiser"])
     assert 0 < body["orchestration"]["p50"] < 1
+    entry = replace(entry, name="latentrt/openvino-bf16/step")
+    body = bench.describe(entry, work, Bundle.open(tiny_sd15_bundle), {"flops": 1e9, "bytes": 1e12, "flops_bf16": 4e9})
+    assert body["roofline"]["denoiser"]["limit_seconds"] == pytest.approx(limit / 4)
+    body = bench.describe(entry, work, Bundle.open(tiny_sd15_bundle), {"flops": 1e9, "bytes": 1e9})
+    assert body["roofline"]["denoiser"]["share_of_limit"] is None  # nobody measured what it could do

@@ -8,9 +8,12 @@ import numpy as np
 import onnx
 import pytest
 from latentrt.benchmarks.measure.roofline import Cost, count, graph_cost
+from latentrt.benchmarks.report import tables
 from latentrt.engines.bundle import Bundle
 from latentrt.engines.errors import BundleError
 from onnx import TensorProto, helper
+
+from .made_records import latency_record
 
 FLOAT = TensorProto.FLOAT
 
@@ -138,3 +141,15 @@ def test_an_exported_bundle_can_be_counted(tiny_sd15_bundle: Path) -> None:
     assert 1.9 * costs[0].operations < costs[1].operations <= 2 * costs[0].operations
     for name in ("text_encoder", "decoder"):
         assert graph_cost(bundle, name, batch=1, guidance=2.0, **size).operations > 0
+
+
+def test_who_computes_in_bf16_is_held_against_that_limit() -> None:
+    exact, other = latency_record(1), latency_record(2, contender="diffusers/eager-bf16", title="diffusers in bf16")
+    ours = latency_record(3, contender="latentrt/openvino-bf16/step", title="latentrt (openvino, bf16, step)")
+    table = tables.roofline_table([exact, ours, other])
+    assert table.header[4:] == ["latentrt", "≈ latentrt (openvino, bf16, step)", "≈ diffusers in bf16"]
+    assert table.rows[1][4:] == ["2 (50%)", "2", "2"] and "bf16" not in table.note
+    for record in (exact, ours, other):
+        record["ceiling"] |= {"flops_bf16": 3e11}
+    table = tables.roofline_table([exact, ours, other])
+    assert table.rows[1][4:] == ["2 (50%)"] * 3 and "100 GFLOP/s (300 in bf16)" in table.note
