@@ -93,6 +93,8 @@ class Outcome:
     """Seconds in which the device ran steps, encoders or decoders."""
     span: float = 0.0
     """Seconds from the first arrival to the last end."""
+    parts: Sequence[Outcome] = ()
+    """Runs that this one is made of, each from an empty server."""
 
     def step(self, used: int, run: int, seconds: float, times: int = 1) -> None:
         """Note a step, or several equal ones, that took so many seconds in all."""
@@ -104,6 +106,8 @@ class Outcome:
     @property
     def counted(self) -> Sequence[Entry]:
         """Requests that figures are made of: all but the first."""
+        if self.parts:
+            return [entry for part in self.parts for entry in part.counted]
         return self.entries[int(COLD * len(self.entries)) :]
 
     def latency(self, percentile: float) -> float:
@@ -145,6 +149,14 @@ class Outcome:
             "rows_per_step": self.rows_used / self.steps if self.steps else None,
             "busy_share": self.busy / self.span if self.span else None,
         }
+
+
+def pooled(parts: Sequence[Outcome]) -> Outcome:
+    """Return what was seen in several runs at one rate."""
+    found = Outcome([entry for part in parts for entry in part.entries], parts=parts)
+    for name in ("steps", "rows_used", "rows_run", "busy", "span"):
+        setattr(found, name, sum(getattr(part, name) for part in parts))
+    return found
 
 
 def mean_alone(entries: Sequence[Entry]) -> float:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import uuid
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from ..contenders import ON_A_PROCESSOR
 from ..measure import machine
 from ..report.records import Record
 from . import load
-from .arrivals import BOUND, Arrivals, Outcome, finite
+from .arrivals import BOUND, Arrivals, Outcome, finite, pooled
 from .mixes import MIXES, Mix
 from .process import Place, ServerProcess
 from .servers import open_server
@@ -48,6 +48,8 @@ class Options:
     """Images a second that loads are shares of; None: measured first."""
     rates: Sequence[float] = ()
     """Further images a second, in the curve's own time."""
+    turns: int = 1
+    """Parts of a point at a rate: policies take turns, each from an empty server."""
     seed: int = 0
     command: str = ""
 
@@ -107,12 +109,30 @@ class _Bench:
         base = options.base or max((best.get(policy, 0.0) for policy in BASELINES[:2]), default=0.0)
         rates: list[tuple[float, float | None]] = [(s * base, s) for s in LOADS if "load" in options.points]
         rates += [(rate, round(rate / base, 3) if base else None) for rate in options.rates]
+        if options.turns > 1 and rates:
+            with ExitStack() as servers:
+                asks = {policy: servers.enter_context(self._server(policy)) for policy in order}
+                for rate, share in rates:
+                    self._by_turns(asks, rate, share)
+            rates = []
         for policy in order if rates or "bounded" in options.points else ():
             with self._server(policy) as ask:
                 for rate, share in rates:
                     self._note(self._point(policy, ask, rate, self._count(rate)) | {"load": share})
                 if "bounded" in options.points:
                     self._note(self._bounded(policy, ask))
+
+    def _by_turns(self, asks: Mapping[Policy, load.Ask], rate: float, share: float | None) -> None:
+        """Run every policy at a rate in parts, each with arrivals of its own, the same for all policies."""
+        turns, watch = self.options.turns, machine.LoadWatch()
+        count = -(-self._count(rate) // turns)
+        parts: dict[Policy, list[tuple[Outcome, Outcome]]] = {policy: [] for policy in asks}
+        for turn in range(turns):
+            for policy, ask in asks.items():
+                parts[policy].append(self._run(policy, ask, rate, count, self.options.seed + turn))
+        for policy, found in parts.items():
+            seen, expected = (pooled(each) for each in zip(*found, strict=True))
+            self._note(self._record(policy, rate, watch, seen, expected) | {"load": share, "turns": turns})
 
     def _count(self, rate: float) -> int:
         """Return how many requests come in the time of a point, at a rate in the curve's own time."""
@@ -135,10 +155,20 @@ class _Bench:
 
     def _point(self, policy: Policy, ask: load.Ask, rate: float, count: int) -> Record:
         """Run `count` requests at a rate, simulate the same ones, and return the record."""
-        watch, place, setup, seed, scale = machine.LoadWatch(), self.place, self.setup, self.options.seed, self.scale
-        arrivals = Arrivals(self.mix.draw(count, seed), setup.curve, rate / scale, queue=setup.queue, seed=seed)
+        watch = machine.LoadWatch()
+        return self._record(policy, rate, watch, *self._run(policy, ask, rate, count, self.options.seed))
+
+    def _run(self, policy: Policy, ask: load.Ask, rate: float, count: int, seed: int) -> tuple[Outcome, Outcome]:
+        """Return what became of `count` requests at a rate, and of the same ones by simulation."""
+        setup, rate = self.setup, rate / self.scale
+        arrivals = Arrivals(self.mix.draw(count, seed), setup.curve, rate, queue=setup.queue, seed=seed)
         seen = load.run(ask, arrivals, capacity=capacity(setup, self.mix))
-        expected = simulate(policy, setup, self.mix, rate / scale, requests=count, seed=seed)
+        return seen, simulate(policy, setup, self.mix, rate, requests=count, seed=seed)
+
+    def _record(
+        self, policy: Policy, rate: float, watch: machine.LoadWatch, seen: Outcome, expected: Outcome
+    ) -> Record:
+        place, setup, scale = self.place, self.setup, self.scale
         figures = [_unscaled(outcome, scale, math.isinf(rate)) for outcome in (seen, expected)]
         device = "paced" if place.paced else "cpu" if place.backend in ON_A_PROCESSOR else "cuda"
         at = "saturation" if math.isinf(rate) else f"{rate:.3g} images/s"
@@ -160,7 +190,7 @@ class _Bench:
             },
             "rate": finite(rate),
             "bound": BOUND,
-            "seed": seed,
+            "seed": self.options.seed,
             "seen": figures[0],
             "simulated": figures[1],
         }

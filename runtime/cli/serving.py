@@ -90,6 +90,10 @@ def bench_serve(
         float | None, typer.Option("--base", help="What loads are shares of (default: the baselines' saturation).")
     ] = None,
     seconds: Annotated[float, typer.Option("--seconds", help="Length of a point, about.")] = 60.0,
+    turns: Annotated[
+        int,
+        typer.Option("--turns", min=1, help="Parts of a point at a rate, policies by turns, their servers all open."),
+    ] = 1,
     slots: Annotated[int, SLOTS] = 16,
     rows: Annotated[int, ROWS] = 16,
     queue: Annotated[int, QUEUE] = 32,
@@ -130,6 +134,7 @@ def bench_serve(
         rates=tuple(rate or ()),
         base=base,
         seconds=seconds,
+        turns=turns,
         http=not in_process,
         seed=seed,
         command=f"latentrt {shlex.join(sys.argv[1:])}",

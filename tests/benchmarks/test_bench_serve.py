@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 from latentrt.benchmarks.report import page, records
@@ -15,6 +16,7 @@ from latentrt.benchmarks.report.serving_tables import serving_sections
 from latentrt.benchmarks.serving import bench, load, process
 from latentrt.benchmarks.serving.arrivals import Arrivals
 from latentrt.benchmarks.serving.mixes import MIXES, Mix
+from latentrt.benchmarks.serving.simulate import simulate
 from latentrt.engines.errors import EngineError, RequestError
 from latentrt.runtime import cli
 
@@ -57,6 +59,36 @@ def test_every_point_is_a_record_that_says_what_it_is(monkeypatch: pytest.Monkey
     assert "Serving: paced by the curve a100-sd15 (published), mix short" in text
     assert "Of these, steps of fewer than 2 rows are extrapolated, not published." in text
     assert "No engine ran" in text and "32 may wait" in text and "**in flight**" in text
+
+
+def test_policies_take_turns_at_a_rate() -> None:
+    pytest.importorskip("psutil")
+    made = run(
+        process.Place("in-flight", **QUICK),
+        http=False,
+        policies=bench.POLICIES[:2],
+        points=(),
+        rates=(0.5, 1.0),
+        seconds=0.12,
+        turns=3,
+        seed=5,
+    )
+    assert [(r["policy"], r["rate"], r["turns"]) for r in made] == [
+        (policy, rate, 3) for rate in (0.5, 1.0) for policy in bench.POLICIES[:2]
+    ]
+    for record in made:
+        assert record["point"] == "load" and record["load"] is None and record["seed"] == 5
+        for figures in (record["seen"], record["simulated"]):
+            requests = {0.5: 3 * 20, 1.0: 3 * 40}[record["rate"]]
+            assert (figures["requests"], figures["counted"]) == (requests, 0.9 * requests)
+    parts = [
+        simulate("in-flight", process.Place("in-flight", **QUICK).setup, SHORT, 1e3, requests=40, seed=seed)
+        for seed in (5, 6, 7)
+    ]
+    latencies = [entry.latency for part in parts for entry in part.entries[4:]]
+    assert made[2]["simulated"]["latency"]["p50"] == pytest.approx(
+        1e3 * np.percentile(latencies, 50, method="inverted_cdf")
+    )
 
 
 def test_tables_hold_the_newest_of_each_point_apart_by_device() -> None:
