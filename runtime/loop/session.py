@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import weakref
 from collections import OrderedDict
@@ -52,6 +53,7 @@ class Session(SingleGraphs):
         self.backend = backend
         self.low_memory = low_memory
         self.kept = MAX_WORKSPACES
+        self._keepers = 0  # that want all of them meanwhile
         self.evictions = 0
         """Workspaces that were let go of for others or for the memory budget."""
         self.stream = backend.device.stream()
@@ -163,7 +165,7 @@ class Session(SingleGraphs):
                 shapes = wired_shapes(self.bundle, inputs, arrays, decoding)
                 own = {self._shared.key(self.bundle.graph(name), each) for name, each in shapes.items()}
             self._wanted = wanted | own
-            self._shrink(self.kept - 1, 0)
+            self._shrink(room=1)
             release = self.release if self.low_memory else None
 
             def engine(graph: GraphInfo, shapes: Shapes) -> Engine:
@@ -177,11 +179,14 @@ class Session(SingleGraphs):
         self._wanted = wanted
         return self._workspaces[key]
 
-    def _shrink(self, most: int | None = None, least: int = 1) -> None:
-        """Let go of the least recently used workspaces while there are too many or memory is over its budget."""
-        device, most = self.backend.device, self.kept if most is None else most
+    def _shrink(self, room: int = 0) -> None:
+        """Let go of the least recently used workspaces while there are too many or memory is over its budget.
+
+        `room` is for so many more.
+        """
+        device, most = self.backend.device, math.inf if self._keepers else self.kept - room
         while len(self._workspaces) > most or (
-            self._budget is not None and len(self._workspaces) > least and device.bytes_taken() > self._budget
+            self._budget is not None and len(self._workspaces) > 1 - room and device.bytes_taken() > self._budget
         ):
             self._workspaces.popitem(last=False)[1].close()
             self.evictions += 1
@@ -216,11 +221,14 @@ class Session(SingleGraphs):
     @contextmanager
     def keep_all(self) -> Iterator[None]:
         """Keep every shape that is opened inside the block, and as many from then on, unless memory is over budget."""
-        self.kept, before = 2**31, self.kept
+        with self.backend.lock:
+            self._keepers += 1
         try:
             yield
         finally:
-            self.kept = max(before, len(self._workspaces))
+            with self.backend.lock:
+                self._keepers -= 1
+                self.kept = max(self.kept, len(self._workspaces))
 
     def close(self) -> None:
         """Free all engines and memory once a running request is done; calling it again does nothing.

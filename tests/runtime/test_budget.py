@@ -62,3 +62,19 @@ def test_what_a_shape_binds_for_its_pictures_goes_with_the_shape() -> None:
             assert len(pipe.session._shared._bound) == len(pipe.session._workspaces) == 1
             held.append(pipe.backend.device.tensor_bytes())
     assert held[0] == held[-1] < held[1] < held[2]
+
+
+def test_warm_ups_at_once_keep_their_shapes_and_leave_a_bound() -> None:
+    with Pipeline.open(BUNDLE, "onnxruntime-cpu", threads=1) as pipe:
+        session, most = pipe.session, pipe.session.kept
+        one, other = session.keep_all(), session.keep_all()
+        one.__enter__()
+        other.__enter__()
+        one.__exit__(None, None, None)
+        for width in range(32, 32 + 8 * (most + 2), 8):
+            pipe(width=width, **SMALL)
+        assert len(session._workspaces) == most + 2
+        other.__exit__(None, None, None)
+        assert session.kept == most + 2
+        pipe(width=128, **SMALL)
+        assert len(session._workspaces) == most + 2

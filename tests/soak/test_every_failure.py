@@ -45,7 +45,7 @@ def draw(pipe: Pipeline, picture: Any) -> Any:
 
 def forget(pipe: Pipeline) -> None:
     """Let go of every shape, so that the next request makes everything anew."""
-    pipe.session._shrink(0, 0)
+    pipe.session._shrink(room=pipe.session.kept)
 
 
 def survives_every_failure(
