@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
-from statistics import median
+from statistics import fmean
 
 from ...engines.backends import open_backend, resolve
 from ...engines.bundle import Bundle
@@ -26,7 +26,8 @@ from .servers import arguments
 
 FEW, MANY = 10, 40
 """Steps of the two requests between which a step's time is taken."""
-ROUNDS = 7
+ROUNDS, WARM_UPS = 20, 5
+"""Over so many calls, and so often all widths, times are averaged: virtual machines change their speed in seconds."""
 
 
 def measure(bundle: str | Path | None, backend: str, threads: int | None, rows: int, *, name: str) -> Curve:
@@ -41,8 +42,12 @@ def measure(bundle: str | Path | None, backend: str, threads: int | None, rows: 
         seconds = {guided: _call(pipe, guided) for guided in (False, True)}
         known = {1 + guided: step for guided, (step, _, _) in seconds.items()}
         with Batcher(pipe, slots=max(1, rows // 2), rows=rows) as batcher:
-            batcher.warm_up(pictures=False)
-            known |= {bucket: step for bucket, step in batcher.stats().curve.items() if bucket > max(known)}
+            wide: dict[int, list[float]] = {}
+            for _ in range(WARM_UPS):
+                batcher.warm_up(pictures=False)
+                for bucket, step in batcher.stats().curve.items():
+                    wide.setdefault(bucket, []).append(step)
+            known |= {bucket: fmean(steps) for bucket, steps in wide.items() if bucket > max(known)}
         latent = opened.manifest.latent
         size = f"{latent.default_width}×{latent.default_height}"
         ran = f"{pipe.backend.name}, {getattr(pipe.backend, 'threads', None) or 'all'} threads"
@@ -63,7 +68,7 @@ def measure(bundle: str | Path | None, backend: str, threads: int | None, rows: 
 
 
 def _call(pipe: Pipeline, guided: bool) -> tuple[float, float, float]:
-    """Return the seconds of a step, of the rest of a request, and of its decoder; medians of calls by turns."""
+    """Return the seconds of a step, of the rest of a request, and of its decoder; means of calls by turns."""
     few, many, decode = list[float](), list[float](), list[float]()
     for number in range(-1, ROUNDS):
         for steps, into in ((FEW, few), (MANY, many)):
@@ -71,10 +76,10 @@ def _call(pipe: Pipeline, guided: bool) -> tuple[float, float, float]:
             if number >= 0:  # the first calls bind and capture
                 into.append(timings.total)
                 decode.append(timings.decode)
-    step = (median(many) - median(few)) / (MANY - FEW)
+    step = (fmean(many) - fmean(few)) / (MANY - FEW)
     if step <= 0:
         raise EngineError(f"{MANY} steps took no longer than {FEW}: measure on a quiet machine")
-    return step, max(0.0, median(few) - FEW * step), median(decode)
+    return step, max(0.0, fmean(few) - FEW * step), fmean(decode)
 
 
 def save(curve: Curve, path: Path) -> Path:
