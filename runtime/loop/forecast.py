@@ -96,7 +96,7 @@ class Spectrum:
         made: list[int] = []
         window, left_out = float(self.window), 0
         for number in range(evaluations):
-            ends = number < self.first or number >= stop > 0 or len(made) < 2
+            ends = number < self.first or number >= stop or len(made) < 2
             if ends or (left_out + 1) % max(1, math.floor(window)) == 0:
                 plan.append(None)
                 made.append(number)
@@ -109,8 +109,8 @@ class Spectrum:
 
     def _factors(self, made: Sequence[int], number: int) -> Factors:
         known, wanted = (self._polynomials(np.asarray(each, np.float64)) for each in (made, [number]))
-        gram = known.T @ known + self.ridge * np.eye(self.degree + 1)
-        factors = self.blend * (known @ np.linalg.solve(gram, wanted[0]))
+        left, singular, right = np.linalg.svd(known, full_matrices=False)  # long runs have large polynomials
+        factors = self.blend * (left @ (singular / (singular**2 + self.ridge) * (right @ wanted[0])))
         factors[-1] += (1 - self.blend) * 1.5
         factors[-2] -= (1 - self.blend) * 0.5
         return tuple(float(factor) for factor in factors[::-1])
@@ -121,7 +121,13 @@ class Spectrum:
 
 
 METHODS: Mapping[str, Callable[..., Forecast]] = {"taylor": Taylor, "spectrum": Spectrum}
-BOUNDS: Mapping[str, tuple[float, float]] = {"blend": (0, 1), "until": (0, 1), "degree": (1, 6), "interval": (1, 1000)}
+BOUNDS: Mapping[str, tuple[float, float]] = {
+    "blend": (0, 1),
+    "until": (0, 1),
+    "degree": (1, 6),
+    "ridge": (1e-3, 1000),  # without one, fewer predictions than polynomials leave their factors open
+    "interval": (1, 1000),
+}
 """Smallest and largest number of options, where they are not those of `ANY`."""
 ANY = (0, 1000)
 
@@ -157,6 +163,8 @@ def folded(table: StepTable, forecast: Forecast) -> StepTable:
     """
     with np.errstate(all="ignore"):  # what is not finite is refused below
         plan = forecast.plan(len(table))
+    if not all(math.isfinite(factor) for factors in plan for factor in factors or ()):
+        raise RequestError(f"the forecast's factors are not finite in a run of {len(table)} evaluations: give others")
     left_out = np.array([factors is not None for factors in plan])
     for what, values in (("draws noise at its steps", table.draws), ("clips latents", table.clip_limits)):
         if (values[left_out] > 0).any():
@@ -177,8 +185,6 @@ def folded(table: StepTable, forecast: Forecast) -> StepTable:
             basis = [latents, prediction, unit[2] * first, unit[3] * first, *kept]
             latents, *kept = (table.weights[number] @ np.stack(basis)).reshape(1 + history, columns)
         weights.append(np.stack([latents, *kept, *outputs[:remembered]]))
-    if not np.isfinite(weights).all():
-        raise RequestError(f"the forecast's factors are not finite in a run of {len(table)} evaluations: give others")
     clip = np.pad(table.clip_weights, ((0, 0), (0, remembered)))
     return replace(
         _guided(table, starts),
@@ -189,7 +195,10 @@ def folded(table: StepTable, forecast: Forecast) -> StepTable:
 
 
 def _guided(table: StepTable, starts: Sequence[int]) -> StepTable:
-    """Return the rows that are left, the first of them that is guided asking for what the others reuse."""
+    """Return the rows that are left, the first of them that is guided asking for what the others reuse.
+
+    It skips layers where the last one before it that would have been asked does.
+    """
     left = table.rows(starts)
     guided, skipped = list(left.guided), list(left.skipped)
     first = next((row for row, each in enumerate(guided) if each is not Guided.NOT), None)

@@ -56,7 +56,7 @@ def pack(
         mixed = branch_weights(table, mix, branches)
         parts = [latents, prediction * mixed[:, None], noise, clipped * limits[:, None, None], history]
         weights[rows, :lines, : columns - slots + table.history] = np.concatenate(parts, axis=2)
-        _add_guidance(weights[rows], table, mixed)
+        _add_guidance(weights[rows], table, mix, branches)
         weights[hold, 0, 0] = 1
         clipped_form = [table.clip_weights[:, :1], table.clip_weights[:, 1:2] * mixed]
         clip_weights[rows] = np.concatenate(clipped_form, axis=1) / limits[:, None]
@@ -100,17 +100,19 @@ def branch_weights(table: StepTable, mix: Sequence[float], branches: int) -> NDA
     return mixes
 
 
-def _add_guidance(weights: NDArray[np.float64], table: StepTable, mixes: NDArray[np.float64]) -> None:
-    """Write the lines of the slot for what guidance adds, and let rows that are guided as before read it."""
+def _add_guidance(weights: NDArray[np.float64], table: StepTable, mix: Sequence[float], branches: int) -> None:
+    """Write the lines of the slot for what guidance adds, and let rows that are guided as before read it.
+
+    What skipped layers add is not among it: rows that are guided as before skip none.
+    """
     if table.added is None:
         return
-    branches = mixes.shape[1]
     line, slot, first = 1 + table.added, 1 + branches + 2 + table.added, np.arange(1, 1 + branches)
+    added = np.array([*[0.0] * (branches - len(mix)), *mix[:-1], mix[-1] - 1])
     for row, guided in enumerate(table.guided):
         if guided is Guided.FULLY:
             weights[row, line] = 0
-            weights[row, line, first] = mixes[row]
-            weights[row, line, first[-1]] -= 1
+            weights[row, line, first] = added
         elif guided is Guided.AS_BEFORE:
             weights[row, :line, slot] += weights[row, :line, first[-1]]
             weights[row, line + 1 :, slot] += weights[row, line + 1 :, first[-1]]

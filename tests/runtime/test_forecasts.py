@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -147,8 +148,8 @@ def test_options_change_the_plan() -> None:
         > 14
         > len(folded(table, forecast_named("spectrum:growth=3")))
     )
-    same = folded(table, forecast_named("taylor:first=40"))
-    np.testing.assert_array_equal(same.weights, table.weights)
+    for given in ("taylor:first=40", "spectrum:until=0", "spectrum:until=0.03"):
+        np.testing.assert_array_equal(folded(table, forecast_named(given)).weights, table.weights)
 
 
 @pytest.mark.parametrize(
@@ -161,6 +162,7 @@ def test_options_change_the_plan() -> None:
         ("spectrum:blend=nan", "forecast spectrum has blend=nan"),
         ("spectrum:until=2", "forecast spectrum has until=2: give a number from 0 to 1"),
         ("spectrum:degree=50", "forecast spectrum has degree=50: give a number from 1 to 6"),
+        ("spectrum:ridge=0", "forecast spectrum has ridge=0: give a number from 0.001 to 1000"),
     ],
 )
 def test_a_forecast_that_there_is_not_is_one_line(text: str, message: str) -> None:
@@ -174,9 +176,35 @@ def test_what_no_row_can_do_for_the_next_is_refused(sampler: str, why: str) -> N
         folded(step_table(CONFIG, 30, sampler=sampler), forecast_named("taylor"))
 
 
+@pytest.mark.parametrize(("made", "number"), [([550, 575], 600), ([907, 911, 938, 999], 1000)])
+def test_a_long_run_is_fitted_as_exact_arithmetic_does(made: list[int], number: int) -> None:
+    """Its polynomials are large: in floats, their normal equations say nothing any more."""
+    spectrum, count = Spectrum(ridge=1e-3, degree=6), len(made)
+
+    def polynomials(number: int) -> list[Fraction]:
+        time = Fraction(number, 25) - 1
+        found = [Fraction(1), time]
+        while len(found) <= 6:
+            found.append(2 * time * found[-1] - found[-2])
+        return found
+
+    known, wanted = [polynomials(each) for each in made], polynomials(number)
+    rows = [[sum(a * b for a, b in zip(x, y, strict=True)) for y in known] for x in known]
+    for i, row in enumerate(rows):
+        row[i] += Fraction(1, 1000)
+        row.append(sum(a * b for a, b in zip(known[i], wanted, strict=True)))
+    for i in range(count):  # Gauss and Jordan
+        rows[i] = [each / rows[i][i] for each in rows[i]]
+        for j in range(count):
+            if j != i:
+                rows[j] = [a - rows[j][i] * b for a, b in zip(rows[j], rows[i], strict=True)]
+    expected = 0.4 * np.array([float(row[-1]) for row in rows]) + 0.6 * np.array([0] * (count - 2) + [-0.5, 1.5])
+    np.testing.assert_allclose(spectrum._factors(made, number)[::-1], expected, rtol=1e-3, atol=1e-3)
+
+
 def test_factors_that_are_not_finite_are_refused_before_the_run() -> None:
     with pytest.raises(RequestError, match="not finite in a run of 100 evaluations"):
-        folded(step_table(CONFIG, 100, sampler="ddim"), Spectrum(degree=900))
+        folded(step_table(CONFIG, 100, sampler="ddim"), Spectrum(blend=math.inf))
 
 
 def test_clipped_latents_are_refused() -> None:
@@ -186,48 +214,55 @@ def test_clipped_latents_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "part", [(0.2, 0.8, 1.0), (0.0, 1.0, 0.4), (0.2, 0.8, 0.25), (0.3, 0.9, 0.35), (0.0, 0.7, 0.0)]
+    ("part", "window"),
+    [
+        ((0.2, 0.8, 1.0), (0.0, 0.0)),
+        ((0.0, 1.0, 0.4), (0.0, 0.0)),
+        ((0.2, 0.8, 0.25), (0.0, 0.0)),
+        ((0.3, 0.9, 0.35), (0.0, 0.0)),
+        ((0.0, 0.7, 0.0), (0.0, 0.0)),
+        ((0.0, 1.0, 1.0), (0.01, 0.4)),
+        ((0.0, 1.0, 0.4), (0.1, 0.6)),
+        ((0.2, 0.8, 0.25), (0.0, 1.0)),
+    ],
 )
-def test_a_run_that_is_guided_in_part_forecasts_as_a_plain_loop_does(part: tuple[float, float, float]) -> None:
+def test_a_run_that_is_guided_in_part_forecasts_as_a_plain_loop_does(
+    part: tuple[float, float, float], window: tuple[float, float]
+) -> None:
     """Of the rows that are guided fully a forecast may leave out every one: the first that is left is, then."""
-    scale, (start, stop, reuse) = 5.0, (int(share * 30) for share in part)
+    scale, away, (start, stop, reuse) = 5.0, 2.0, (int(share * 30) for share in part)
     table = step_table(CONFIG, 30, sampler="ddim")
     random = np.random.default_rng(0).standard_normal(SHAPE)
     state: dict[str, Any] = {"latents": random, "history": [np.zeros(SHAPE)] * table.history, "added": None}
 
-    def branches(timestep: float, latents: Any) -> tuple[Any, Any]:
-        return network(timestep, latents + 0.5), network(timestep, latents)
+    def branches(timestep: float, latents: Any) -> tuple[Any, ...]:
+        return tuple(network(timestep, latents + offset) for offset in (0.2, 0.5, 0.0))
 
     def ask(i: int, latents: Any) -> Any:
-        negative, prompt = branches(float(table.timesteps[i]), latents * table.input_scales[i])
+        without, negative, prompt = branches(float(table.timesteps[i]), latents * table.input_scales[i])
         if not start <= i < stop:
             return prompt
-        if i < reuse or state["added"] is None:
-            state["added"] = (scale - 1) * (prompt - negative)
-        return prompt + state["added"]
+        if i >= reuse and state["added"] is not None:
+            return prompt + state["added"]
+        state["added"] = (scale - 1) * (prompt - negative)
+        skips = 30 * window[0] < i < 30 * window[1]
+        return prompt + state["added"] + (away * (prompt - without) if skips else 0.0)
 
     def update(i: int, output: Any) -> Any:
         state["latents"], state["history"] = table.apply(i, state["latents"], output, state["history"])
         return state["latents"]
 
     expected, calls = taylor(30, ask, update, random)
-    short = folded(guided_in_part(table, part), forecast_named("taylor"))
-    assert len(short) == calls and Guided.FULLY in short.guided
+    skipping = with_skipped_layers(guided_in_part(table, part), (away, *window), 1)
+    assert skipping.skips == (window != (0.0, 0.0))
+    short = folded(skipping, forecast_named("taylor"))
+    assert len(short) == calls and (Guided.FULLY in short.guided or part == (0.0, 1.0, 1.0))
     weights = pack([short], [(1 - scale, scale)])["weights"][..., 0, 0, 0].astype(float)
     ours, nothing, history = random, np.zeros(SHAPE), [np.zeros(SHAPE)] * short.history
     for i in range(calls):
-        both = branches(float(short.timesteps[i]), ours * short.input_scales[i])
-        ours, *history = np.einsum("lk,kab->lab", weights[i], np.stack([ours, *both, nothing, nothing, *history]))
+        each = branches(float(short.timesteps[i]), ours * short.input_scales[i])[0 if short.skips else 1 :]
+        ours, *history = np.einsum("lk,kab->lab", weights[i], np.stack([ours, *each, nothing, nothing, *history]))
     np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-4)
-
-
-def test_what_skipped_layers_add_is_reused_after_a_row_that_is_left_out() -> None:
-    guided = guided_in_part(step_table(CONFIG, 30, sampler="ddim"), (0.2, 0.8, 0.25))
-    table = with_skipped_layers(guided, (2.0, 0.0, 1.0), 1)
-    assert [row for row, scale in enumerate(table.skipped) if scale] == [6]
-    short = folded(table, forecast_named("taylor"))
-    first = short.guided.index(Guided.FULLY)
-    assert short.skipped[first] == 2.0 and sum(short.skipped) == 2.0
 
 
 def test_a_part_of_which_no_row_is_left_is_refused() -> None:
