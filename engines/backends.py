@@ -43,7 +43,7 @@ class Backend(Protocol):
 
     @property
     def compiles_shapes(self) -> bool:
-        """Whether something is compiled for every set of shapes that an engine is bound to."""
+        """Whether something is compiled, or captured, for every set of shapes that an engine is bound to."""
 
     @property
     def can_capture(self) -> bool:
@@ -123,7 +123,7 @@ def resolve(name: str = "auto") -> str:
     """
     if name == "auto":
         return _first_that_works()
-    if name not in _BACKENDS:
+    if name not in names():
         raise BackendUnavailableError(f"unknown backend {name!r}: choose auto, {', '.join(_BACKENDS)}")
     return name
 

@@ -56,7 +56,6 @@ class OnnxRuntimeCuda:
 
     name = "onnxruntime-cuda"
     dynamic = True
-    compiles_shapes = False
     can_capture = False
 
     def __init__(
@@ -85,6 +84,7 @@ class OnnxRuntimeCuda:
             self.stream = self.device.stream()
             undo.pop_all()
         self.graphs: Graphs = graphs
+        self.compiles_shapes = graphs == "onnxruntime"  # it captures each binding
         self.tf32 = tf32
         self._graph_ids = itertools.count(1)
         self._cache = cache or EngineCache()

@@ -276,7 +276,7 @@ def _open(name: str, options: Sequence[str] | None, progress: Progress) -> Backe
 
 def _open_each(backend: Backend, bundle: Bundle, wanted: Sequence[_Wanted]) -> Iterator[_Built]:
     """Open and close every graph, which builds what the backend keeps in the cache."""
-    once = not backend.compiles_shapes
+    once = not isinstance(backend, OpenVino) or not backend.compiles_shapes  # others keep nothing of a shape
     for each in wanted[: 1 if once else None]:
         for name, every in each.shapes.items():
             for shapes in every[: 1 if once else None]:

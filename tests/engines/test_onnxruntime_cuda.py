@@ -8,6 +8,7 @@ import pytest
 from latentrt.engines.bundle import Bundle
 from latentrt.engines.errors import RequestError
 from latentrt.engines.onnxruntime.cuda import OnnxRuntimeCuda, provider_options
+from latentrt.runtime.cli.build import _open_each, _Wanted
 
 from .simulated_backends import onnxruntime_backend
 from .small_bundles import WEIGHT, random
@@ -43,6 +44,16 @@ def test_captured_work_of_two_bindings_is_told_apart(monkeypatch: pytest.MonkeyP
     plain = onnxruntime_backend(monkeypatch).run_options()
     with pytest.raises(RuntimeError, match="gpu_graph_id"):
         plain.get_run_config_entry("gpu_graph_id")
+
+
+@pytest.mark.parametrize("graphs", ["none", "onnxruntime"])
+def test_shapes_cost_a_capture_where_onnxruntime_captures_and_nothing_of_them_is_kept(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, graphs: str
+) -> None:
+    backend = onnxruntime_backend(monkeypatch, graphs=graphs)
+    assert backend.compiles_shapes == (graphs == "onnxruntime")
+    wanted = [_Wanted(f"{rows} rows", {"first": [{"x": (rows, 8)}]}) for rows in (2, 4)]
+    assert [(each.graph, each.requests) for each in _open_each(backend, bundle, wanted)] == [("first", "every size")]
 
 
 def test_a_run_comes_after_what_the_caller_s_stream_holds(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
