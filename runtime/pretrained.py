@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -12,6 +13,7 @@ from typing import Any
 from ..engines.bundle import MANIFEST, Bundle
 from ..engines.errors import MissingExtraError, RequestError
 from ..engines.progress import Progress, silent, terminal_bar
+from .request import short
 
 NUMBERS = ("num_inference_steps", "guidance_scale")
 EXPORT_OPTIONS = ("revision", "variant", "vae", "tokenizer", "prediction_type", "base", "tiny_decoder", *NUMBERS)
@@ -50,6 +52,8 @@ def bundle_of(source: str | Path, named: Mapping[str, Any], progress: Progress) 
     A checkpoint's is exported into the cache at first use, with a bar in a terminal unless `progress` is given.
     Raises `RequestError` for keywords of diffusers that cannot be served, `MissingExtraError` without the extra.
     """
+    if not isinstance(source, str | os.PathLike):
+        raise RequestError(f"source is {short(source)}: give a folder, a file or a hub id")
     left = dict(named)
     for name in [name for name in left if name in IDLE]:
         value = left.pop(name)

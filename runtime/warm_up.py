@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import product
 from typing import Any
 
@@ -23,6 +23,7 @@ def blank_request(manifest: Manifest, width: int, height: int) -> dict[str, Any]
     request: dict[str, Any] = {"prompt": "", "seed": 0, "width": width, "height": height}
     if manifest.masked_input is not None:
         request["image"] = request["mask_image"] = np.zeros((height, width, 3), np.uint8)
+        request["strength"] = 1.0  # its own leaves no step of one
     return request
 
 
@@ -34,22 +35,32 @@ def warm_up(
         if isinstance(batch, bool) or not isinstance(batch, int) or not 1 <= batch <= pipe.max_batch:
             most = pipe.max_batch
             raise RequestError(f"batches has {batch!r}: give numbers from 1 to max_batch, which is {most}")
-    before = pipe.session.evictions
+    manifest, before = pipe.bundle.manifest, pipe.session.evictions
+    strength = _strength(manifest, arguments)
     with pipe.session.keep_all():
         for (width, height), batch in product(sizes, batches):
-            request = {**blank_request(pipe.bundle.manifest, width, height), "prompt": [""] * batch, **arguments}
-            blank = np.zeros((height, width, 3), np.uint8)
+            request = {**blank_request(manifest, width, height), "prompt": [""] * batch, **arguments}
+            request["strength"] = None if manifest.masked_input is None else strength
+            of_picture = {"image": np.zeros((height, width, 3), np.uint8), "strength": strength}
             for output_type in ROUNDS:
                 with pipe.session.turn():  # another thread's request may read it
                     pipe.session.prompts.clear()
-                pipe(**{**request, "strength": None}, output_type=output_type)
+                pipe(**request, output_type=output_type)
                 if pipe.mode == "request":  # it is captured apart from one whose prompts are encoded already
-                    pipe(**{**request, "strength": None}, output_type=output_type)
+                    pipe(**request, output_type=output_type)
             if pictures and pipe.bundle.has_graph("image_encoder"):
                 for output_type in ROUNDS:
-                    pipe(**{**request, "image": blank}, output_type=output_type, callback_on_step_end=_preview)
+                    pipe(**request | of_picture, output_type=output_type, callback_on_step_end=_preview)
     if lost := pipe.session.evictions - before:
         log.warning("memory_budget has no room for all shapes: %d were let go of again", lost)
+
+
+def _strength(manifest: Manifest, arguments: Mapping[str, Any]) -> Any:
+    """Return the strength of requests from pictures: None, or 1 where the bundle's own leaves none of so few steps."""
+    own = manifest.default_strength if manifest.masked_input is None else manifest.default_inpainting_strength
+    steps = arguments["num_inference_steps"] or manifest.default_num_inference_steps
+    none_left = isinstance(steps, int) and int(steps * own) < 1
+    return 1.0 if none_left and arguments["strength"] is None else arguments["strength"]
 
 
 def _preview(pipe: Any, step: int, timestep: float, values: dict[str, Any]) -> None:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from ..errors import BundleError
+from ..errors import BundleError, RequestError
 from ..files import sha256_of
 from .manifest import FORMAT_VERSION, MANIFEST, GraphInfo, Manifest
 
@@ -36,8 +37,11 @@ class Bundle:
     def open(cls, path: str | Path) -> Bundle:
         """Read and validate a bundle's manifest.
 
-        Raises `BundleError` when the folder is no bundle, is of another format version, or names files outside itself.
+        Raises `BundleError` when the folder is no bundle, is of another format version, or names files outside itself,
+        `RequestError` for what is no path.
         """
+        if not isinstance(path, str | os.PathLike):
+            raise RequestError(f"bundle is {path!r:.60}: give the path of the folder that `latentrt export` wrote")
         given, path = path, Path(path)
         try:
             if not path.exists():

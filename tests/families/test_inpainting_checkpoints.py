@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from latentrt.engines.errors import RequestError, UnsupportedModelError
 from latentrt.export import export_checkpoint
-from latentrt.runtime import Batcher, Pipeline
+from latentrt.runtime import Batcher, Bundle, Pipeline
 from latentrt.runtime.service.models import Model, ModelSettings
 
 torch = pytest.importorskip("torch")
@@ -109,6 +109,15 @@ def test_a_batcher_and_a_server_warm_up(pipe: Pipeline) -> None:
     model.open(settings)
     assert model.state == "ready"
     model.close(model.taken())
+
+
+def test_one_of_a_single_step_warms_up(pipe: Pipeline) -> None:
+    """Its own strength may leave no step of one."""
+    own = {"default_num_inference_steps": 1, "default_inpainting_strength": 0.9999}
+    bundle = Bundle(pipe.bundle.path, pipe.bundle.manifest.model_copy(update=own))
+    with Pipeline(bundle, pipe.backend) as few, Batcher(few, slots=1) as batcher:
+        few.warm_up([(32, 32)])
+        batcher.warm_up([(32, 32)])
 
 
 @pytest.mark.slow

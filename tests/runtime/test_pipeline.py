@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from latentrt.engines.errors import EngineError, RequestError, ShapeError
+from latentrt.engines.errors import BackendUnavailableError, EngineError, RequestError, ShapeError
 from latentrt.engines.host import HostDevice, HostTensor
 from latentrt.engines.onnxruntime.session import OnnxRuntimeEngine
 from latentrt.runtime import Batcher, Bundle, Pipeline, Timings, batches
@@ -401,6 +401,36 @@ def test_shapes_that_cannot_be_warmed_up_are_named(pipe: Pipeline, sizes: Any, b
     if sizes is not None:
         with Batcher(pipe, slots=1) as batcher, pytest.raises(RequestError, match=message):
             batcher.warm_up(sizes)
+
+
+def test_bundles_of_few_steps_warm_up(pipe: Pipeline) -> None:
+    """Their own strength leaves no step of so few."""
+    own = {"default_num_inference_steps": 1, "default_strength": 0.3}
+    with Pipeline(Bundle(pipe.bundle.path, pipe.bundle.manifest.model_copy(update=own)), pipe.backend) as few:
+        assert few.bundle.has_graph("image_encoder")
+        few.warm_up([(64, 64)])
+        few.warm_up([(64, 64)], num_inference_steps=3)
+        with pytest.raises(RequestError, match=r"^strength 0\.4 of 2 steps leaves no step to run"):
+            few.warm_up([(64, 64)], num_inference_steps=2, strength=0.4)
+
+
+def test_what_is_no_bundle_and_no_backend_is_named(pipe: Pipeline) -> None:
+    given: Any = 5
+    for opening in (Pipeline.open, Batcher, Bundle.open):
+        with pytest.raises(
+            RequestError, match=r"^bundle is 5: give the path of the folder that `latentrt export` wrote$"
+        ):
+            opening(given)
+    with pytest.raises(RequestError, match=r"^source is 5: give a folder, a file or a hub id$"):
+        Pipeline.from_pretrained(given)
+    with pytest.raises(RequestError, match=r"^bundle is 5: give a Bundle, or its path to Pipeline\.open$"):
+        Pipeline(given, pipe.backend)
+    for backend in (None, "onnxruntime-cpu"):
+        with pytest.raises(RequestError, match=f"^backend is {backend!r}: give one that is open, or its name to Pipe"):
+            Pipeline(pipe.bundle, backend)  # type: ignore[arg-type]
+    unnamed: Any = ["onnxruntime-cpu"]
+    with pytest.raises(BackendUnavailableError, match=r"^unknown backend \['onnxruntime-cpu'\]: choose auto"):
+        Pipeline.open(pipe.bundle, unnamed)
 
 
 def run_alone(code: str, *arguments: str) -> str:
