@@ -19,7 +19,7 @@ from .loop.hoisted import row_timesteps
 from .loop.inputs import Draws, InitialImage, Latents, blank_arrays, draw_each, draw_together, loop_arrays
 from .loop.session import Session
 from .prompt.conditioning import takes_long_prompts
-from .prompt.embeddings import Conditioning
+from .prompt.embeddings import Conditioning, Read
 from .prompt.numbers import number_inputs
 from .prompt.tokenizer import Texts, Tokenizer, encode_prompts, row_lengths
 from .request import GenerationRequest
@@ -56,7 +56,6 @@ class Batches:
         self._advice = (
             "; prompt_syntax a1111 or compel takes prompts of any length" if takes_long_prompts(bundle) else ""
         )
-        self._together: Draws | None = None
 
     def split(
         self,
@@ -145,7 +144,7 @@ class Batches:
 
         `lengths` are the tokens of a row, by graph input, where they are not the most.
         """
-        latent, mix = bundle.manifest.latent, request.weights(bundle.manifest.guidance)
+        mix, latents = request.weights(bundle.manifest.guidance), _latents_of(bundle, request)
         rows, lengths = count * len(mix), lengths or {}
         inputs: dict[str, Array] = {}
         for info in bundle.manifest.tokenizers if conditioning is None else ():
@@ -158,15 +157,14 @@ class Batches:
         inputs |= number_inputs(bundle, request, count, rows - count)
         inputs = _of_all_rows(inputs, bundle, count, table)
         rows += count * table.skips
-        cells = ((request.height or 0) // latent.downscale, (request.width or 0) // latent.downscale)
         types = {spec.name: spec.dtype for spec in bundle.graph("denoiser").inputs}
         inputs |= row_timesteps(bundle.manifest, table, rows)
         if (masked := bundle.manifest.masked_input) is not None:
-            inputs[masked] = np.zeros((rows, 1 + latent.channels, *cells), types[masked])
+            inputs[masked] = np.zeros((rows, 1 + latents[0], *latents[1:]), types[masked])
         arrays = blank_arrays(
             table,
             count,
-            (latent.channels, *cells),
+            latents,
             mix=mix,
             network_dtype=types["model_input"],
             options=options_of_bundle(bundle),
@@ -182,12 +180,14 @@ class Batches:
         finished: GenerationResult[object],
         *,
         noise: Noise,
+        together: Draws | None = None,
         latents: Latents | None = None,
         conditioning: Conditioning | None = None,
     ) -> Arrays:
         """Return a batch's arrays, and note in the result how long they took and what did not fit.
 
-        `latents` are the first latents of all images, before they are scaled, where the caller gave them.
+        `together` is what `together` returned, `latents` are the first latents of all images, before they are scaled,
+        where the caller gave them.
         """
         began = time.perf_counter()
         count, first = len(batch.images), batch.first
@@ -201,20 +201,14 @@ class Batches:
         inputs |= _of_all_rows(found, self._bundle, batch.rows, table)
         tokenized = time.perf_counter()
         shape = blank["latents"].shape[1:]
-        covered = initial is not None and initial.mask is not None
-        everywhere = covered and (request.strength == 1 or latents is not None)
-        if noise.shared:
-            if first == 0:
-                whole = (len(request.images), *shape)
-                self._together = draw_together(noise.sources[0], table, whole, initial, latents, everywhere)
-            draws = self._together
-            assert draws is not None
-            draws = draws.rows(first, count, batch.rows)
+        from_noise = _from_noise(request, initial, latents)
+        if together is not None:
+            draws = together.rows(first, count, batch.rows)
         else:
             given = None if latents is None else latents[first : first + count]
-            draws = draw_each(noise.sources[first : first + count], table, shape, initial, given, everywhere)
+            draws = draw_each(noise.sources[first : first + count], table, shape, initial, given, from_noise)
             draws = draws.rows(0, count, batch.rows)
-        arrays = loop_arrays(blank, table, draws, initial=initial, first_image=first, from_noise=everywhere)
+        arrays = loop_arrays(blank, table, draws, initial=initial, first_image=first, from_noise=from_noise)
         if (masked := self._bundle.manifest.masked_input) is not None and initial is not None:
             assert draws.masked is not None
             beside = initial.beside(first + np.arange(len(draws.masked)), draws.masked)
@@ -222,6 +216,25 @@ class Batches:
         finished.timings.tokenize += tokenized - began
         finished.timings.prepare += time.perf_counter() - tokenized
         return inputs, arrays
+
+    def together(
+        self,
+        request: GenerationRequest,
+        table: StepTable,
+        noise: Noise,
+        initial: InitialImage | None,
+        latents: Latents | None,
+        finished: GenerationResult[object],
+    ) -> Draws | None:
+        """Return what all images of a request draw where one source draws for them, and note how long it took."""
+        if not noise.shared:
+            return None
+        began = time.perf_counter()
+        shape = (len(request.images), *_latents_of(self._bundle, request))
+        from_noise = _from_noise(request, initial, latents)
+        draws = draw_together(noise.sources[0], table, shape, initial, latents, from_noise)
+        finished.timings.prepare += time.perf_counter() - began
+        return draws
 
     def _texts(self, request: GenerationRequest, batch: Batch, source: str) -> tuple[list[str], list[str]]:
         """Return the negative prompts, none without guidance, and the prompts of a batch's rows."""
@@ -233,12 +246,33 @@ class Batches:
         prompts, negatives = request.texts(source), request.texts(source, negative=True) if guided else ()
         return [negatives[i] for i in index] if guided else [], [prompts[i] for i in index]
 
-    def tokens(self, text: str, length: int | None = None) -> dict[str, Array]:
-        """Return the token ids [1, L] of a text, and masks of them, by graph input; `length` is of rows of any."""
+    def read(self, request: GenerationRequest, *, negative: bool) -> list[Read]:
+        """Return what the tokenizers read of each prompt of a request, or of what it should not show."""
+        return list(zip(*(request.texts(each.info.source, negative=negative) for each in self.tokenizers), strict=True))
+
+    def tokens(
+        self, *prompt: str, length: int | None = None, warn: Callable[[str, int], None] = lambda *_: None
+    ) -> dict[str, Array]:
+        """Return the token ids [1, L] of a prompt, and masks of them, by graph input; each tokenizer has its text.
+
+        `length` is of rows of any, `warn` is told what was cut off.
+        """
         most = {each.info.output: each.info.max_length for each in self.tokenizers}
         lengths = most | {each.info.output: length for each in self.tokenizers if each.info.any_length and length}
-        texts: Texts = {each.info.source: ((), (text,)) for each in self.tokenizers}
-        return encode_prompts(self.tokenizers, texts, lengths, input_types(self._bundle), lambda *_: None)
+        texts: Texts = {each.info.source: ((), (text,)) for each, text in zip(self.tokenizers, prompt, strict=True)}
+        return encode_prompts(self.tokenizers, texts, lengths, input_types(self._bundle), warn)
+
+
+def _latents_of(bundle: Bundle, request: GenerationRequest) -> tuple[int, int, int]:
+    """Return the shape of an image's latents, [C, h, w]."""
+    latent = bundle.manifest.latent
+    return latent.channels, (request.height or 0) // latent.downscale, (request.width or 0) // latent.downscale
+
+
+def _from_noise(request: GenerationRequest, initial: InitialImage | None, latents: Latents | None) -> bool:
+    """Tell whether a request starts from pure noise although there is an initial picture."""
+    covered = initial is not None and initial.mask is not None
+    return covered and (request.strength == 1 or latents is not None)
 
 
 def _of_all_rows(inputs: Mapping[str, Array], bundle: Bundle, count: int, table: StepTable) -> dict[str, Array]:

@@ -17,9 +17,9 @@ from .pictures.initial import Pictures, load_pictures
 from .prompt.embeddings import Embeddings, embeddings_of, float_array
 from .request import GenerationRequest, short
 from .result import GenerationResult, Timings
-from .sampling.registry import evaluations_of_a_step
+from .sampling.registry import evaluations_of_a_step, first_step
 from .sampling.resolve import resolved
-from .sampling.step_table import StepTable
+from .sampling.step_table import Guided, StepTable
 
 OutputType = Literal["pil", "np", "latent"]
 
@@ -117,6 +117,10 @@ class Call:
         in_part = request.guidance_interval is not None or request.guidance_reuse is not None
         if in_part and not self.guided:
             finished.warn("guidance_interval or guidance_reuse is given without guidance: it changes nothing")
+        elif table.guided and {*table.guided} == {Guided.NOT}:
+            first, last = request.guidance_interval or (0.0, 1.0)
+            part = f"guidance_interval {first:g} to {last:g} holds none of {len(table)} evaluations"
+            finished.warn(f"{part}: nothing is guided, and a negative prompt changes nothing")
         if request.skip_guidance_layers and not table.skips:
             finished.warn("skip_guidance_layers is given, and no step is guided by it: it changes nothing")
         if request.tiled and self.decodings[0].tile is None:
@@ -136,6 +140,8 @@ def _request(
     fields["prompt"], strength = given["prompt"], given["strength"]
     if embeddings is not None and embeddings.prompt:
         fields["prompt"] = ("",) * len(next(iter(embeddings.prompt.values())))
+    if embeddings is not None and embeddings.negative:  # as in diffusers, that is a negative prompt, too
+        fields["negative_prompt"] = ("",)
     fields["strength"] = strength if strength is not None else _default_strength(manifest, pictures)
     fields["seed"] = _seed(given["seed"], given["generator"])
     if latents is not None and latents.ndim == 4:
@@ -149,6 +155,10 @@ def _request(
             f"skip_guidance_layers is {asked}: this bundle skips {has}; give those, or export the checkpoint again "
             f"with --skip-layers {asked}"
         )
+    if (length := request.max_sequence_length) is not None:  # there is a tokenizer that reads it
+        longest = min(info.max_length for info in manifest.tokenizers if info.any_length)
+        if length > longest:
+            raise RequestError(f"max_sequence_length is {length}: this bundle takes {longest} at most")
     negatives = 0 if embeddings is None or not embeddings.negative else len(next(iter(embeddings.negative.values())))
     if negatives not in (0, len(request.prompt)):
         raise RequestError(
@@ -156,7 +166,8 @@ def _request(
         )
     whole = pictures is not None and pictures.padding is None and latents is None
     size = pictures.size if pictures and whole else None
-    return request.with_defaults(manifest, size, from_picture=bool(pictures))
+    from_picture = pictures is not None or request.denoising_start is not None  # whose pipeline is the same
+    return request.with_defaults(manifest, size, from_picture=from_picture)
 
 
 def _default_strength(manifest: Manifest, pictures: Pictures | None) -> float:
@@ -219,18 +230,24 @@ def calls_of_a_step(sampler: str | None, scheduler: Mapping[str, Any]) -> int:
 
 
 def legacy_callback(
-    callback: LegacyCallback | None, every: Any, evaluations: int, request: GenerationRequest, calls: int
+    callback: LegacyCallback | None,
+    every: Any,
+    evaluations: int,
+    request: GenerationRequest,
+    scheduler: Mapping[str, Any],
 ) -> LegacyCallback | None:
     """Return a function that calls diffusers' older callback(step, timestep, latents) at the steps that are its own.
 
-    `calls` are the denoiser's evaluations in a step of the sampler, `evaluations` those of the run.
+    `evaluations` are those of the denoiser in the run, of which a step of the sampler may take several.
     """
     if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
         raise RequestError(f"callback_steps is {every!r}: give a whole number, 1 or more")
     if callback is None:
         return None
-    steps = request.num_inference_steps or 1
-    first = evaluations - int(steps * request.strength) * calls  # where the sampler warms up
+    name, steps = resolved(scheduler, request.sampler)[0], request.num_inference_steps or 1
+    calls = 1 if request.forecast else evaluations_of_a_step(name)
+    left = steps - first_step(name, steps, request.strength)
+    first = evaluations - left * calls  # where the sampler warms up
 
     def call(index: int, timestep: float, latents: Any) -> None:
         whole = index + 1 > first and (index + 1) % calls == 0

@@ -29,7 +29,7 @@ from .loop.workspace import Trace, Workspace
 from .pictures.initial import Pictures
 from .pictures.load import image_pixels, latent_mask, pixel_mask
 from .prompt.conditioning import WeightedPrompts
-from .prompt.embeddings import Conditioning, Embeddings, conditioning_tensors
+from .prompt.embeddings import Conditioning, Embeddings, Read, conditioning_tensors
 from .prompt.numbers import number_inputs
 from .request import GenerationRequest
 from .result import GenerationResult
@@ -149,7 +149,7 @@ class Drawing(DiffusersHabits):
         """Draw batch after batch, and yield each one's first index and images; end early when told to."""
         request, stream, conditioning = call.request, self.session.stream, None
         if call.embeddings is not None:
-            conditioning = self._conditioning(call.embeddings, request)
+            conditioning = self._conditioning(call.embeddings, request, finished)
         prompts = None
         if request.prompt_syntax is not None:
             prompts = WeightedPrompts(self.bundle, request, self._batches.tokenizers)
@@ -163,14 +163,15 @@ class Drawing(DiffusersHabits):
             conditioning=conditioning,
             decodings=call.decodings,
         )
-        initial = None
+        initial = together = None
         for batch in batches:
             count = len(batch.images)
             if prompts is not None and conditioning is prompts.blank:
                 rows = batch.rows * (len(request.weights(self._manifest.guidance)) + table.skips)
                 conditioning = self._weighted(prompts, call, rows, finished)
-            if call.pictures and initial is None:
-                initial = self._initial(request, call.pictures)
+            if batch.first == 0:
+                initial = self._initial(request, call.pictures) if call.pictures else None
+                together = self._batches.together(request, table, call.noise, initial, call.latents, finished)
             inputs, arrays = self._batches.arrays(
                 request,
                 batch,
@@ -178,6 +179,7 @@ class Drawing(DiffusersHabits):
                 initial,
                 finished,
                 noise=call.noise,
+                together=together,
                 latents=call.latents,
                 conditioning=conditioning,
             )
@@ -236,21 +238,22 @@ class Drawing(DiffusersHabits):
             )
         return returned
 
-    def _conditioning(self, embeddings: Embeddings, request: GenerationRequest) -> Conditioning:
+    def _conditioning(
+        self, embeddings: Embeddings, request: GenerationRequest, finished: GenerationResult[Any]
+    ) -> Conditioning:
         """Return the conditioning of a request of which embeddings were given, and encode what was given as text."""
-
         specs = conditioning_tensors(self.bundle)
 
-        def encode(text: str, negative: bool) -> Mapping[str, Array]:
+        def encode(prompt: Read, negative: bool) -> Mapping[str, Array]:
             numbers = number_inputs(self.bundle, request, int(not negative), int(negative))
-            tokens = self._batches.tokens(text, request.max_sequence_length)
+            tokens = self._batches.tokens(*prompt, length=request.max_sequence_length, warn=finished.warn)
             encoded = self.session.encode_prompt({**tokens, **numbers})
             return {spec.name: encoded[spec.name] for spec in specs}
 
-        negatives = request.texts("prompt", negative=True)
+        prompts, negatives = (self._batches.read(request, negative=side) for side in (False, True))
         images = request.num_images_per_prompt
         guided = len(request.weights(self._manifest.guidance)) == 2
-        return embeddings.conditioning(specs, request.prompt, negatives, images, encode, guided=guided)
+        return embeddings.conditioning(specs, prompts, negatives, images, encode, guided=guided)
 
     def _weighted(
         self, prompts: WeightedPrompts, call: Call, rows: int, finished: GenerationResult[Any]

@@ -21,7 +21,7 @@ from ..engines.errors import RequestError
 from ..engines.progress import Progress, silent
 from .arguments import RequestArguments
 from .batches import Batches
-from .call import Call, OutputType, calls_of_a_step, legacy_callback
+from .call import Call, OutputType, legacy_callback
 from .callbacks import BatchCallback, LegacyCallback, Listeners, StepCallback
 from .drawing import Drawing
 from .loop.decoding import DecoderName, checked_latents, decodings_of
@@ -29,6 +29,7 @@ from .loop.denoise import Mode
 from .loop.session import Session
 from .pretrained import bundle_of
 from .prompt.syntax import PromptSyntax
+from .request import short
 from .result import GenerationResult
 from .sizes import checked_sizes
 from .warm_up import warm_up
@@ -50,6 +51,10 @@ class Pipeline(Drawing):
         progress: Progress = silent,
     ) -> None:
         """Open all engines that every request needs; see `open`."""
+        if not isinstance(bundle, Bundle):
+            raise RequestError(f"bundle is {short(bundle)}: give a Bundle, or its path to Pipeline.open")
+        if not hasattr(backend, "can_capture"):
+            raise RequestError(f"backend is {short(backend)}: give one that is open, or its name to Pipeline.open")
         if mode not in (None, *get_args(Mode)):
             raise RequestError(f"mode is {mode!r}: choose {', '.join(get_args(Mode))}")
         if mode not in (None, "eager") and not backend.can_capture:
@@ -216,7 +221,8 @@ class Pipeline(Drawing):
         `callback_on_step_end(pipe, step, timestep, {"latents": array})` may return replaced latents, show
         `pipe.decode(latents)`, end the request with `pipe.stop()`, or raise to cancel; with it no more than a step is
         captured. `on_batch(request, first, images)` gets the pictures of each batch before the next batch starts;
-        without `keep_images` they are let go after it, so that memory does not grow with the number of prompts.
+        without `keep_images` they are let go after it, so that memory does not grow with the number of prompts
+        (with one torch generator for all of them it does: it draws their noise before the first step).
         `others` are arguments of diffusers that latentrt refuses, with the reason. Raises `RequestError` for anything
         that cannot be served as given. A call waits for those of other threads.
         """
@@ -225,8 +231,7 @@ class Pipeline(Drawing):
         call = Call.of(self.bundle, self._manifest, given)
         table, finished = self._begun(call, given, logged=True)
         request = call.request
-        calls = 1 if forecast else calls_of_a_step(request.sampler or "", self._manifest.scheduler)
-        legacy = legacy_callback(callback, callback_steps, len(table), request, calls)
+        legacy = legacy_callback(callback, callback_steps, len(table), request, self._manifest.scheduler)
         step = None if callback_on_step_end is None else partial(self._heard, callback_on_step_end)
         listeners = Listeners(step, legacy, silent if progress is None else progress, lambda: self._interrupt)
         with self.session.request():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import logging
 import time
@@ -232,17 +231,17 @@ class Job:
         if self._prompts is not None:
             conditioning = self.pipe._weighted(self._prompts, self.call, 1, self.finished)
         elif self.call.embeddings is not None:
-            conditioning = self.pipe._conditioning(self.call.embeddings, request)
+            conditioning = self.pipe._conditioning(self.call.embeddings, request, self.finished)
         pictures = self.call.pictures
         self._prepare(self.pipe._initial(request, pictures) if pictures else None, conditioning)
 
     def _prepare(self, initial: InitialImage | None, conditioning: Conditioning | None) -> None:
         """Draw for every image, and lay out its arrays."""
         self._ready = True  # once: generators of a caller go on from where they were left
-        batches = copy.copy(self.pipe._batches)  # it remembers noise that is drawn for a whole request
-        call, tables = self.call, None
+        batches, call, tables = self.pipe._batches, self.call, None
         seeded = not call.noise.shared and all(isinstance(source, int) for source in call.noise.sources)
         table = without_draws(self.table) if seeded else self.table  # seeds are drawn from step by step
+        together = batches.together(call.request, table, call.noise, initial, call.latents, self.finished)
         for image in self.images:
             inputs, arrays = batches.arrays(
                 call.request,
@@ -251,6 +250,7 @@ class Job:
                 initial,
                 self.finished,
                 noise=call.noise,
+                together=together,
                 latents=call.latents,
                 conditioning=conditioning,
             )

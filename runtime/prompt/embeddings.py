@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,10 @@ from ...engines.device import Array
 from ...engines.errors import RequestError
 from ..loop.hoisted import conditioning
 
-Encode = Callable[[str, bool], Mapping[str, Array]]
-"""Returns the conditioning [1, …] of a text by tensor; the second argument tells a negative prompt."""
+Read = tuple[str, ...]
+"""What each tokenizer reads of one prompt, in their order."""
+Encode = Callable[[Read, bool], Mapping[str, Array]]
+"""Returns the conditioning [1, …] of a prompt by tensor; the second argument tells a negative one."""
 
 ARGUMENT = {3: "prompt_embeds", 2: "pooled_prompt_embeds"}
 """What diffusers calls the conditioning of a prompt, by the axes of its tensor."""
@@ -53,14 +56,14 @@ class Embeddings:
     def conditioning(
         self,
         specs: Sequence[TensorInfo],
-        prompts: Sequence[str],
-        negatives: Sequence[str],
+        prompts: Sequence[Read],
+        negatives: Sequence[Read],
         images_per_prompt: int,
         encode: Encode,
         *,
         guided: bool,
     ) -> Conditioning:
-        """Return the conditioning of a request; texts for which nothing was given are encoded, each once."""
+        """Return the conditioning of a request; prompts for which nothing was given are encoded, each once."""
         prompt: Mapping[str, Array] = self.prompt or _encoded(prompts, encode, False)
         negative: Mapping[str, Array] = {}
         if guided:
@@ -104,11 +107,12 @@ def conditioning_tensor(bundle: Bundle) -> TensorInfo:
 def embeddings_of(bundle: Bundle, given: Mapping[str, Any]) -> Embeddings | None:
     """Return what stands in place of the prompts of a call, checked as diffusers checks it; None where nothing does.
 
-    `given` are the arguments prompt, negative_prompt, and those two with _embeds, and pooled_ before that.
+    `given` are the arguments that are texts, prompt_embeds and negative_prompt_embeds, and those with pooled_ before.
     """
-    for name in ("prompt", "negative_prompt"):
-        if given[name] is not None and given[f"{name}_embeds"] is not None:
-            raise RequestError(f"{name} and {name}_embeds are given: give one of them")
+    for side, place in product(("", "negative_"), ("", "_2", "_3")):
+        name, embeds = f"{side}prompt{place}", f"{side}prompt_embeds"
+        if given.get(name) is not None and given[embeds] is not None:
+            raise RequestError(f"{name} and {embeds} are given: give one of them")
     if given["prompt"] is None and given["prompt_embeds"] is None:
         raise RequestError("prompt is None: give a text, several, or prompt_embeds")
     if all(given.get(f"{side}{name}") is None for side in ("", "negative_") for name in ARGUMENT.values()):
@@ -173,7 +177,7 @@ def float_array(value: Any, what: str) -> npt.NDArray[np.float32]:
     return np.ascontiguousarray(array)
 
 
-def _encoded(texts: Sequence[str], encode: Encode, negative: bool) -> dict[str, Array]:
-    """Return the conditioning of texts, each encoded once."""
-    known = {text: encode(text, negative) for text in dict.fromkeys(texts)}
-    return {name: np.concatenate([known[text][name] for text in texts]) for name in known[texts[0]]}
+def _encoded(prompts: Sequence[Read], encode: Encode, negative: bool) -> dict[str, Array]:
+    """Return the conditioning of prompts, each encoded once."""
+    known = {prompt: encode(prompt, negative) for prompt in dict.fromkeys(prompts)}
+    return {name: np.concatenate([known[prompt][name] for prompt in prompts]) for name in known[prompts[0]]}

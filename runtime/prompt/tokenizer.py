@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from ...engines.bundle import TokenizerInfo
 from ...engines.device import Array
-from ...engines.errors import BundleError, RequestError
+from ...engines.errors import BundleError
 
 Texts = Mapping[str, tuple[Sequence[str], Sequence[str]]]
 """Negative prompts of images, none without guidance, and their prompts, by the source that a tokenizer reads."""
@@ -105,15 +105,13 @@ def row_lengths(
 ) -> dict[str, int]:
     """Return how long the rows of token ids are in which all texts of a source fit, by graph input.
 
-    `asked` is the length of rows that may have any. Raises `RequestError` where it is more than they can have.
+    `asked` is the length of rows that may have any, no more than the most.
     """
     lengths = {}
     for tokenizer in tokenizers:
         info = tokenizer.info
         longest = info.max_length
         if info.any_length and asked is not None:
-            if asked > longest:
-                raise RequestError(f"max_sequence_length is {asked}: this bundle takes {longest} at most")
             lengths[info.output] = asked
             continue
         if info.lengths:

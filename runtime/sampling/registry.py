@@ -135,7 +135,7 @@ def step_table(
             if rule is not None:
                 options |= applied(rule, options, steps, size, on_flow=chosen.schedule is flow_schedule)
             steps = custom_steps(options, chosen, steps)
-            start = first_step(steps, strength, flow=name.startswith("Flow"))
+            start = first_step(name, steps, strength)
             schedule = chosen.schedule(options, steps)
             if share != WHOLE:
                 return _share(chosen, schedule, options, share, evaluations_of_a_step(name))
@@ -276,14 +276,14 @@ def checked_steps(steps: int, options: Mapping[str, Any]) -> int:
     return int(steps)
 
 
-def first_step(steps: int, strength: float, *, flow: bool) -> int:
-    """Return the step at which image-to-image starts (diffusers rounds differently for flow models).
+def first_step(name: str, steps: int, strength: float) -> int:
+    """Return the step at which image-to-image starts with a scheduler class (diffusers rounds differently for flows).
 
     Raises RequestError for a strength outside (0, 1], or one that leaves no step to run.
     """
     if not 0 < strength <= 1:
         raise RequestError(f"strength {strength} is out of range: give a number above 0 and up to 1")
-    start = int(steps - steps * strength) if flow else steps - int(steps * strength)
+    start = int(steps - steps * strength) if name.startswith("Flow") else steps - int(steps * strength)
     if start >= steps:
         raise RequestError(
             f"strength {strength} of {steps} steps leaves no step to run: give at least {1 / steps:.3f}, or more steps"

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from latentrt.engines.errors import CheckpointError, RequestError, UnsupportedModelError
 from latentrt.export import export_checkpoint
-from latentrt.runtime import Pipeline
+from latentrt.runtime import Batcher, Pipeline
 from latentrt.runtime.shapes import requested_shapes
 
 torch = pytest.importorskip("torch")
@@ -130,6 +130,10 @@ def test_rows_of_other_lengths_than_there_are_are_refused(pipe: Pipeline) -> Non
     for length, message in ((513, "this bundle takes 512 at most"), (0, "greater than or equal to 1")):
         with pytest.raises(RequestError, match=message):
             pipe(**QUICK, max_sequence_length=length)
+    rows = np.zeros((1, 64, 32), np.float32)
+    given = {"prompt_embeds": rows, "pooled_prompt_embeds": rows[:, 0], "negative_prompt": "x", "true_cfg_scale": 2.0}
+    with pytest.raises(RequestError, match="max_sequence_length is 8192: this bundle takes 512 at most"):
+        pipe(**given, max_sequence_length=8192)
     shapes = requested_shapes(pipe.bundle, 32, 32, 1, prompt_tokens=256)
     assert shapes["text_encoder"]["token_ids_2"] == (1, 256) and shapes["denoiser"]["context"] == (1, 256, 32)
 
@@ -151,6 +155,40 @@ def test_embeddings_stand_in_place_of_prompts(dev: Path, pipe: Pipeline) -> None
     given = {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled, **request}
     wanted = kind(**given, generator=torch.Generator().manual_seed(5)).images
     assert np.abs(np.asarray(pipe(**given, seed=5).images) - wanted).max() * 255 <= 2
+
+
+@pytest.mark.parametrize(
+    ("texts", "encoded"),
+    [
+        ({"prompt": "a star"}, {"negative_": "blue"}),
+        ({"prompt": "a star", "prompt_2": "two circles"}, {"negative_": "blue"}),
+        ({}, {"": "a star", "negative_": "blue"}),
+        ({"negative_prompt": "blue", "negative_prompt_2": "a triangle"}, {"": "a star"}),
+    ],
+)
+def test_either_side_may_be_embeddings(
+    dev: Path, pipe: Pipeline, texts: dict[str, str], encoded: dict[str, str]
+) -> None:
+    """As in diffusers, those of a negative prompt guide, and what each tokenizer reads of the other side is its own."""
+    kind, given = opened(diffusers.FluxPipeline, dev), dict[str, Any](texts)
+    for side, text in encoded.items():
+        given[f"{side}prompt_embeds"], given[f"{side}pooled_prompt_embeds"], _ = kind.encode_prompt(text)
+    given |= {"height": 32, "width": 32, "num_inference_steps": 2, "true_cfg_scale": 4.0, "output_type": "np"}
+    wanted = kind(**given, generator=torch.Generator().manual_seed(5)).images
+    ours = pipe(**given, seed=5)
+    assert np.abs(np.asarray(ours.images) - wanted).max() * 255 <= 2 and not ours.warnings
+    with Batcher(pipe, slots=1) as batcher:
+        found = batcher.submit(**given, seed=5).result(300).images
+    assert np.abs(np.asarray(found) - wanted).max() * 255 <= 2
+
+
+def test_texts_beside_embeddings_of_their_side_are_refused(pipe: Pipeline) -> None:
+    rows = np.zeros((1, 64, 32), np.float32)
+    for side in ("", "negative_"):
+        given: dict[str, Any] = {f"{side}prompt_embeds": rows, f"{side}pooled_prompt_embeds": rows[:, 0]}
+        given |= {f"{side}prompt_2": "a star"} if side == "" else {"prompt": "a star", f"{side}prompt_2": "blue"}
+        with pytest.raises(RequestError, match=f"^{side}prompt_2 and {side}prompt_embeds are given: give one of them"):
+            pipe(**given)
 
 
 @pytest.mark.slow

@@ -141,9 +141,7 @@ def test_rows_that_skip_nothing_are_the_same_bit_for_bit_beside_one_that_does(pi
 
 def test_embeddings_stand_in_place_of_prompts(pipe: Pipeline) -> None:
     rows = {
-        side: pipe.session.encode_prompt(
-            {name: ids for text in (text,) for name, ids in pipe._batches.tokens(text).items()}
-        )
+        side: pipe.session.encode_prompt(pipe._batches.tokens(*[text] * len(pipe._batches.tokenizers)))
         for side, text in (("", "a red circle"), ("negative_", ""))
     }
     given = {f"{side}prompt_embeds": each["context"] for side, each in rows.items()}

@@ -164,6 +164,38 @@ def test_embeddings_stand_in_place_of_prompts(checkpoint: Path, pipe: Pipeline) 
         pipe(prompt_embeds=given["prompt_embeds"])
 
 
+@pytest.mark.parametrize(
+    ("prompt", "negative"), [({"prompt": "a star", "prompt_2": "a blue square"}, None), (None, ("x", "two circles"))]
+)
+def test_each_tokenizer_reads_its_own_text_beside_embeddings(
+    checkpoint: Path, pipe: Pipeline, prompt: dict[str, str] | None, negative: tuple[str, str] | None
+) -> None:
+    reference = opened(diffusers.StableDiffusionXLPipeline, checkpoint)
+    names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+    encoded = dict(zip(names, reference.encode_prompt("a red circle", negative_prompt="gray"), strict=True))
+    given = {name: rows for name, rows in encoded.items() if ("negative" in name) == (negative is None)}
+    given |= prompt or {}
+    given |= dict(zip(("negative_prompt", "negative_prompt_2"), negative or (), strict=False))
+    request = {**given, "num_inference_steps": 2, "output_type": "latent"}
+    wanted = reference(**request, generator=torch.Generator().manual_seed(3)).images.numpy()
+    ours = pipe(**request, seed=3).images
+    assert np.linalg.norm(ours - wanted) / np.linalg.norm(wanted) < 1e-4
+
+
+@pytest.mark.parametrize("sizes", [{"negative_original_size": (512, 512)}, {"crops_coords_top_left": (64, 0)}])
+def test_a_second_stage_has_the_negative_sizes_of_pictures(
+    checkpoint: Path, pipe: Pipeline, refiner: tuple[Path, Pipeline], sizes: dict[str, Any]
+) -> None:
+    half = np.random.default_rng(0).standard_normal((1, 4, 32, 32)).astype(np.float32)
+    request = {"prompt": "a star", "num_inference_steps": 4, "denoising_start": 0.7, "output_type": "latent", **sizes}
+    for folder, second in ((checkpoint, pipe), refiner):
+        reference = opened(diffusers.StableDiffusionXLImg2ImgPipeline, folder)
+        seeded = torch.Generator().manual_seed(3)
+        wanted = reference(**request, image=torch.from_numpy(half), generator=seeded).images.numpy()
+        ours = second(**request, image=half, seed=3).images
+        assert np.linalg.norm(ours - wanted) / np.linalg.norm(wanted) < 1e-4
+
+
 @pytest.mark.parametrize("zeros", [True, False])
 def test_every_number_that_a_graph_reads_is_in_the_manifest(tmp_path: Path, zeros: bool) -> None:
     folder = tiny.sdxl(tmp_path / "distilled", time_cond_proj_dim=8)

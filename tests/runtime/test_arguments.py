@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import warnings
+import weakref
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -13,10 +17,13 @@ import numpy as np
 import pytest
 import torch
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
-from latentrt.engines.bundle import LatentInfo
+from latentrt.engines.bundle import GuidanceInfo, LatentInfo
 from latentrt.engines.errors import RequestError
-from latentrt.runtime import Pipeline
+from latentrt.runtime import Batcher, Bundle, GenerationRequest, Pipeline, batches
 from latentrt.runtime.arguments import READ_BY_SOME, REFUSED, REFUSED_BY_SOME, SERVED, read_by
+from latentrt.runtime.call import legacy_callback
+from latentrt.runtime.loop.inputs import Draws, draw_together
+from latentrt.runtime.sampling import step_table
 from latentrt.runtime.sizes import check_size
 from PIL import Image
 
@@ -392,6 +399,62 @@ def test_callbacks_are_called_as_diffusers_calls_them(theirs: dict[str, Any], ou
                 warnings.simplefilter("ignore")
                 pipe(PROMPTS[0], generator=generator(), callback_on_step_end=at_end, **arguments)
         assert seen["ours"] == seen["theirs"] and len(seen["ours"]) >= 4
+
+
+def test_negative_embeddings_guide_where_a_negative_prompt_must_be_given(
+    theirs: dict[str, Any], ours: Pipeline
+) -> None:
+    """As in diffusers' FluxPipeline, whose rule this bundle gets here."""
+    rule = GuidanceInfo(scale="true_cfg_scale", needs_negative=True)
+    bundle = Bundle(ours.bundle.path, ours.bundle.manifest.model_copy(update={"guidance": rule}))
+    given: dict[str, Any] = {"prompt_embeds": embeddings(theirs, "a star")}
+    given["negative_prompt_embeds"] = embeddings(theirs, "dark")
+    given |= {"num_inference_steps": 2, "output_type": "latent", **SIZE}
+    wanted = theirs["text"](**given, guidance_scale=4.0, generator=generator(1)).images.numpy()
+    with Pipeline(bundle, ours.backend) as pipe, Batcher(pipe, slots=1) as batcher:
+        request = {**given, "true_cfg_scale": 4.0, "seed": 1}
+        for found in (pipe(**request), batcher.submit(**request).result(60)):
+            np.testing.assert_allclose(found.images, wanted, atol=1e-4)
+
+
+def test_what_a_generator_has_drawn_goes_with_its_request(ours: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[weakref.ref[Draws]] = []
+
+    def noted(*arguments: Any) -> Draws:
+        found = draw_together(*arguments)
+        drawn.append(weakref.ref(found))
+        return found
+
+    def fail(request: Any, first: int, images: Any) -> None:
+        assert drawn[-1]() is not None
+        raise RuntimeError("enough")
+
+    monkeypatch.setattr(batches, "draw_together", noted)
+    request = {**SIZE, "num_inference_steps": 2, "num_images_per_prompt": 3, "sampler": "euler_a"}
+    ours(PROMPTS, generator=generator(), **request)  # in two batches
+    with suppress(RuntimeError):
+        ours(PROMPTS, generator=generator(), on_batch=fail, **request)
+    gc.collect()
+    assert [each() for each in drawn] == [None, None]
+
+
+@pytest.mark.parametrize(("steps", "strength"), [(28, 0.6), (5, 0.5), (10, 0.85), (4, 1.0)])
+def test_the_older_callback_sees_every_step_of_a_flow_from_a_picture(steps: int, strength: float) -> None:
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(steps)
+    kind, stub = diffusers.FluxImg2ImgPipeline, SimpleNamespace(scheduler=scheduler)
+    timesteps, left = kind.get_timesteps(stub, steps, strength, "cpu")
+    warm_up = max(len(timesteps) - left * scheduler.order, 0)  # as in its loop
+    config = {"_class_name": "FlowMatchEulerDiscreteScheduler"}
+    table = step_table(config, steps, strength=strength)
+    assert len(table) == len(timesteps)
+    heard: list[int] = []
+    request = GenerationRequest.of(prompt="a star", num_inference_steps=steps, strength=strength)
+    call = legacy_callback(lambda step, *_: heard.append(step), None, len(table), request, config)
+    assert call is not None
+    for index in range(len(table)):
+        call(index, 0.0, None)
+    assert heard == list(range(warm_up, len(timesteps)))
 
 
 def test_an_interrupted_request_returns_what_there_is(theirs: dict[str, Any], ours: Pipeline) -> None:

@@ -126,6 +126,16 @@ def test_a_part_that_is_the_whole_changes_nothing(pipe: Pipeline) -> None:
     assert [text for text in alone.warnings if "without guidance: it changes nothing" in text]
 
 
+def test_a_part_that_holds_no_step_is_told(pipe: Pipeline) -> None:
+    request: dict[str, Any] = {**REQUEST, "seed": 3, "sampler": SOLVER, "output_type": "latent"}
+    found = pipe(**request, guidance_interval=(0.5, 0.55))
+    plain = pipe(**{**request, "guidance_scale": 1.0})
+    np.testing.assert_allclose(found.images, plain.images, atol=1e-4)
+    told = "guidance_interval 0.5 to 0.55 holds none of 10 evaluations: nothing is guided, and a negative prompt"
+    assert [text.startswith(told) for text in found.warnings] == [True] and not plain.warnings
+    assert not pipe(**request, guidance_interval=(0.5, 0.6)).warnings
+
+
 def test_a_forecast_and_a_part_go_together(pipe: Pipeline) -> None:
     both = pipe(
         **{**REQUEST, "num_inference_steps": 20}, seed=3, sampler="ddim", forecast="taylor", guidance_interval=(0, 0.5)
@@ -203,8 +213,8 @@ def test_rows_that_skip_layers_are_packed_as_a_plain_loop_computes_them(guided: 
         if i < guided[1] * STEPS:
             if i < guided[2] * STEPS:
                 added = SCALE * (prompt - negative) - (prompt - negative)
-                added = added + (2.0 * (prompt - without) if 1 < i < 5 else 0.0)
-            prediction = prompt + added
+                prediction = prompt + (2.0 * (prompt - without) if 1 < i < 5 else 0.0)
+            prediction = prediction + added
         latents, history = plain.apply(i, latents, prediction, history)
         basis = [ours, *predictions, np.zeros_like(ours), np.zeros_like(ours), *mine]
         ours, *mine = np.einsum("lk,kchw->lchw", packed["weights"][i, :, :, 0, 0, 0].astype(float), np.stack(basis))
