@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from .errors import EngineError, StorageError, is_out_of_memory, reason
-from .files import flush_folder, locked, sha256_of, write_atomically
+from .files import flush_folder, locked, sha256_of, write_atomically, write_note
 from .trust import check_trusted
 
 SIDECAR = "engine.json"
@@ -107,17 +107,18 @@ class EngineCache:
                 return final
 
     def entries(self) -> list[dict[str, Any]]:
-        """Return the sidecars of all finished engines, each with its `folder` and `bytes`.
+        """Return the sidecars of all finished engines, each with its `folder`, its `bytes` and when it was `built`.
 
-        Their files are not checked, only that each sidecar is that of its folder: `find` does the rest.
+        That is in seconds since 1970. Their files are not checked, only that each sidecar is that of its folder: `find`
+        does the rest.
         """
         found = []
         for file in sorted(self.root.glob(f"*/{SIDECAR}")):
             with suppress(OSError):  # removed by another process meanwhile
-                size = sum(f.stat().st_size for f in file.parent.iterdir() if f.is_file())
+                size, built = sum(f.stat().st_size for f in file.parent.iterdir() if f.is_file()), file.stat().st_mtime
                 sidecar = _sidecar(file.parent)
                 if sidecar and _entry(str(sidecar.get("graph")), sidecar["key"]) == file.parent.name:
-                    found.append({**sidecar, "folder": file.parent, "bytes": size})
+                    found.append({**sidecar, "folder": file.parent, "bytes": size, "built": built})
         return found
 
     def verify(self) -> dict[Path, str]:
@@ -263,8 +264,7 @@ def _damage(folder: Path, sidecar: Mapping[str, Any], *, always: bool = False) -
                 return f"{name} has other contents than when it was built"
     except (OSError, KeyError, TypeError) as error:
         return reason(error)
-    with suppress(StorageError):  # a cache that cannot be written is checked each time
-        write_atomically(folder / CHECKED, json.dumps(stamp).encode(), mode=0o644)
+    write_note(folder / CHECKED, json.dumps(stamp).encode())  # a cache that cannot be written is checked each time
     return None
 
 

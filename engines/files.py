@@ -51,6 +51,16 @@ def write_atomically(path: Path, data: bytes, mode: int = 0o666) -> None:
         raise storage_error(path, error) from error
 
 
+def write_note(path: Path, data: bytes) -> None:
+    """Write beside an engine of the cache what can be done without, as `write_atomically` does, for others to read.
+
+    Nothing is written where that fails, nor where the engine has been removed: its folder would come back.
+    """
+    with suppress(StorageError):
+        if path.parent.is_dir():
+            write_atomically(path, data, mode=0o644)
+
+
 def write_new(path: Path, data: bytes) -> bool:
     """Write a file as `write_atomically` does, unless there is one; return whether it was written.
 

@@ -18,8 +18,8 @@ from .bundle.runs import Ranges, Run, batch_symbol, repeated, runs
 from .cache import SIDECAR
 from .device import Array, Device
 from .engine import Engine, shape_of
-from .errors import EngineError, StorageError, is_out_of_memory
-from .files import write_atomically
+from .errors import EngineError, is_out_of_memory
+from .files import write_note
 
 PASSED = "selfcheck.json"
 """The checks that an engine of the cache has passed, by device and reference rows."""
@@ -83,8 +83,7 @@ def accept(engine: Engine, bundle: Bundle, graph: GraphInfo, place: Place) -> No
     if place.folder is not None:
         facts = {"graph": graph.name, **place.facts, "relative_error": error, "bound": place.bound(graph)}
         text = json.dumps({**passed, identity: facts}, indent=2) + "\n"
-        with suppress(StorageError):  # in a cache that cannot be written engines are checked at each start
-            write_atomically(place.folder / PASSED, text.encode(), mode=0o644)
+        write_note(place.folder / PASSED, text.encode())  # a cache that cannot be written: checked at each start
 
 
 def out_of_memory(backend: str, what: str) -> EngineError:

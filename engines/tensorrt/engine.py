@@ -17,8 +17,8 @@ from ..cuda.memory import CudaTensor
 from ..cuda.stream import cuda_stream
 from ..device import Stream, Tensor
 from ..engine import check_binding, shape_of
-from ..errors import EngineError, ShapeError, StorageError, reason
-from ..files import mapped, write_atomically
+from ..errors import EngineError, ShapeError, reason
+from ..files import mapped, write_note
 from .arena import Arena, ArenaBlock
 from .library import Library
 from .plan import Plan
@@ -89,8 +89,7 @@ class LoadedPlan:
         """Keep what TensorRT-RTX compiled for this GPU beside the plan; without it every start compiles it again."""
         if self._kernels is None:
             return
-        with suppress(StorageError):  # a cache that cannot be written still works
-            write_atomically(self._kernels_file, bytes(memoryview(self._kernels.serialize())))
+        write_note(self._kernels_file, bytes(memoryview(self._kernels.serialize())))
 
     def close(self) -> None:
         """Free the engine and the contexts of its bindings once the work that uses them is done."""

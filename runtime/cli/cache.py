@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from ...engines.bundle import MANIFEST, Bundle
-from ...engines.cache import SIDECAR, EngineCache, home
+from ...engines.cache import EngineCache, home
 from ...engines.errors import LatentRTError, RequestError
 from .bundle import readable_size
 
@@ -94,14 +94,14 @@ def _engines() -> list[dict[str, Any]]:
     """Return what the cache has, the newest first."""
     now, found = time.time(), []
     for entry in EngineCache().entries():
-        built, key = (entry["folder"] / SIDECAR).stat().st_mtime, entry.get("key", {})
+        key = entry.get("key", {})
         found.append(
             {
                 "graph": entry.get("graph", "unknown"),
                 "backend": key.get("backend", "unknown"),
                 "for": _purpose(key),
                 "bytes": entry["bytes"],
-                "age_days": round(max(0.0, now - built) / DAY, 3),
+                "age_days": round(max(0.0, now - entry["built"]) / DAY, 3),
                 "folder": entry["folder"],
             }
         )

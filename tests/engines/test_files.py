@@ -22,6 +22,7 @@ from latentrt.engines.files import (
     temporary_beside,
     write_atomically,
     write_new,
+    write_note,
 )
 
 
@@ -61,6 +62,10 @@ def test_files_are_for_whom_the_umask_lets_read(
     assert (tmp_path / "a.png").stat().st_mode & 0o777 == found
     assert write_new(tmp_path / "b.png", b"new")
     assert (tmp_path / "b.png").stat().st_mode & 0o777 == 0o666 & ~umask
+    write_note(tmp_path / "c.json", b"new")
+    assert (tmp_path / "c.json").stat().st_mode & 0o777 == 0o644 & ~umask
+    write_note(tmp_path / "removed" / "c.json", b"new")
+    assert not (tmp_path / "removed").exists()
 
 
 def test_what_a_living_process_writes_is_left_alone(tmp_path: Path) -> None:

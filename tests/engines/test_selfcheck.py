@@ -378,6 +378,24 @@ def test_a_damaged_note_is_no_passed_check(
     backend.open(net, net.graph("net")).close()
 
 
+def test_an_engine_that_is_removed_while_it_is_checked_stays_removed(
+    net: Bundle, cache: EngineCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend, ordinary = OnnxRuntimeCpu(cache=cache, threads=1), selfcheck._check
+
+    def removed(*given: Any) -> float:
+        error = ordinary(*given)
+        assert all(cache.remove(entry) for entry in cache.entries())
+        return error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(selfcheck, "_check", removed)
+        backend.open(net, net.graph("net")).close()
+    assert list(cache.root.glob("net-*")) == [] and cache.verify() == {}
+    backend.open(net, net.graph("net")).close()
+    assert len(cache.entries()) == 1
+
+
 def test_a_bundle_without_rows_still_opens_and_its_rows_must_agree(
     tmp_path: Path, cache: EngineCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -233,6 +233,22 @@ def test_a_bundle_that_is_removed_meanwhile_is_not_listed(
     assert len(lines) == 3 and lines[2].startswith("2 engines") and not folder.exists()
 
 
+def test_an_engine_that_is_removed_meanwhile_is_no_error(
+    engines: EngineCache, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    listed = EngineCache.entries
+
+    def removed_once_it_is_listed(cache: EngineCache) -> list[dict[str, Any]]:
+        found = listed(cache)
+        for entry in found:
+            cache.remove(entry)
+        return found
+
+    monkeypatch.setattr(EngineCache, "entries", removed_once_it_is_listed)
+    assert output(capsys, "cache", "list").splitlines()[-1].startswith("2 engines")
+    assert output(capsys, "cache", "list").splitlines()[-1].startswith("0 engines")
+
+
 def test_old_engines_are_pruned(engines: EngineCache, capsys: pytest.CaptureFixture[str]) -> None:
     text = output(capsys, "cache", "prune", "--older-than", "30", "--dry-run")
     assert text.startswith("decoder") and "would remove 2." in text and len(engines.entries()) == 2
