@@ -50,7 +50,7 @@ def _check(place: Path, facts: os.stat_result) -> None:
     user = os.geteuid()
     if facts.st_uid not in (user, 0):
         raise StorageError(
-            f"engine cache {place} belongs to user {facts.st_uid}, and this is {user}: "
+            f"cache {place} belongs to user {facts.st_uid}, and this is {user}: "
             "set LATENTRT_HOME to a folder of your own"
         )
     if facts.st_mode & stat.S_IWOTH:
@@ -60,7 +60,7 @@ def _check(place: Path, facts: os.stat_result) -> None:
     else:
         return
     raise StorageError(
-        f"engine cache {place} can be written by {who}: run chmod {mode} on it if you trust what it holds, "
+        f"cache {place} can be written by {who}: run chmod {mode} on it if you trust what it holds, "
         "else delete it or set LATENTRT_HOME"
     )
 

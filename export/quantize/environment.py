@@ -2,6 +2,8 @@
 
 <home>/model-optimizer/<key>   a virtual environment with the packages below; it appears in one rename
 <home>/model-optimizer/*.log   what a program said that failed
+
+Both are refused where others may have written them, as engines are: what is in them is run.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from ...engines.cache import home
 from ...engines.errors import ExportError, RequestError, StorageError
 from ...engines.files import locked, storage_error, sweep, temporary_beside
 from ...engines.progress import Progress
+from ...engines.trust import check_trusted
 
 PACKAGES = (
     *("nvidia-modelopt==0.47.0", "onnx==1.21.0", "onnxruntime==1.24.4", "onnx-graphsurgeon==0.6.1"),
@@ -41,11 +44,13 @@ PACKAGES = (
 TORCH = "torch==2.13.0"
 """It imports PyTorch for a cast: that of this environment is used where there is one."""
 
+IMPORT = "import modelopt.onnx.quantization"
+
 
 def environment(progress: Progress) -> Path:
     """Return the Python of Model Optimizer's environment, which is made when there is none.
 
-    Raises `ExportError` when pip fails, and `StorageError` when the folder cannot be written.
+    Raises `ExportError` when pip fails, and `StorageError` where the folder cannot be written, or others may.
     """
     root = _root()
     shared = importlib.util.find_spec("torch")
@@ -61,6 +66,7 @@ def environment(progress: Progress) -> Path:
                     inside = temporary / python.relative_to(folder)
                     _make(temporary, inside, torch, progress)
                     temporary.rename(folder)
+            check_trusted(root, folder)  # others know its name as well, and its folders are all its own
     except OSError as error:
         raise error if isinstance(error, StorageError) else storage_error(folder, error) from error
     return python
@@ -76,6 +82,7 @@ def _make(folder: Path, python: Path, torch: str | None, progress: Progress) -> 
         run([*install, TORCH], "pip")
     else:
         _share(python, torch)
+    run([str(python), "-c", IMPORT], "importing Model Optimizer")
 
 
 def _share(python: Path, folder: str) -> None:
@@ -84,16 +91,24 @@ def _share(python: Path, folder: str) -> None:
     Path(packages, "torch_of_latentrt.pth").write_text(f"{folder}\n", encoding="utf-8")
 
 
+def checked(python: Path) -> Path:
+    """Return a Python that imports Model Optimizer; raises `RequestError` for others, before hours are spent."""
+    try:
+        run([str(python), "-c", IMPORT], f"importing Model Optimizer with {python}")
+    except ExportError as error:
+        raise RequestError(f"{error}; give a Python with nvidia-modelopt[onnx]") from error
+    return python
+
+
 def run(command: Sequence[str], what: str) -> list[str]:
     """Run a program to its end and return the lines that it said, on either stream.
 
-    It gets no terminal: Ctrl-C reaches this process alone, which ends the program. When it fails, what it said stays
-    in a file and `ExportError` names its last line; `RequestError` says that there is no such program.
+    It gets no terminal: Ctrl-C reaches this process alone, which ends the program. What it writes is for this user
+    alone. When it fails, what it said stays in a file and `ExportError` names its last line; `RequestError` says that
+    there is no such program.
     """
-    root = _root()
-    log = root / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
+    log = _root() / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
     try:
-        root.mkdir(parents=True, exist_ok=True)
         with log.open("wb") as file:
             code = _wait(command, file)
         said = log.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -120,7 +135,7 @@ def _wait(command: Sequence[str], said: IO[bytes]) -> int:
 
     def start() -> None:
         streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": said, "stderr": subprocess.STDOUT}
-        started.append(subprocess.Popen(command, **streams, env=environment, start_new_session=True))
+        started.append(subprocess.Popen(command, **streams, env=environment, start_new_session=True, umask=0o077))
 
     try:
         with ThreadPoolExecutor(1) as starter:
@@ -146,4 +161,11 @@ def _ending(code: int) -> str:
 
 
 def _root() -> Path:
-    return home() / "model-optimizer"
+    """Return the folder of all this, made for this user alone; raises `StorageError` where others may write to it."""
+    root = home() / "model-optimizer"
+    try:
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise storage_error(root, error) from error
+    check_trusted(root)
+    return root

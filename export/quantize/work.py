@@ -26,7 +26,7 @@ from ...engines.onnx_graph import graph_files, load_graph
 from ...engines.progress import Progress
 from ...runtime.loop.workspace import run_once
 from ..compare import psnr
-from .environment import environment
+from .environment import checked, environment
 from .layers import borders, layers_of, name_nodes, named
 from .marked import Marked, error_of
 from .record import DENOISER, PROMPTS, Recording, record
@@ -73,7 +73,7 @@ def quantize(
     kept = borders(model.graph, layers) | named(layers, keep)
     backend = open_backend("onnxruntime-cpu", threads=threads)
     with atomic_folder(out, replace=replace) as folder:
-        interpreter = environment(progress) if python is None else Path(python)
+        interpreter = environment(progress) if python is None else checked(Path(python))
         recordings = record(opened, backend, chosen, steps=steps, calls=CALLS, seed=seed, progress=progress)
         held = range(len(chosen))[3::4] or range(len(chosen))[-1:]
         with TemporaryDirectory(dir=folder, prefix="work-") as work:

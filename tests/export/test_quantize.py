@@ -24,7 +24,7 @@ pytest.importorskip("onnx_ir")
 from latentrt.engines.backends import open_backend  # noqa: E402
 from latentrt.engines.bundle import Bundle  # noqa: E402
 from latentrt.engines.device import Array  # noqa: E402
-from latentrt.engines.errors import EngineError, ExportError, RequestError  # noqa: E402
+from latentrt.engines.errors import EngineError, ExportError, RequestError, StorageError  # noqa: E402
 from latentrt.engines.progress import silent  # noqa: E402
 from latentrt.engines.tensorrt.planner import Planner  # noqa: E402
 from latentrt.export.embedded import BUNDLE, CHECKPOINT  # noqa: E402
@@ -47,12 +47,13 @@ from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 STUB = Path(__file__).parent / "eight_bits.py"
 PROMPTS = ["a red circle on a blue background", "a green square on a white background"]
 SHORT: dict[str, Any] = {"precision": "int8", "prompts": PROMPTS, "steps": 1, "threads": 1}
+IMPORTS = '[ "$1" = -c ] && exit'
 
 
-def program(folder: Path, *lines: str) -> Path:
-    """Return a program of the shell."""
+def program(folder: Path, *lines: str, imports: str = IMPORTS) -> Path:
+    """Return a program of the shell, which imports whatever it is asked for."""
     path = folder / "stub"
-    path.write_text("\n".join(["#!/bin/sh", *lines, ""]), encoding="utf-8")
+    path.write_text("\n".join(["#!/bin/sh", imports, *lines, ""]), encoding="utf-8")
     path.chmod(0o755)
     return path
 
@@ -288,6 +289,18 @@ def test_it_runs_on_openvino(quantized: Path) -> None:
     assert np.mean((images[0] - images[1]) ** 2) < 255**2 / 10**2.5  # 25 dB
 
 
+def test_verify_compares_it_with_the_bundle_before_either_way(
+    quantized: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ["--steps", "2", "--threads", "1", "--backend", "onnxruntime-cpu"]
+    for bundle, against in ((quantized, BUNDLE), (BUNDLE, quantized)):
+        assert run(["verify", str(bundle), "--against", str(against), *common]) == 0
+        said = capsys.readouterr().out
+        line = next(line for line in said.splitlines() if line.startswith("denoiser.prediction"))
+        assert float(line.split()[2]) > 1e-3 and "(bound 15)" in said
+        assert ("denoiser=int8" in said) == (bundle == quantized)
+
+
 @pytest.mark.long
 @pytest.mark.filterwarnings("ignore")
 def test_verify_compares_it_by_bounds_of_its_own(quantized: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -381,6 +394,52 @@ def test_an_interrupt_ends_the_program_and_leaves_nothing(tmp_path: Path) -> Non
         os.kill(int((tmp_path / "pid").read_text()), 0)
 
 
+def test_a_python_without_the_program_is_told_before_anything_is_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LATENTRT_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(work, "record", lambda *given, **named: pytest.fail("a prompt was drawn"))
+    line = ["quantize", str(BUNDLE), "-o", str(tmp_path / "out"), "--precision", "int8", "--python"]
+    stub = program(tmp_path, imports="echo \"No module named 'modelopt'\" >&2; exit 1")
+    assert run([*line, str(stub)]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert f"importing Model Optimizer with {stub} failed (exit code 1): No module named 'modelopt'" in said
+    assert said.endswith("; give a Python with nvidia-modelopt[onnx]")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["home", "stub"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="modes are POSIX's")
+def test_what_others_may_have_put_into_the_environment_is_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LATENTRT_HOME", str(tmp_path))
+    monkeypatch.setattr(environment, "_make", lambda folder, *_: (folder / "bin").mkdir())
+    python = environment.environment(silent)
+    root, folder = python.parents[2], python.parents[1]
+    assert root == tmp_path / "model-optimizer" and root.stat().st_mode & 0o777 == 0o700
+    for place in (folder / "bin", folder, root):
+        mode = place.stat().st_mode & 0o777
+        place.chmod(0o777)
+        with pytest.raises(StorageError, match=f"{place} can be written by everybody"):
+            environment.environment(silent)
+        place.chmod(mode)
+    assert environment.environment(silent) == python
+    root.chmod(0o777)
+    with pytest.raises(StorageError, match="can be written by everybody"):  # else a link in the log's place is followed
+        environment.run(["true"], "nothing")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="modes are POSIX's")
+def test_what_a_program_writes_is_for_its_user_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LATENTRT_HOME", str(tmp_path / "home"))
+    before = os.umask(0)
+    try:
+        environment.run([str(program(tmp_path, f"mkdir {tmp_path}/made"))], "mkdir")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "made").stat().st_mode & 0o777 == 0o700
+
+
 def test_the_environment_is_made_once_and_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LATENTRT_HOME", str(tmp_path))
     said: list[list[str]] = []
@@ -404,8 +463,9 @@ def test_the_environment_is_made_once_and_whole(tmp_path: Path, monkeypatch: pyt
     assert python.exists() and python.is_relative_to(root)
     made = len(said)
     assert environment.environment(silent) == python and len(said) == made
+    assert said[-1][-1] == environment.IMPORT  # whole: it imports what it is for
     assert all(
-        "==" in package for command in said for package in command if "modelopt" in package and "/" not in package
+        "==" in package for command in said[:-1] for package in command if "modelopt" in package and "/" not in package
     )
 
 
