@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -11,7 +12,7 @@ from PIL import Image
 
 from ..engines.bundle import Manifest, Precision
 from ..engines.device import Array
-from ..engines.selfcheck import relative_error
+from ..engines.selfcheck import BOUND, QUANTIZED_BOUND, relative_error
 
 EXPORT_BOUND: Mapping[Precision, float] = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1}
 """Largest relative error of an exported graph, run without optimizations on the CPU."""
@@ -19,8 +20,35 @@ EXPORT_BOUND: Mapping[Precision, float] = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1
 PSNR_BOUND: Mapping[Precision, float] = {"fp32": 45.0, "fp16": 35.0, "bf16": 30.0}
 """Smallest peak signal-to-noise ratio of a picture, in decibels."""
 
-QUANTIZED_ERROR, QUANTIZED_PSNR = 0.2, 15.0
-"""The same two of a network in 8 bits, whatever it computes in beside: its manifest says what to expect of it."""
+QUANTIZED_PSNR = 15.0
+"""The same with a network in 8 bits, whatever it computes in beside."""
+MORE = 1.5
+"""How many times what its manifest says such a network may have lost: that was measured on a few prompts."""
+
+
+class Bounds:
+    """How far runs of bundles may be from each other: what the coarsest number format that takes part allows.
+
+    A network in 8 bits may be off by as much as its engines may, and by `MORE` times what its manifest says where that
+    is more. `options` are those of the backend, which may compute in less than a bundle says.
+    """
+
+    def __init__(self, *manifests: Manifest, options: Mapping[str, Any]) -> None:
+        named: dict[Any, Precision] = {"bf16": "bf16", "f16": "fp16"}
+        asked = named.get(options.get("precision"), "fp16" if options.get("tf32") else "fp32")
+        precisions = [asked, *(manifest.precision for manifest in manifests)]
+        self._precision = max(precisions, key=BOUND.__getitem__)
+        self._lost = [(g.name, g.quantization) for each in manifests for g in each.graphs if g.quantization is not None]
+
+    def error(self, graph: str) -> float:
+        """Return the largest relative error of an output of a graph."""
+        lost = [max(QUANTIZED_BOUND, MORE * each.relative_error) for name, each in self._lost if name == graph]
+        return max([BOUND[self._precision], *lost])
+
+    def psnr(self) -> float:
+        """Return the smallest PSNR of a picture, in decibels."""
+        lost = [each.psnr - 20 * math.log10(MORE) for _, each in self._lost if each.psnr is not None]
+        return min([PSNR_BOUND[self._precision], *([QUANTIZED_PSNR] if self._lost else []), *lost])
 
 
 @dataclass(frozen=True)
@@ -71,8 +99,10 @@ class Report:
     against: str
     """What it was compared with, in words."""
     options: dict[str, Any] = field(default_factory=dict)
-    """What the backend and the request were told besides."""
+    """What is in 8 bits, and what the backend and the request were told besides."""
     tensors: list[TensorReport] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
+    """Graphs that are not compared, each with the reason."""
     request: RequestReport | None = None
 
     @property
@@ -83,6 +113,12 @@ class Report:
     def as_json(self) -> dict[str, Any]:
         """Return the report as JSON values."""
         return {**asdict(self), "within": self.within}
+
+
+def told(manifest: Manifest, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what graphs in 8 bits compute in, by their names, and the options that may change a result."""
+    quantized = {graph.name: graph.quantization.precision for graph in manifest.graphs if graph.quantization}
+    return quantized | {name: value for name, value in options.items() if name != "threads"}
 
 
 def pictures_needed(manifest: Manifest, *, starts: bool = False) -> dict[str, Any]:
@@ -103,7 +139,7 @@ def compare_requests(
     pairs = list(zip(*pictures, strict=True))
     return RequestReport(
         steps=[relative_error(a, b) for a, b in zip(ours, theirs, strict=True)],
-        max_pixel_difference=int(np.abs(pictures[0].astype(np.int16) - pictures[1]).max()),
+        max_pixel_difference=max_difference(*pictures),
         psnr=psnr(*pictures),
         ssim=float(np.mean([ssim(a, b) for a, b in pairs])),
         haarpsi=float(np.mean([haarpsi(a, b) for a, b in pairs])),
@@ -135,9 +171,18 @@ def compare(name: str, values: Array, reference: Array, bound: float) -> TensorR
 
 
 def psnr(values: Array, reference: Array) -> float | None:
-    """Return the peak signal-to-noise ratio of uint8 pictures, 10 log10(255² / MSE), in decibels; None when equal."""
-    error = float(np.mean((values.astype(np.float64) - reference) ** 2))
+    """Return the peak signal-to-noise ratio of uint8 pictures, 10 log10(255² / MSE), in decibels; None when equal.
+
+    Squares are added up along the first axis: of many pictures, one at a time is held in float64.
+    """
+    squares = (np.square(a.astype(np.float64) - b).sum() for a, b in zip(values, reference, strict=True))
+    error = float(sum(squares)) / values.size
     return None if error == 0 else float(10 * np.log10(255**2 / error))
+
+
+def max_difference(values: Array, reference: Array) -> int:
+    """Return the largest difference of a value of uint8 pictures, of 255."""
+    return max(int(np.abs(a.astype(np.int16) - b).max()) for a, b in zip(values, reference, strict=True))
 
 
 def ssim(values: Array, reference: Array) -> float:

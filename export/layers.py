@@ -14,14 +14,16 @@ from typing import Any
 
 import numpy as np
 
-from ..engines.bundle import Bundle, GraphInfo, LatentInfo
+from ..engines.bundle import Bundle, GraphInfo
+from ..engines.bundle.runs import random_inputs
 from ..engines.device import Array
-from ..engines.engine import shape_of
-from ..engines.errors import BackendUnavailableError, MissingExtraError
+from ..engines.engine import Sizes
+from ..engines.errors import BackendUnavailableError, EngineError, MissingExtraError, RequestError, reason
 from ..engines.onnx_graph import follow_links, graph_files, load_graph
 from .compare import relative_error
 
 PROVIDERS = {"onnxruntime-cpu": "CPUExecutionProvider", "onnxruntime-cuda": "CUDAExecutionProvider"}
+TENSORRT = "tensorrt"
 
 
 @dataclass(frozen=True)
@@ -33,19 +35,25 @@ class LayerReport:
     nan_count: int
 
 
-def layer_errors(bundle: Bundle, graph: str, backend: str, seed: int = 0) -> list[LayerReport]:
+def layer_errors(bundle: Bundle, graph: str, backend: str, threads: int | None = None) -> list[LayerReport]:
     """Return the error of every floating-point tensor of a graph on random inputs at a small size, in graph order.
 
-    Raises `BackendUnavailableError` for a backend that Polygraphy cannot run, `BundleError` for an unknown graph.
+    Raises `BackendUnavailableError` for a backend that Polygraphy cannot run, `BundleError` for an unknown graph,
+    `RequestError` for one that ONNX Runtime does not compute on the CPU, or that is no network, and `EngineError` where
+    it cannot be run.
     """
     info = bundle.graph(graph)
+    _check(info, backend)
     files = graph_files(bundle, info, "export")
-    feed = random_feed(info, bundle.manifest.latent, seed)
+    feed = random_inputs(info, _sizes(bundle, info))
     with tempfile.TemporaryDirectory() as folder:
         marked = Path(folder) / "marked.onnx"
         order = _mark_all(files, marked)
-        reference = _infer(_onnxruntime(marked, "CPUExecutionProvider", optimized=False), feed)
-        values = _infer(_runner(marked, backend), feed)
+        try:
+            reference = _infer(_onnxruntime(marked, "CPUExecutionProvider", threads, optimized=False), feed)
+            values = _infer(_runner(marked, backend, threads), feed)
+        except Exception as error:  # the libraries' own exceptions share no base class
+            raise EngineError(f"graph {graph} cannot be compared layer by layer: {reason(error)}") from error
     return [
         LayerReport(
             name,
@@ -57,21 +65,30 @@ def layer_errors(bundle: Bundle, graph: str, backend: str, seed: int = 0) -> lis
     ]
 
 
-def random_feed(info: GraphInfo, latent: LatentInfo, seed: int) -> dict[str, Array]:
-    """Return random inputs for a graph: two rows, two size multiples on a side, eight tokens; ids, times in range."""
+def _check(info: GraphInfo, backend: str) -> None:
+    """Raise what can be known of a graph and a backend beforehand."""
+    if backend not in (*PROVIDERS, TENSORRT):
+        raise BackendUnavailableError(
+            f"backend {backend} cannot be compared layer by layer: choose {', '.join((*PROVIDERS, TENSORRT))}"
+        )
+    if info.precision == "bf16":
+        raise RequestError(
+            f"graph {info.name} computes in bf16, and it is compared with onnxruntime-cpu, which cannot: give a bundle "
+            "in fp32 or fp16"
+        )
+
+
+def _sizes(bundle: Bundle, info: GraphInfo) -> Sizes:
+    """Return small sizes: two rows, two size multiples on a side, eight tokens, two steps."""
+    latent = bundle.manifest.latent
     cells = 2 * latent.size_multiple // latent.downscale
-    sizes = {"B": 1, "R": 2, "h": cells, "w": cells, "L": 8}
-    generator = np.random.default_rng(seed)
-    feed: dict[str, Array] = {}
-    for spec in info.inputs:
-        shape = shape_of(spec, sizes)
-        if spec.dtype in ("int64", "uint8"):
-            feed[spec.name] = generator.integers(0, 256, shape).astype(spec.dtype)
-        elif spec.name == "timestep":
-            feed[spec.name] = generator.uniform(0, 999, shape).astype(spec.dtype)
-        else:
-            feed[spec.name] = generator.standard_normal(shape).astype(spec.dtype)
-    return feed
+    sizes = {"B": 1, "R": 2, "h": cells, "w": cells, "L": 8, "T": 2}
+    if own := [letter for letter in info.letters if letter not in sizes]:
+        networks = [graph.name for graph in bundle.manifest.graphs if set(graph.letters) <= sizes.keys()]
+        raise RequestError(
+            f"graph {info.name} is no network, with sizes of its own ({', '.join(own)}): choose {', '.join(networks)}"
+        )
+    return sizes
 
 
 def _mark_all(files: Sequence[Path], target: Path) -> list[str]:
@@ -92,22 +109,21 @@ def _mark_all(files: Sequence[Path], target: Path) -> list[str]:
     return [name for node in saved.graph.node for name in node.output]
 
 
-def _runner(path: Path, backend: str) -> Any:
+def _runner(path: Path, backend: str, threads: int | None) -> Any:
     if backend in PROVIDERS:
-        return _onnxruntime(path, PROVIDERS[backend], optimized=True)
-    if backend == "tensorrt":
-        from polygraphy.backend.trt import EngineFromNetwork, NetworkFromOnnxPath, TrtRunner
+        return _onnxruntime(path, PROVIDERS[backend], threads, optimized=True)
+    from polygraphy.backend.trt import EngineFromNetwork, NetworkFromOnnxPath, TrtRunner
 
-        return TrtRunner(EngineFromNetwork(NetworkFromOnnxPath(str(path), strongly_typed=True)))
-    raise BackendUnavailableError(f"backend {backend} cannot be compared layer by layer: choose {', '.join(PROVIDERS)}")
+    return TrtRunner(EngineFromNetwork(NetworkFromOnnxPath(str(path), strongly_typed=True)))
 
 
-def _onnxruntime(path: Path, provider: str, *, optimized: bool) -> Any:
+def _onnxruntime(path: Path, provider: str, threads: int | None, *, optimized: bool) -> Any:
     import onnxruntime as ort
     from polygraphy.backend.onnxrt import OnnxrtRunner
 
     options = ort.SessionOptions()
     options.log_severity_level = 3
+    options.intra_op_num_threads = threads or 0  # 0: all
     levels = ort.GraphOptimizationLevel
     options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimized else levels.ORT_DISABLE_ALL
     return OnnxrtRunner(lambda: ort.InferenceSession(str(path), options, providers=[provider]))

@@ -17,12 +17,11 @@ import numpy as np
 import torch
 
 from ..engines.backends import Backend, open_backend
-from ..engines.bundle import Bundle, GraphInfo, LatentInfo, Manifest
+from ..engines.bundle import Bundle, GraphInfo, LatentInfo
 from ..engines.device import Array
 from ..engines.errors import BundleError
 from ..engines.files import sha256_of
 from ..engines.progress import Progress, silent
-from ..engines.selfcheck import BOUND
 from ..runtime.loop.hoisted import at_one_step, of_request, picks
 from ..runtime.loop.workspace import run_once
 from ..runtime.pipeline import Pipeline
@@ -31,15 +30,14 @@ from .checkpoints.configs import reading
 from .checkpoints.sources import open_checkpoint
 from .checkpoints.vae import with_tiny_decoder
 from .compare import (
-    PSNR_BOUND,
-    QUANTIZED_ERROR,
-    QUANTIZED_PSNR,
+    Bounds,
     Report,
     RequestReport,
     TensorReport,
     compare,
     compare_requests,
     pictures_needed,
+    told,
 )
 from .families import family_named
 from .graph import Graph
@@ -90,7 +88,8 @@ def verify(
     checkpoint = replace(checkpoint, skip_layers=skipped.layers if skipped else ())
     family.check(checkpoint)
     engines = open_backend(backend, **options)
-    report = Report(str(opened.path), engines.name, manifest.precision, "PyTorch fp32", _quantized(manifest))
+    bounds = Bounds(manifest, options=options)
+    report = Report(str(opened.path), engines.name, manifest.precision, "PyTorch fp32", told(manifest, options))
     if len(checkpoint.tokenizers) != len(manifest.tokenizers):
         raise BundleError(
             f"bundle {opened.path} has {len(manifest.tokenizers)} tokenizers and {checkpoint.name!r} has "
@@ -101,10 +100,10 @@ def verify(
     builders = family.graphs(opened_by(pipeline, checkpoint), manifest.precision, lengths)
     for number, (name, build) in enumerate(builders.items()):
         progress(name.replace("_", " "), number, len(builders) + 1)
-        report.tensors += _compare_graph(opened, engines, build())
+        report.tensors += _compare_graph(opened, engines, build(), bounds.error(name))
     progress("request", len(builders), len(builders) + 1)
     with Pipeline(opened, engines) as pipe:
-        report.request = _compare_request(pipe, pipeline, prompt, steps, seed)
+        report.request = _compare_request(pipe, pipeline, prompt, steps, seed, bounds.psnr())
     return report
 
 
@@ -136,7 +135,7 @@ def check_source(bundle: Bundle, checkpoint: Checkpoint) -> None:
 
 
 @torch.no_grad()
-def _compare_graph(bundle: Bundle, backend: Backend, graph: Graph) -> list[TensorReport]:
+def _compare_graph(bundle: Bundle, backend: Backend, graph: Graph, bound: float) -> list[TensorReport]:
     """Run one graph and its float32 module on the same random inputs at the bundle's default size."""
     info, latent = bundle.graph(graph.name), bundle.manifest.latent
     before = [*of_request(bundle.manifest), *picks(bundle.manifest)] if graph.name == "denoiser" else []
@@ -159,7 +158,6 @@ def _compare_graph(bundle: Bundle, backend: Backend, graph: Graph) -> list[Tenso
         outputs |= run_graph(bundle, backend, part, {spec.name: outputs[spec.name] for spec in part.inputs})
     expected = graph.module(**{k: v.float() if v.is_floating_point() else v for k, v in inputs.items()})
     expected = expected if isinstance(expected, tuple) else (expected,)
-    bound = BOUND[bundle.manifest.precision] if info.quantization is None else QUANTIZED_ERROR
     return [
         compare(f"{graph.name}.{spec.name}", outputs[spec.name], value.numpy(), bound)
         for spec, value in zip(graph.outputs, expected, strict=True)
@@ -177,7 +175,7 @@ def run_graph(bundle: Bundle, backend: Backend, info: GraphInfo, inputs: Mapping
         stream.close()
 
 
-def _compare_request(pipe: Pipeline, reference: Any, prompt: str, steps: int, seed: int) -> RequestReport:
+def _compare_request(pipe: Pipeline, reference: Any, prompt: str, steps: int, seed: int, bound: float) -> RequestReport:
     ours: list[Array] = []
 
     def keep(_: Pipeline, step: int, timestep: float, values: dict[str, Any]) -> None:
@@ -188,14 +186,7 @@ def _compare_request(pipe: Pipeline, reference: Any, prompt: str, steps: int, se
     result = pipe(**request, seed=seed, callback_on_step_end=keep)
     theirs, picture = _reference(pipe, reference, request, seed)
     pixels = np.stack([np.asarray(image) for image in result.images])
-    manifest = pipe.bundle.manifest
-    bound = QUANTIZED_PSNR if _quantized(manifest) else PSNR_BOUND[manifest.precision]
     return compare_requests((ours, theirs), (pixels, picture), bound)
-
-
-def _quantized(manifest: Manifest) -> dict[str, Any]:
-    """Return what graphs in 8 bits compute in, by their names."""
-    return {graph.name: graph.quantization.precision for graph in manifest.graphs if graph.quantization}
 
 
 @torch.no_grad()

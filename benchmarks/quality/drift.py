@@ -2,7 +2,8 @@
 
 The exact run is a whole request on ONNX Runtime, which computes in the bundle's precision. What every network reads and
 writes in it is noted; the same inputs then go to the engines in question, so that a graph's line is the error that this
-graph adds on a real request. The request itself is run on them as well, where errors add up.
+graph adds on a real request. The request itself is run on them as well, where errors add up. Graphs that it does not
+run, or that the other bundle has cut elsewhere, are named.
 """
 
 from __future__ import annotations
@@ -17,24 +18,27 @@ from typing import Any
 import numpy as np
 
 from ...engines.backends import Backend, open_backend
-from ...engines.bundle import Bundle, GraphInfo, Precision
+from ...engines.bundle import Bundle, GraphInfo
 from ...engines.device import Array, Stream, Tensor
 from ...engines.engine import BoundEngine, Shapes
-from ...engines.errors import BundleError, RequestError
+from ...engines.errors import BundleError
 from ...engines.onnxruntime.cpu import OnnxRuntimeCpu
 from ...engines.onnxruntime.session import OnnxRuntimeEngine
 from ...engines.progress import Progress, silent
-from ...engines.selfcheck import BOUND
 from ...export.compare import (
-    PSNR_BOUND,
+    Bounds,
     Report,
     TensorReport,
     compare,
     compare_requests,
     pictures_needed,
+    told,
 )
+from ...runtime.loop.hoisted import at_one_step, of_request, picks
 from ...runtime.loop.workspace import BoundGraph
 from ...runtime.pipeline import Pipeline
+
+TIMESTEP = "timestep"
 
 
 @dataclass(frozen=True)
@@ -93,30 +97,32 @@ def drift(
     """
     opened = _sound(bundle)
     reference = opened if exact is None else _sound(exact)
+    _check_one_model(opened, reference)
+    ways, left_out = _ways(opened, reference)
     manifest, lossy = opened.manifest, dict(lossy or {})
-    if manifest.latent != reference.manifest.latent:
-        raise BundleError(f"{exact} has latents of another shape than {bundle}: give two bundles of one model")
     request = {"prompt": prompt, "num_inference_steps": steps, "seed": seed, **pictures_needed(manifest)}
-    engines = open_backend(backend, **options)
-    inside = _inside(manifest.precision, options)
+    engines, bounds = open_backend(backend, **options), Bounds(manifest, reference.manifest, options=options)
     whose = "its own run" if exact is None else f"the run of {reference.path}"
     report = Report(
         bundle=str(opened.path),
         backend=engines.name,
         precision=manifest.precision,
         against=f"{whose} on {OnnxRuntimeCpu.name} in {reference.manifest.precision}",
-        options={name: value for name, value in (options | lossy).items() if name != "threads"},
+        options=told(manifest, options | lossy),
+        left_out=left_out,
     )
     noting = _Noting(options.get("threads"))
     with Pipeline(reference, noting, mode="eager", prompt_cache=0, progress=progress) as pipe:
         expected = _answer(pipe, request)
-    for graph in manifest.graphs:
-        if runs := noting.runs.pop(graph.name, None):
-            progress(graph.name.replace("_", " "), 0, 1)
-            report.tensors += _compare_graph(opened, engines, graph, runs, BOUND[inside])
+    for name, parts in ways.items():
+        if runs := noting.runs.pop(name, None):
+            progress(name.replace("_", " "), 0, 1)
+            report.tensors += _compare_graph(opened, engines, parts, runs, bounds.error(name))
+        else:
+            left_out[name] = "the request does not run it"
     with Pipeline(opened, engines, progress=progress) as pipe:
         found = _answer(pipe, request | lossy)
-    bound = None if lossy else PSNR_BOUND[inside]
+    bound = None if lossy else bounds.psnr()
     report.request = compare_requests((found[0], expected[0]), (found[1], expected[1]), bound)
     return report
 
@@ -129,11 +135,56 @@ def _sound(path: str | Path) -> Bundle:
     return bundle
 
 
-def _inside(precision: Precision, options: Mapping[str, Any]) -> Precision:
-    """Return the coarsest precision that a bundle or a backend's options ask for, whose bounds hold."""
-    named: dict[Any, Precision] = {"bf16": "bf16", "f16": "fp16"}
-    asked = named.get(options.get("precision"), "fp16" if options.get("tf32") else "fp32")
-    return max((precision, asked), key=lambda each: BOUND[each])
+def _check_one_model(opened: Bundle, reference: Bundle) -> None:
+    """Raise `BundleError` where two bundles have latents, or tensors of one network, of other shapes."""
+    advice = "give two bundles of one model"
+    if opened.manifest.latent != reference.manifest.latent:
+        raise BundleError(f"{reference.path} has latents of another shape than {opened.path}: {advice}")
+    known = {(name, spec.name): spec.shape for name, g in _networks(reference).items() for spec in g.inputs + g.outputs}
+    for name, graph in _networks(opened).items():
+        for spec in graph.inputs + graph.outputs:
+            here, there = spec.shape, known.get((name, spec.name), spec.shape)
+            fixed = [(a, b) for a, b in zip(here, there, strict=False) if isinstance(a, int) and isinstance(b, int)]
+            if len(here) != len(there) or any(a != b for a, b in fixed):
+                raise BundleError(
+                    f"{spec.name} of graph {name} is {list(there)} in {reference.path} and {list(here)} in "
+                    f"{opened.path}: {advice}"
+                )
+
+
+def _networks(bundle: Bundle) -> dict[str, GraphInfo]:
+    return {graph.name: graph for graph in bundle.manifest.graphs if graph.parity is not None}
+
+
+def _ways(opened: Bundle, reference: Bundle) -> tuple[dict[str, list[GraphInfo]], dict[str, str]]:
+    """Return what computes each network's outputs from what is noted of the reference's, and why the others have none.
+
+    That is the graph itself, or a denoiser behind its parts, where the other bundle has it whole.
+    """
+    noted, manifest = _networks(reference), opened.manifest
+    before = [*of_request(manifest), *picks(manifest)]
+    ways, left = dict[str, list[GraphInfo]](), dict[str, str]()
+    for name, graph in _networks(opened).items():
+        if name not in noted:
+            left[name] = f"{reference.path} has none"
+        elif possible := [way for way in ([graph], [*before, graph]) if _computes(way, noted[name])]:
+            ways[name] = possible[0]
+        else:
+            left[name] = f"it reads other tensors in {reference.path}"
+    apart = {part.name for way in ways.values() for part in way}
+    return ways, {name: why for name, why in left.items() if name not in apart}
+
+
+def _computes(way: Sequence[GraphInfo], noted: GraphInfo) -> bool:
+    """Tell whether graphs that run one after the other give a noted graph's outputs from its inputs."""
+    there = {spec.name for spec in noted.inputs}
+    if TIMESTEP in there:
+        there |= at_one_step(np.zeros(1, np.float32)).keys()
+    for part in way:
+        if not {spec.name for spec in part.inputs} <= there:
+            return False
+        there |= {spec.name for spec in part.outputs}
+    return {spec.name for spec in way[-1].outputs} == {spec.name for spec in noted.outputs}
 
 
 def _answer(pipe: Pipeline, request: Mapping[str, Any]) -> tuple[list[Array], Array]:
@@ -148,24 +199,30 @@ def _answer(pipe: Pipeline, request: Mapping[str, Any]) -> tuple[list[Array], Ar
 
 
 def _compare_graph(
-    bundle: Bundle, backend: Backend, graph: GraphInfo, runs: Sequence[_Run], bound: float
+    bundle: Bundle, backend: Backend, way: Sequence[GraphInfo], runs: Sequence[_Run], bound: float
 ) -> list[TensorReport]:
-    """Run a graph on what was noted of it, and return how far each of its outputs is, over all runs."""
+    """Run a graph, behind its parts, on what was noted of it, and return how far its outputs are, over all runs."""
+    held = [{**(at_one_step(run.inputs[TIMESTEP]) if way[1:] else {}), **run.inputs} for run in runs]
+    for part in way:
+        _run_on(bundle, backend, part, held)
+    return [
+        compare(
+            f"{way[-1].name}.{spec.name}",
+            np.stack([values[spec.name] for values in held]),
+            np.stack([run.outputs[spec.name] for run in runs]),
+            bound,
+        )
+        for spec in way[-1].outputs
+    ]
+
+
+def _run_on(bundle: Bundle, backend: Backend, graph: GraphInfo, held: Sequence[dict[str, Array]]) -> None:
+    """Run a graph on several sets of tensors by name, and put its outputs beside them."""
+    inputs = [{spec.name: values[spec.name].astype(spec.dtype, copy=False) for spec in graph.inputs} for values in held]
     with ExitStack() as memory:
         stream = memory.enter_context(closing(backend.device.stream()))
-        inputs = [{spec.name: _as(run.inputs, spec.name, spec.dtype) for spec in graph.inputs} for run in runs]
         engine = backend.open(bundle, graph, {name: array.shape for name, array in inputs[0].items()})
         memory.callback(engine.close)
         bound_graph = memory.enter_context(closing(BoundGraph(backend.device, engine, graph, inputs[0])))
-        found = [bound_graph.run(arrays, stream) for arrays in inputs]
-    together = [
-        (spec.name, np.stack([each[spec.name] for each in found]), np.stack([run.outputs[spec.name] for run in runs]))
-        for spec in graph.outputs
-    ]
-    return [compare(f"{graph.name}.{name}", ours, theirs, bound) for name, ours, theirs in together]
-
-
-def _as(arrays: Mapping[str, Array], name: str, dtype: str) -> Array:
-    if name not in arrays:
-        raise RequestError(f"the exact run has no tensor {name!r}: give two bundles of one model")
-    return arrays[name].astype(dtype, copy=False)
+        for values, arrays in zip(held, inputs, strict=True):
+            values |= bound_graph.run(arrays, stream)

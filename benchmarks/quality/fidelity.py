@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ...engines.device import Array
-from ...export.compare import haarpsi, psnr, relative_error, ssim
+from ...export.compare import haarpsi, max_difference, psnr, relative_error, ssim
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def compare_pictures(pictures: Array, reference: Array, latents: float | None = 
     return Fidelity(
         pictures=len(pairs),
         latents_relative_error=latents,
-        max_pixel_difference=int(np.abs(pictures.astype(np.int16) - reference).max()),
+        max_pixel_difference=max_difference(pictures, reference),
         psnr=psnr(pictures, reference),
         least_psnr=min((value for value in each if value is not None), default=None),
         ssim=float(np.mean([ssim(a, b) for a, b in pairs])),

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ...engines.backends import resolve
 from ...engines.bundle import Bundle
 from ...engines.errors import MissingExtraError, RequestError
 from .options import (
@@ -217,6 +218,9 @@ def verify(
     """Compare every graph and one whole request with the exact run, or with PyTorch; exit 1 past the bound."""
     opened = opened_bundle(bundle)
     settings = backend_options(backend, options, threads=threads) | {"backend": backend}
+    if layers and options:
+        raise RequestError("--layers runs the backend without options: leave out --layers, or --option")
+    inside = _layers(opened, layers, resolve(backend), threads) if layers else []
     request: dict[str, Any] = {"prompt": prompt, "steps": steps, "seed": seed}
     lossy: dict[str, Any] = {
         "forecast": forecast,
@@ -240,7 +244,6 @@ def verify(
             raise RequestError(f"--{name} is compared with an exact run: leave out --against, or give a bundle")
         _check_revision(revision, base or against)
         report = _verified(bundle, against, request | checkpoint | settings)
-    inside = _layers(opened, layers, report.backend) if layers else []
     if as_json:
         typer.echo(json.dumps(report.as_json() | {"layers": [asdict(layer) for layer in inside]}, indent=2))
     else:
@@ -268,10 +271,10 @@ def _verified(bundle: Path, checkpoint: str, arguments: dict[str, Any]) -> Repor
         return run_verify(bundle, checkpoint, progress=progress, **arguments)
 
 
-def _layers(bundle: Bundle, graph: str, backend: str) -> list[LayerReport]:
+def _layers(bundle: Bundle, graph: str, backend: str, threads: int | None) -> list[LayerReport]:
     from ...export.layers import layer_errors
 
-    return layer_errors(bundle, graph, backend)
+    return layer_errors(bundle, graph, backend, threads)
 
 
 def _verdict(report: Report) -> list[str]:
@@ -281,6 +284,7 @@ def _verdict(report: Report) -> list[str]:
     for t in report.tensors:
         numbers = f"{t.max_abs_error:>12.2e}{t.relative_error:>12.2e}{t.cosine:>12.8f}{t.nan_count:>12}{t.bound:>10.0e}"
         lines.append(f"{t.tensor:<28}{numbers}{'' if t.within else '  past the bound'}")
+    lines += [f"{name} is not compared: {why}" for name, why in report.left_out.items()]
     if (request := report.request) is not None:
         after, when = ", ".join(f"{error:.1e}" for error in request.steps), "each" if request.steps[1:] else "the last"
         lines.append(f"request: latents' relative error after {when} step: {after}")

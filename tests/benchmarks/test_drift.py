@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from latentrt.benchmarks.quality import drift as module
 from latentrt.benchmarks.quality.drift import drift
-from latentrt.engines.bundle import Bundle, GraphInfo
+from latentrt.engines.bundle import MANIFEST, Bundle, GraphInfo, Quantization
 from latentrt.engines.device import Stream, Tensor
 from latentrt.engines.engine import BoundEngine, Shapes
 from latentrt.engines.errors import BundleError
 from latentrt.engines.onnxruntime.cpu import OnnxRuntimeCpu
 from latentrt.engines.onnxruntime.session import OnnxRuntimeEngine
+from latentrt.export.compare import Bounds, told
 from latentrt.export.embedded import ensure_bundle
 from latentrt.runtime.cli import run
 
@@ -57,6 +60,7 @@ def test_the_exact_backend_does_not_drift(embedded: Path) -> None:
     assert all(t.relative_error == 0 for t in report.tensors)
     assert report.request is not None and report.request.psnr is None and report.request.steps == [0, 0]
     assert report.within and report.against == "its own run on onnxruntime-cpu in fp32" and report.options == {}
+    assert report.left_out == {"image_encoder": "the request does not run it"}
 
 
 def test_a_graph_that_is_off_is_named_with_the_error_that_it_adds(
@@ -71,9 +75,54 @@ def test_a_graph_that_is_off_is_named_with_the_error_that_it_adds(
     assert report.request is not None and report.request.steps[-1] > 1e-3 and report.request.psnr
 
 
-def test_what_is_coarser_by_name_has_the_bound_of_its_precision(embedded: Path) -> None:
-    bounds = [module._inside("fp32", options) for options in ({}, {"precision": "bf16"}, {"tf32": True})]
-    assert bounds == ["fp32", "bf16", "fp16"] and module._inside("bf16", {"precision": "f16"}) == "bf16"
+def test_the_bound_is_that_of_the_coarsest_that_takes_part(embedded: Path) -> None:
+    whole = Bundle.open(embedded).manifest
+    half, brain = (whole.model_copy(update={"precision": name}) for name in ("fp16", "bf16"))
+    found = [
+        Bounds(whole, options={}),
+        Bounds(whole, options={"tf32": True}),
+        Bounds(whole, half, options={}),
+        Bounds(half, whole, options={"precision": "f32"}),
+        Bounds(whole, options={"precision": "bf16"}),
+        Bounds(brain, options={"precision": "f16"}),
+    ]
+    bounds = [(each.error("denoiser"), each.psnr()) for each in found]
+    assert bounds == [(1e-3, 45), (3e-2, 35), (3e-2, 35), (3e-2, 35), (1e-1, 30), (1e-1, 30)]
+
+
+@pytest.mark.parametrize(
+    ("lost", "psnr", "error", "least"), [(0.011, 45.2, 0.25, 15), (0.4, 14.0, 0.6, 10.478), (0.1, None, 0.25, 15)]
+)
+def test_a_network_in_8_bits_may_lose_more_than_its_manifest_says(
+    embedded: Path, lost: float, psnr: float | None, error: float, least: float
+) -> None:
+    manifest = Bundle.open(embedded).manifest
+    said: dict[str, Any] = {"precision": "int8", "layers": 9, "kept": (), "tool": "x", "samples": 4}
+    quantization = Quantization(**said, relative_error=lost, psnr=psnr)
+    graphs = tuple(
+        graph.model_copy(update={"quantization": quantization} if graph.name == "denoiser" else {})
+        for graph in manifest.graphs
+    )
+    other = manifest.model_copy(update={"graphs": graphs})
+    for pair in ((other, manifest), (manifest, other), (other, other)):
+        bounds = Bounds(*pair, options={})
+        assert (bounds.error("denoiser"), bounds.psnr()) == (pytest.approx(error), pytest.approx(least, abs=1e-3))
+        assert bounds.error("decoder") == 1e-3
+    assert told(other, {"threads": 2, "tf32": True}) == {"denoiser": "int8", "tf32": True}
+
+
+def test_two_models_are_told_apart_before_anything_is_drawn(
+    embedded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "Pipeline", lambda *given, **named: pytest.fail("a picture was drawn"))
+    other = shutil.copytree(embedded, tmp_path / "other")
+    manifest = json.loads((other / MANIFEST).read_text(encoding="utf-8"))
+    (denoiser,) = (graph for graph in manifest["graphs"] if graph["name"] == "denoiser")
+    denoiser["inputs"][2]["shape"][2] = 768
+    (other / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
+    message = rf"context of graph denoiser is \['R', 'L', 768\] in {other} and .*: give two bundles of one model"
+    with pytest.raises(BundleError, match=message):
+        drift(embedded, exact=other, threads=1)
 
 
 def test_a_lossy_request_is_compared_with_the_whole_run(embedded: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -84,6 +133,8 @@ def test_a_lossy_request_is_compared_with_the_whole_run(embedded: Path, capsys: 
     assert report["options"] == {"forecast": "taylor"} and report["request"]["bound"] is None
     assert len(report["request"]["steps"]) == 1 and 1e-4 < report["request"]["steps"][0] < 0.5
     assert 15 < report["request"]["psnr"] < 70 and report["request"]["haarpsi"] < 1
+    assert run([*command[:-1], "1"]) == 0
+    assert "\nimage_encoder is not compared: the request does not run it\n" in capsys.readouterr().out
 
 
 def test_options_that_do_not_go_together_are_refused(embedded: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 from latentrt.benchmarks.quality import scores as quality
 from latentrt.benchmarks.quality.fidelity import compare_pictures, fidelity
 from latentrt.engines.errors import CheckpointError, RequestError
-from latentrt.export.compare import haarpsi, psnr, relative_error, ssim
+from latentrt.export.compare import haarpsi, max_difference, psnr, relative_error, ssim
 from latentrt.runtime import cli
 
 
@@ -16,6 +17,19 @@ def test_relative_error_and_psnr_by_hand() -> None:
     a, b = np.full((2, 2, 3), 10, np.uint8), np.full((2, 2, 3), 13, np.uint8)
     assert psnr(a, b) == pytest.approx(20 * np.log10(255 / 3))
     assert psnr(a, a) is None
+
+
+def test_many_pictures_are_compared_one_at_a_time() -> None:
+    many = np.full((64, 64, 64, 3), 100, np.uint8)
+    other = many + np.arange(64, dtype=np.uint8)[:, None, None, None]
+    tracemalloc.start()
+    try:
+        assert psnr(other, many) == pytest.approx(10 * np.log10(255**2 / np.mean(np.arange(64.0) ** 2)))
+        assert max_difference(other, many) == 63
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < many.size  # of 8 bytes each all of them in float64 are
 
 
 def test_ssim_is_one_for_equal_pictures_and_known_for_flat_ones() -> None:

@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
-from latentrt.engines.bundle import MANIFEST, Bundle
-from latentrt.engines.errors import BackendUnavailableError, BundleError, CheckpointError
+from latentrt.engines.bundle import MANIFEST, Bundle, write_manifest
+from latentrt.engines.errors import BackendUnavailableError, BundleError, CheckpointError, EngineError, RequestError
+from latentrt.export import layers
 from latentrt.export.compare import compare
+from latentrt.export.embedded import BUNDLE
 from latentrt.export.layers import layer_errors
 from latentrt.runtime.cli import run
 from safetensors.numpy import load_file, save_file
@@ -65,9 +68,9 @@ def test_another_checkpoint_is_past_the_bound_and_the_wrong_graph_is_named(
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("graph", GRAPHS)
 def test_every_layer_of_every_graph_agrees_with_unoptimized_onnx_runtime(tiny_sd15_bundle: Path, graph: str) -> None:
-    layers = layer_errors(Bundle.open(tiny_sd15_bundle), graph, "onnxruntime-cpu")
-    assert len(layers) > 5
-    assert all(layer.nan_count == 0 and layer.relative_error < 1e-4 for layer in layers)
+    found = layer_errors(Bundle.open(tiny_sd15_bundle), graph, "onnxruntime-cpu")
+    assert len(found) > 5
+    assert all(layer.nan_count == 0 and layer.relative_error < 1e-4 for layer in found)
 
 
 def test_unknown_graphs_and_backends_are_named(tiny_sd15_bundle: Path) -> None:
@@ -76,6 +79,38 @@ def test_unknown_graphs_and_backends_are_named(tiny_sd15_bundle: Path) -> None:
         layer_errors(bundle, "unet", "onnxruntime-cpu")
     with pytest.raises(BackendUnavailableError, match="tensorrt-rtx"):
         layer_errors(bundle, "decoder", "tensorrt-rtx")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["unet"], "has no graph 'unet'"),
+        (["step"], "graph step is no network, with sizes of its own (H, P, K, G, D): choose text_encoder, deno"),
+        (["decoder", "--backend", "openvino"], "backend openvino cannot be compared layer by layer: choose onnx"),
+        (
+            ["decoder", "--backend", "onnxruntime-cuda", "--option", "tf32=true"],
+            "--layers runs the backend with",
+        ),
+    ],
+)
+def test_what_has_no_layers_to_compare_is_told_before_anything_is_drawn(
+    words: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("latentrt.benchmarks.quality.drift.drift", lambda *_, **__: pytest.fail("a picture was drawn"))
+    assert run(["verify", str(BUNDLE), "--layers", *words]) in (1, 2)
+    assert message in capsys.readouterr().err
+
+
+def test_layers_that_the_reference_cannot_run_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = Bundle.open(shutil.copytree(BUNDLE, tmp_path / "bundle")).manifest
+    graphs = tuple(g.model_copy(update={"precision": "bf16"}) for g in manifest.graphs)
+    write_manifest(tmp_path / "bundle", manifest.model_copy(update={"graphs": graphs}))
+    with pytest.raises(RequestError, match="graph decoder computes in bf16, and it is compared with onnxruntime-cpu"):
+        layer_errors(Bundle.open(tmp_path / "bundle"), "decoder", "onnxruntime-cpu")
+    monkeypatch.setattr(layers, "_infer", lambda *_: onnxruntime.InferenceSession(b"no model"))
+    with pytest.raises(EngineError, match="graph text_encoder cannot be compared layer by layer: ") as caught:
+        layer_errors(Bundle.open(BUNDLE), "text_encoder", "onnxruntime-cpu")
+    assert "\n" not in str(caught.value)
 
 
 def test_a_damaged_bundle_is_refused_although_its_engines_are_cached(

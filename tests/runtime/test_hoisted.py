@@ -9,10 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from latentrt.benchmarks.quality import drift as drifts
+from latentrt.benchmarks.quality.drift import drift
 from latentrt.engines.bundle import Bundle, describe_files, write_manifest
 from latentrt.export.embedded import ensure_bundle
+from latentrt.export.layers import layer_errors
 from latentrt.runtime import Pipeline
 from latentrt.runtime.batcher import Batcher
+from latentrt.runtime.loop.hoisted import MODULATION, at_one_step
 from latentrt.runtime.shapes import requested_shapes
 
 ir = pytest.importorskip("onnx_ir")
@@ -34,6 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     info = whole.graph("denoiser")
     graph = Graph(info.name, info.stage, torch.nn.Identity(), info.inputs, info.outputs, info.limits, usual={"L": 8})
     parts = write_parts(graph, ir.load(whole.file(info.files[0])), folder, "fp32")
+    parts = [p if p.name == MODULATION else p.model_copy(update={"parity": info.parity}) for p in parts]
     for reference in info.references:
         (folder / reference.file).unlink()
     graphs = [p for g in whole.manifest.graphs for p in (parts if g.name == "denoiser" else [g])]
@@ -150,3 +155,28 @@ def test_shapes_of_all_graphs_are_asked_for(pipe: Pipeline) -> None:
     width = int(pipe.bundle.graph("modulation").outputs[0].shape[1])
     assert shapes["modulation"] == {"modulations": (rows, times, width), "row": (2,)}
     assert shapes["denoiser"]["modulation"] == (rows, width)
+
+
+def test_drift_puts_the_parts_together_and_says_where_it_cannot(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    report = drift(folder, exact=ensure_bundle(), backend="onnxruntime-cpu", steps=2, threads=1)
+    errors = {t.tensor: t.relative_error for t in report.tensors}
+    assert list(errors) == ["text_encoder.context", "denoiser.prediction", "decoder.image", "decoder.pixels"]
+    assert errors["denoiser.prediction"] < 1e-5 and report.within
+    assert report.left_out == {"image_encoder": "the request does not run it"}
+    back = drift(ensure_bundle(), exact=folder, backend="onnxruntime-cpu", steps=2, threads=1)
+    assert "denoiser.prediction" not in {t.tensor for t in back.tensors} and back.within
+    assert back.left_out["denoiser"] == f"it reads other tensors in {folder}"
+    with monkeypatch.context() as patch:
+        patch.setattr(drifts, "at_one_step", lambda timestep: at_one_step(timestep + 50))
+        late = drift(folder, exact=ensure_bundle(), backend="onnxruntime-cpu", steps=2, threads=1)
+    assert [t.tensor for t in late.tensors if not t.within] == ["denoiser.prediction"]
+    alike = drift(folder, backend="onnxruntime-cpu", steps=2, threads=1)
+    assert {t.tensor.partition(".")[0] for t in alike.tensors} >= {"prompt", "schedule", "denoiser"}
+    assert all(t.relative_error == 0 for t in alike.tensors)
+
+
+def test_parts_are_compared_layer_by_layer(folder: Path) -> None:
+    pytest.importorskip("polygraphy")
+    for graph in ("prompt", "schedule", "modulation", "denoiser"):
+        layers = layer_errors(Bundle.open(folder), graph, "onnxruntime-cpu", 1)
+        assert layers and all(layer.relative_error < 1e-4 and not layer.nan_count for layer in layers)
