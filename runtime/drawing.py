@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -103,6 +104,12 @@ class Drawing(DiffusersHabits):
                 what = f"forecast {request.forecast} leaves nothing out of {len(table)} evaluations"
                 finished.warn(f"{what}: it changes nothing")
         return table, finished
+
+    def check(self, prompt: Any, **named: Any) -> None:
+        """Raise what a call with these arguments would before an engine runs."""
+        call = inspect.signature(type(self).__call__).bind(self, prompt, **named)
+        call.apply_defaults()
+        self._begun(Call.of(self.bundle, self._manifest, call.arguments), call.arguments)
 
     def _table_for(self, request: GenerationRequest, chosen: bool) -> StepTable:
         """Return the step table; a scheduler that cannot be one is the request's fault when the request chose it."""

@@ -269,17 +269,18 @@ class Pipeline(Drawing):
         strength: float | None = None,
         decoder: DecoderName = "full",
         tiled: bool | None = None,
+        **others: Any,
     ) -> None:
         """Do what a first request would wait for, for every size (width, height) and batch: build, open, bind, capture.
 
         With `pictures`, also requests that start from a picture or show previews. Every shape that fits the memory
         budget is kept from then on. Other samplers, numbers of steps or guidance may have other shapes: call it for
-        each that is served. Raises as a request does.
+        each that is served. `others` are further arguments of a request. Raises as a request does.
         """
         given: dict[str, Any] = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
         given |= {"guidance_interval": guidance_interval, "guidance_reuse": guidance_reuse}
         given |= {"sampler": sampler, "eta": eta, "forecast": forecast, "strength": strength}
-        given |= {"decoder": decoder, "tiled": tiled}
+        given |= {"decoder": decoder, "tiled": tiled, **others}
         warm_up(self, checked_sizes(sizes, self.bundle.manifest.latent), batches, pictures, given)
 
     def close(self) -> None:

@@ -27,6 +27,15 @@ def blank_request(manifest: Manifest, width: int, height: int) -> dict[str, Any]
     return request
 
 
+def guided_requests(manifest: Manifest, scale: float) -> list[dict[str, Any]]:
+    """Return the arguments of a request with a scale of guidance, and of one that also skips layers, where it may."""
+    guidance = manifest.guidance
+    asked: dict[str, Any] = {guidance.scale: scale, **({"negative_prompt": ""} if guidance.needs_negative else {})}
+    if guidance.skipped is None or len(guidance.weights(scale, negative_given=True)) == 1:
+        return [asked]
+    return [asked, {**asked, "skip_guidance_layers": guidance.skipped.layers}]
+
+
 def warm_up(
     pipe: Any, sizes: Sequence[tuple[int, int]], batches: Sequence[int], pictures: bool, arguments: dict[str, Any]
 ) -> None:

@@ -164,6 +164,22 @@ def draw(
     return [np.asarray(picture) for picture in result.images]
 
 
+def check(
+    bundle: Path,
+    prompts: Sequence[str],
+    steps: int | None,
+    *,
+    backend: str = "auto",
+    options: Mapping[str, Any] | None = None,
+    request: Mapping[str, Any] | None = None,
+) -> None:
+    """Raise what `draw` would before it draws; no engine is opened."""
+    from ...runtime.pipeline import Pipeline
+
+    with Pipeline.open(bundle, backend, low_memory=True, **(options or {})) as pipe:
+        pipe.check(prompts, num_inference_steps=steps, **(request or {}))
+
+
 def bounds(found: Mapping[str, float]) -> dict[str, bool]:
     """Return, for each score that MLPerf bounds for SDXL, whether it is within; meant for its 5,000 prompts."""
     return {name: low <= found[name] <= high for name, (low, high) in MLPERF_SDXL.items() if name in found}

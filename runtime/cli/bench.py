@@ -230,6 +230,8 @@ def quality(
         raise RequestError("--inception scores one list of pictures: leave out --modes")
     if lpips and not modes:
         raise RequestError("--lpips is a distance to the exact run: say with --modes of what")
+    if reference and not inception:
+        raise RequestError("--reference is for the FID of --inception: give both, or leave it out")
     prompts = read_prompts(None, prompt_file)
     with bench_extra():
         from ...benchmarks.quality import deltas, scores
@@ -241,6 +243,8 @@ def quality(
     }
     if named:
         distance = deltas.lpips_distance(lpips) if lpips else None
+        for mode in named.values():  # before hours are spent on those in front
+            scores.check(bundle, prompts, steps, **vars(mode))
         exact = scores.draw(bundle, prompts, steps, seed)
         drawn = {name: scores.draw(bundle, prompts, steps, seed, **vars(mode)) for name, mode in named.items()}
         typer.echo(costs_table(deltas.costs(drawn, exact, prompts, scores.paired(**clips), distance)).markdown())

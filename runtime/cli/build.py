@@ -27,6 +27,7 @@ from ..loop.widths import buckets_of, check_numbers, rows_of
 from ..pipeline import Pipeline
 from ..shapes import batcher_shapes, requested_shapes, row_lengths_for
 from ..sizes import size_of
+from ..warm_up import guided_requests
 from .bundle import readable_size
 from .options import BackendOptions, backend_options, check_backend, opened_bundle, options_of
 from .progress import progress_bar
@@ -82,7 +83,7 @@ def build(
     fixed_rows: Annotated[bool, typer.Option("--fixed-rows", help="For a server with --fixed-rows.")] = False,
     warm: Annotated[
         bool,
-        typer.Option("--warm", help="Then draw once with each, so that engines are loaded here and known to work."),
+        typer.Option("--warm", help="Then draw once with each size, batch and guidance, to see that engines work."),
     ] = False,
     options: BackendOptions = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -119,6 +120,8 @@ def build(
             built = (each for planner in planners for each in _build(planner, opened, wanted(False), dynamic))
         else:
             device = _open(backend, options, progress)
+            if dynamic and device.compiles_shapes:
+                raise RequestError(f"--dynamic is for TensorRT: on {device.name} give --option shapes=any")
             if isinstance(device, TensorRt):
                 built = _build(device.planner, opened, wanted(False), dynamic)
             else:
@@ -133,7 +136,8 @@ def build(
             with Pipeline(opened, device) as pipe, Batcher(pipe, slots=slots, rows=rows, fixed_rows=fixed_rows) as many:
                 many.warm_up(sizes)
         elif warm:
-            _warm_up(opened, device, sizes, batches, scales)
+            with Pipeline(opened, device, max_batch=max(batches)) as pipe:
+                _warm_up(pipe, sizes, batches, scales)
     if as_json:
         typer.echo(json.dumps(found, indent=2))
 
@@ -220,13 +224,10 @@ def _branches(bundle: Bundle, scale: float) -> int:
     return len(bundle.manifest.guidance.weights(scale, negative_given=True))
 
 
-def _warm_up(
-    bundle: Bundle, backend: Backend, sizes: Sequence[tuple[int, int]], batches: Sequence[int], scales: Sequence[float]
-) -> None:
-    with Pipeline(bundle, backend, max_batch=max(batches)) as pipe:
-        for size in sizes:
-            for scale in scales:
-                pipe.warm_up([size], batches, guidance_scale=scale)
+def _warm_up(pipe: Pipeline, sizes: Sequence[tuple[int, int]], batches: Sequence[int], scales: Sequence[float]) -> None:
+    for size, scale in product(sizes, scales):
+        for asked in guided_requests(pipe.bundle.manifest, scale):
+            pipe.warm_up([size], batches, **asked)
 
 
 def _planners_for(

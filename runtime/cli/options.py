@@ -102,6 +102,8 @@ def options_of(function: Callable[..., Any], owner: str, given: Sequence[str] | 
             raise RequestError(f"option is {text!r}: give NAME=VALUE, where {owner} has {', '.join(known)}")
         if name not in known:
             raise RequestError(f"{owner} has no option {name!r}: it has {', '.join(known)}")
+        if name in options:
+            raise RequestError(f"option {name} is given twice: give it once")
         options[name] = _value(name, value, known[name])
     return options
 

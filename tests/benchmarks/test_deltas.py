@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 from latentrt.benchmarks.quality import deltas, scores
+from latentrt.engines.bundle import Bundle, write_manifest
 from latentrt.engines.errors import CheckpointError, MissingExtraError, RequestError
+from latentrt.export.embedded import BUNDLE
 from latentrt.runtime import cli
 
 
@@ -63,7 +66,9 @@ def test_the_command_shows_a_row_for_each_mode(
         asked.append((steps, seed, mode))
         return [np.full((40, 32, 3), 100 + (3 if mode else 0), np.uint8) for _ in prompts]
 
+    checked: list[dict[str, Any]] = []
     monkeypatch.setattr(scores, "draw", draw)
+    monkeypatch.setattr(scores, "check", lambda *given, **mode: checked.append(mode))
     (tmp_path / "prompts").write_text("a circle\na star\n")
     command = ["bench", "quality", "bundle", "--prompts", str(tmp_path / "prompts"), "--steps", "30", "--seed", "7"]
     assert cli.run([*command, "--modes", "taylor,openvino-bf16", "--clip", str(clip_folder)]) == 0
@@ -73,6 +78,7 @@ def test_the_command_shows_a_row_for_each_mode(
     assert [row[1].strip() for row in rows[2:]] == [f"{20 * np.log10(255 / 3):.1f}"] * 2
     assert [call[:2] for call in asked] == [(30, 7)] * 3
     assert asked[0][2] == {} and asked[1][2]["request"] == {"forecast": "taylor"}
+    assert checked == [mode for *_, mode in asked[1:]]
 
 
 @pytest.mark.parametrize(
@@ -81,6 +87,8 @@ def test_the_command_shows_a_row_for_each_mode(
         (["--modes", "taylor", "--inception", "x.pth"], "--inception scores one list of pictures"),
         (["--clip", "x", "--lpips", "x.pth"], "--lpips is a distance to the exact run"),
         (["--modes", "fast"], "mode 'fast' is not known"),
+        (["--clip", "x", "--reference", "x.npz"], "--reference is for the FID of --inception: give both"),
+        (["--modes", "taylor", "--reference", "x.npz"], "--reference is for the FID of --inception: give both"),
         ([], "no score was asked for"),
     ],
 )
@@ -89,6 +97,28 @@ def test_what_cannot_be_scored_is_one_line(
 ) -> None:
     (tmp_path / "prompts").write_text("a circle\n")
     assert cli.run(["bench", "quality", "bundle", "--prompts", str(tmp_path / "prompts"), *options]) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("mode", "said"),
+    [
+        ("tiny-decoder", "with --tiny-decoder"),
+        ("onnxruntime-cpu+taylor", "a forecast needs steps that are linear"),
+    ],
+)
+def test_a_mode_that_cannot_be_drawn_is_told_before_the_others_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], mode: str, said: str
+) -> None:
+    monkeypatch.setattr(scores, "draw", lambda *_, **__: pytest.fail("a picture was drawn"))
+    (tmp_path / "prompts").write_text("a circle\na star\n")
+    bundle = shutil.copytree(BUNDLE, tmp_path / "bundle")
+    manifest = Bundle.open(bundle).manifest
+    ancestral = {**manifest.scheduler, "_class_name": "EulerAncestralDiscreteScheduler"}
+    write_manifest(bundle, manifest.model_copy(update={"scheduler": ancestral}))
+    command = ["bench", "quality", str(bundle), "--prompts", str(tmp_path / "prompts"), "--steps", "20"]
+    assert cli.run([*command, "--modes", f"guided-half,{mode}"]) == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1
 

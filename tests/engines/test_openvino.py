@@ -293,3 +293,12 @@ def test_the_build_command_compiles_for_each_request_and_says_what_was_there(
     assert len(built) == lines and all(each.seconds and each.folder for each in built)
     assert [each.seconds for each in again] == [None] * lines
     assert len(folders(cache, "compiled.blob")) == lines
+
+
+def test_one_engine_for_a_range_is_another_option(capsys: pytest.CaptureFixture[str]) -> None:
+    from latentrt.export.embedded import BUNDLE
+    from latentrt.runtime.cli import run
+
+    assert run(["build", str(BUNDLE), "--backend", "openvino", "--dynamic", "--batch", "1", "--batch", "2"]) == 2
+    said = capsys.readouterr()
+    assert "--dynamic is for TensorRT: on openvino give --option shapes=any" in said.err and not said.out

@@ -101,6 +101,13 @@ def test_options_are_of_the_type_that_the_backend_declares() -> None:
     assert options_of(OnnxRuntimeCuda, "onnxruntime-cuda", ["graphs=onnxruntime"]) == {"graphs": "onnxruntime"}
 
 
+def test_an_option_that_is_given_twice_is_refused() -> None:
+    from latentrt.engines.onnxruntime.cuda import OnnxRuntimeCuda
+
+    with pytest.raises(RequestError, match="option graphs is given twice: give it once"):
+        options_of(OnnxRuntimeCuda, "onnxruntime-cuda", ["graphs=onnxruntime", "graphs=none"])
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

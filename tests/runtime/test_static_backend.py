@@ -15,12 +15,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from latentrt.engines.bundle import Bundle
+from latentrt.engines.bundle import Bundle, GuidanceInfo, SkippedLayers
 from latentrt.engines.cache import EngineCache
 from latentrt.engines.errors import EngineError, MissingPlanError, RequestError, SchedulerError
 from latentrt.engines.tensorrt import backend as tensorrt
 from latentrt.engines.tensorrt.backend import TensorRt
 from latentrt.engines.tensorrt.step import FREE
+from latentrt.export.embedded import BUNDLE
 from latentrt.runtime import Pipeline
 from latentrt.runtime.batcher import Batcher
 from latentrt.runtime.batcher.queue import MAX_POOLS
@@ -34,6 +35,7 @@ from latentrt.runtime.request import GenerationRequest
 from latentrt.runtime.sampling import names, step_table
 from latentrt.runtime.sampling.catalog import SAMPLERS
 from latentrt.runtime.sampling.step_table import StepTable
+from latentrt.runtime.warm_up import guided_requests
 from PIL import Image
 
 from ..engines import simulated_backends
@@ -373,6 +375,23 @@ def test_memory_that_ends_anywhere_leaves_nothing_behind(
                 assert held() == before
     assert failures > 2
     assert np.array_equal(draw(pipe, image=image), picture)
+
+
+def test_a_scale_is_drawn_with_the_branches_that_are_built_for_it() -> None:
+    whole = Bundle.open(BUNDLE).manifest
+    flux = GuidanceInfo(scale="true_cfg_scale", needs_negative=True)
+    skipping = GuidanceInfo(skipped=SkippedLayers(layers=(7, 8, 9)))
+    for guidance, expected in ((whole.guidance, [1, 2]), (flux, [1, 2]), (skipping, [1, 2, 3])):
+        manifest = whole.model_copy(update={"guidance": guidance})
+        asked = [each for scale in (1.0, 4.0) for each in guided_requests(manifest, scale)]
+        requests = [GenerationRequest.of(prompt="", **each).with_defaults(manifest) for each in asked]
+        rows = [len(each.weights(guidance)) + bool(each.skipped_part(guidance)[0]) for each in requests]
+        assert rows == expected
+    with (
+        Pipeline.open(BUNDLE, "onnxruntime-cpu", threads=1) as pipe,
+        pytest.raises(RequestError, match="true_cfg_scale is given"),
+    ):
+        pipe.warm_up([(64, 64)], true_cfg_scale=4.0)
 
 
 @pytest.mark.usefixtures("home")
