@@ -287,6 +287,7 @@ def test_it_runs_on_openvino(quantized: Path) -> None:
         with Pipeline.open(quantized, backend, threads=1) as pipe:
             images.append(np.asarray(pipe(PROMPTS[1], num_inference_steps=4, seed=1).images[0], np.float64))
     assert np.mean((images[0] - images[1]) ** 2) < 255**2 / 10**2.5  # 25 dB
+    assert run(["verify", str(quantized), "--backend", "openvino", "--steps", "2", "--threads", "1"]) == 0
 
 
 def test_verify_compares_it_with_the_bundle_before_either_way(

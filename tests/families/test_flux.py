@@ -11,6 +11,7 @@ import pytest
 from latentrt.engines.errors import CheckpointError, RequestError, UnsupportedModelError
 from latentrt.export import export_checkpoint
 from latentrt.runtime import Batcher, Pipeline
+from latentrt.runtime.cli import run
 from latentrt.runtime.shapes import requested_shapes
 
 torch = pytest.importorskip("torch")
@@ -238,3 +239,13 @@ def test_other_checkpoints_are_refused_in_a_line(
     schnell: Path, tmp_path: Path, file: str, old: str, new: str, error: type[Exception], message: str
 ) -> None:
     check_refused(schnell, tmp_path / "other", file, old, new, error, message)
+
+
+def test_build_draws_both_kinds_of_guidance_that_it_builds(
+    pipe: Pipeline, branches_asked: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LATENTRT_HOME", str(tmp_path))
+    build = ["build", str(pipe.bundle.path), "--backend", "onnxruntime-cpu", "--size", "32x32", "--warm"]
+    assert run([*build, "--guidance", "4"]) == 0 and set(branches_asked) == {2}
+    branches_asked.clear()
+    assert run([*build, "--guidance", "1"]) == 0 and set(branches_asked) == {1}

@@ -290,3 +290,11 @@ def test_shapes_to_build_for_are_those_of_requests(pipe: Pipeline) -> None:
 def test_verify_compares_the_rows_that_skip_layers(pipe: Pipeline, checkpoint: Path) -> None:
     report = verify(pipe.bundle.path, checkpoint, backend="onnxruntime-cpu", steps=2)
     assert report.within
+
+
+def test_build_draws_with_skipped_layers_what_it_builds(
+    pipe: Pipeline, branches_asked: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LATENTRT_HOME", str(tmp_path))
+    build = ["build", str(pipe.bundle.path), "--backend", "onnxruntime-cpu", "--size", "32x32", "--warm"]
+    assert run([*build, "--guidance", "4"]) == 0 and set(branches_asked) == {2, 3}
