@@ -39,11 +39,13 @@ class Route(APIRoute):
             try:
                 return await handle(request)
             except (ApiError, LatentRTError, ValidationError) as error:
-                return error_response(api_error(error))
+                answer = api_error(error)
             except RequestValidationError as error:
                 first = error.errors()[0]
-                return error_response(ApiError(400, f"{first['loc'][-1]}: {first['msg'].lower()}", "invalid_request"))
+                answer = ApiError(400, f"{first['loc'][-1]}: {first['msg'].lower()}", "invalid_request")
             except HTTPException as error:
-                return error_response(ApiError(error.status_code, str(error.detail), "invalid_request"))
+                answer = ApiError(error.status_code, str(error.detail), "invalid_request")
+            request.scope.setdefault("state", {})["code"] = answer.code
+            return error_response(answer)
 
         return handle_in_shape

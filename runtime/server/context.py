@@ -7,7 +7,7 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,6 +29,8 @@ ACCESS = logging.getLogger("latentrt.access")
 NOTED = ("request_id", "trace_id", "span_id", "parent_id", "job", "model", "code")
 QUIET = ("/health", "/v2/health/live", "/v2/health/ready", "/metrics")
 """Routes that are asked every few seconds."""
+NOWHERE = "(none)"
+"""The route of what reached none, and the method of what was no request."""
 
 Note = Callable[[str, str, int, float, "str | None"], None]
 """Is told of a request: method, route, status, seconds, and the code of its error."""
@@ -52,7 +54,7 @@ class Context:
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
         state, began, status = scope.setdefault("state", {}), time.perf_counter(), 0
         given = headers.get(b"x-request-id", "")
-        state["request_id"] = given if REQUEST_ID.fullmatch(given) else f"req-{secrets.token_hex(12)}"
+        state["request_id"] = given if REQUEST_ID.fullmatch(given) else new_id()
         trace = TRACE.fullmatch(headers.get(b"traceparent", ""))
         if trace and set(trace[1]) != {"0"} and set(trace[2]) != {"0"}:
             state["trace_id"], state["span_id"] = trace[1], secrets.token_hex(8)
@@ -91,15 +93,26 @@ class Context:
 
     def _end(self, scope: Scope, status: int, seconds: float) -> None:
         """Note a request. Of its path the route alone: what a client wrote there need not be in a log."""
-        state, method = scope["state"], scope["method"][:20]
-        route = getattr(scope.get("route"), "path", "(none)")
-        self._note(method, route, status, seconds, state.get("code"))
-        extra = {"method": method, "route": route, "status": status, "seconds": round(seconds, 6)}
-        extra["client"] = (scope.get("client") or ("",))[0]
-        extra |= {name: state[name] for name in NOTED if name in state}
-        level = logging.DEBUG if route in QUIET else logging.INFO
-        said = [state["request_id"], *([state["code"]] if "code" in state else [])]
-        ACCESS.log(level, "%s %s %d %.3f s %s", method, route, status, seconds, " ".join(said), extra=extra)
+        route = getattr(scope.get("route"), "path", NOWHERE)
+        client = (scope.get("client") or ("",))[0]
+        note_answer(self._note, scope["state"], scope["method"][:20], route, status, seconds, client)
+
+
+def new_id() -> str:
+    """Return the id of a request that brings none."""
+    return f"req-{secrets.token_hex(12)}"
+
+
+def note_answer(
+    note: Note, state: Mapping[str, Any], method: str, route: str, status: int, seconds: float, client: str
+) -> None:
+    """Count an answer, and write its line into the log."""
+    note(method, route, status, seconds, state.get("code"))
+    extra = {"method": method, "route": route, "status": status, "seconds": round(seconds, 6), "client": client}
+    extra |= {name: state[name] for name in NOTED if name in state}
+    level = logging.DEBUG if route in QUIET else logging.INFO
+    said = [state["request_id"], *([state["code"]] if "code" in state else [])]
+    ACCESS.log(level, "%s %s %d %.3f s %s", method, route, status, seconds, " ".join(said), extra=extra)
 
 
 class JsonLines(logging.Formatter):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
 import time
 from collections.abc import Collection, Iterable
 from http import HTTPStatus
@@ -12,6 +11,7 @@ from typing import Any
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from .context import NOWHERE, QUIET, Note, new_id, note_answer
 from .errors import ApiError, retry_headers
 from .metrics import Metrics
 from .settings import HttpSettings
@@ -22,12 +22,18 @@ GRACE = 5.0
 """Seconds that an answer to a slow client has before its connection is cut."""
 SPARE = 100
 """Connections beyond the most that are answered, all further ones are cut."""
+CROWDED = "crowded"
+"""Noted with requests of connections beyond the most."""
 MAX_HEAD, PIECE = 1 << 16, 1 << 14
 """Bytes of a request's head, or of anything else beside its body; and bytes that are parsed before they are counted."""
 
 
 class Guard:
-    """ASGI middleware that reads bodies: no more than they may have, and no longer than they may take."""
+    """ASGI middleware that reads bodies: no more than they may have, and no longer than they may take.
+
+    What comes over a connection too many is refused, but not the probes and readers of metrics that a busy server
+    lives by.
+    """
 
     def __init__(self, app: ASGIApp, settings: HttpSettings) -> None:
         """Guard `app`."""
@@ -38,6 +44,9 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        if CROWDED in scope.get("state", {}) and scope["path"] not in QUIET:
+            said = "too many connections are open: try later"
+            raise ApiError(503, said, "too_many_connections", headers=retry_headers(1.0))
         announced = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
         if announced.isdigit() and int(announced) > self._most:
             raise self._too_large()
@@ -69,14 +78,26 @@ class Guard:
         return ApiError(413, f"the body is larger than {self._most} bytes: send less", "body_too_large")
 
 
-async def _too_many(scope: Scope, receive: Receive, send: Send) -> None:
-    headers = {**retry_headers(1.0), "connection": "close"}
-    error = ApiError(503, "too many connections are open: try later", "too_many_connections", headers=headers)
-    await error.response()(scope, receive, send)
+def _crowded(app: ASGIApp) -> ASGIApp:
+    """Return `app` for a connection beyond the most, which is closed once it has an answer."""
+
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        async def closing(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message.setdefault("headers", []).append((b"connection", b"close"))
+            await send(message)
+
+        scope["state"][CROWDED] = True
+        await app(scope, receive, closing)
+
+    return answer
 
 
-def protocol_of(settings: HttpSettings) -> type[asyncio.Protocol]:
-    """Return uvicorn's protocol with connections that are counted, and that know how long they have waited."""
+def protocol_of(settings: HttpSettings, note: Note) -> type[asyncio.Protocol]:
+    """Return uvicorn's protocol with connections that are counted, and that know how long they have waited.
+
+    `note` is told of answers to what is no request.
+    """
 
     class Connection(HttpToolsProtocol):
         """One connection; `look_at` cuts it."""
@@ -97,7 +118,7 @@ def protocol_of(settings: HttpSettings) -> type[asyncio.Protocol]:
             if len(self.connections) > settings.max_connections + SPARE:
                 transport.abort()
             elif len(self.connections) > settings.max_connections:
-                self.app = _too_many
+                self.app = _crowded(self.app)
 
         def data_received(self, data: bytes) -> None:
             """Parse what comes, unless it is more of a head than there may be."""
@@ -151,9 +172,11 @@ def protocol_of(settings: HttpSettings) -> type[asyncio.Protocol]:
 
         def _answer(self, error: ApiError) -> None:
             """Answer to what no application sees."""
+            state = {"request_id": new_id(), "code": error.code}
+            note_answer(note, state, NOWHERE, NOWHERE, error.status, 0.0, (self.client or ("",))[0])
             body = bytes(error.response().body)
             head = [f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}", "content-type: application/json"]
-            head += [f"content-length: {len(body)}", f"x-request-id: req-{secrets.token_hex(12)}"]
+            head += [f"content-length: {len(body)}", f"x-request-id: {state['request_id']}"]
             self.transport.write("\r\n".join([*head, "connection: close", "", ""]).encode() + body)
 
     return Connection

@@ -221,7 +221,7 @@ def serve(app: Any, service: Service, settings: LifeSettings, http: HttpSettings
         log_config=None,
         access_log=False,
         server_header=False,
-        http=protocol_of(http),
+        http=protocol_of(http, metrics.answered),
         ws="none",
         lifespan="off",
         timeout_graceful_shutdown=int(FLUSH_SECONDS),

@@ -63,7 +63,8 @@ class Served:
         self.service = Service(models, limits, keep_prompts=keep_prompts, **results)
         app = create_app(self.service, http, self.metrics)
         options: dict[str, Any] = {"log_config": None, "access_log": False, "lifespan": "off", "ws": "none"}
-        config = uvicorn.Config(app, http=protocol_of(http), timeout_graceful_shutdown=2, **options)
+        protocol = protocol_of(http, self.metrics.answered)
+        config = uvicorn.Config(app, http=protocol, timeout_graceful_shutdown=2, **options)
         self.server = Server(config, self.service, life or LifeSettings(), http, self.metrics)
         self._socket = bound("127.0.0.1", 0)
         self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"

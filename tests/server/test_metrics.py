@@ -116,6 +116,14 @@ def test_the_first_buckets_of_requests_are_short(busy: tuple[Served, httpx2.Clie
         assert bounds[0] == 0.005
 
 
+def test_the_last_buckets_hold_a_processors_times(busy: tuple[Served, httpx2.Client]) -> None:
+    """FLUX.1 takes 16 s a step on one, and two minutes of steps."""
+    found = metrics(busy[1])
+    for name in ("step_seconds", "stage_seconds", "request_seconds"):
+        bounds = {float(dict(labels)["le"]) for (each, labels) in found if each == f"latentrt_{name}_bucket"}
+        assert {25.0, 60.0, 120.0} <= bounds, name
+
+
 def names_in(text: str) -> set[str]:
     return set(re.findall(r"\b(?:latentrt|process)_[a-z_]+", text))
 
@@ -165,6 +173,17 @@ def test_the_dashboard_is_one_that_grafana_reads() -> None:
     assert all(place["x"] + place["w"] <= 24 for place in places)
     cells = [(x, y) for p in places for x in range(p["x"], p["x"] + p["w"]) for y in range(p["y"], p["y"] + p["h"])]
     assert len(set(cells)) == len(cells)  # no panel lies on another
+
+
+def test_what_the_web_uis_api_refuses_is_counted(served: Served, http: httpx2.Client) -> None:
+    def refused() -> list[float]:
+        found = metrics(http)
+        return [value(found, "latentrt_rejections_total", reason=code) for code in ("invalid_request", "not_found")]
+
+    before = refused()
+    assert http.post("/sdapi/v1/txt2img", json={"enable_hr": True}).status_code == 400
+    assert http.get("/sdapi/v1/nothing").status_code == 404
+    until(lambda: refused() == [count + 1 for count in before])
 
 
 def test_metrics_of_two_apps_do_not_meet(served: Served) -> None:
