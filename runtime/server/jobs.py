@@ -85,6 +85,9 @@ def router(service: Service, workers: Workers, heartbeat: float) -> APIRouter:
             picture = job.pictures.get(int(number))
         if picture is None:
             raise NotFoundError(f"job {job.id} has no picture {number[:20]!r} now: see its state", "number")
+        if number != "preview":
+            job.given.add(int(number))
+            _note_fetched(job)
         headers = {"cache-control": "no-store"} | ({} if picture.seed is None else {"x-seed": str(picture.seed)})
         return Response(picture.data, headers=headers, media_type=picture.output.media_type)
 
@@ -135,6 +138,11 @@ def _answer(job: Job, status: int = 200, headers: dict[str, str] | None = None) 
     return Response(body, status, headers, "application/json")
 
 
+def _note_fetched(job: Job) -> None:
+    """Note that the client of a job that is over has fetched its pictures one by one, once it has."""
+    job.fetched |= job.is_over and job.given >= job.pictures.keys()
+
+
 async def _stream(job: Job, heartbeat: float) -> AsyncIterator[bytes]:
     """Yield events: state and progress first, then each as it comes, the last one with the state it ended in."""
     with Events(job) as events:
@@ -152,7 +160,7 @@ async def _stream(job: Job, heartbeat: float) -> AsyncIterator[bytes]:
                 link = f"/v1/jobs/{job.id}/images/{heard.index}"
                 yield event("job.image", {"type": "job.image", "index": heard.index, "url": link})
             elif isinstance(heard, Ended):
-                job.fetched = True
+                _note_fetched(job)
                 yield event(f"job.{heard.state}", {"type": f"job.{heard.state}", **said_of(job)})
                 return
             else:

@@ -30,7 +30,7 @@ def router(service: Service, workers: Workers, heartbeat: float) -> APIRouter:
         job = await workers.run(lambda: service.submit(work, steps=bool(body.stream)))
         request.scope["state"] |= {"job": job.id, "model": job.model}
         if body.stream:
-            return await stream_of(job, ignored, heartbeat)
+            return await stream_of(request, job, ignored, heartbeat)
         return await whole(request, job, ignored)
 
     @routes.post("/v1/images/generations", responses=ANSWERS, openapi_extra=described(Generation))

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from collections.abc import AsyncIterator
 from typing import Any
 
+from fastapi import Request
 from starlette.responses import StreamingResponse
 
 from ..service import Ended, Event, Job, Pictured, Previewed
 from ..service.job import Queued
 from .errors import api_error
-from .watch import Events
+from .watch import Events, unless_gone
 
 HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 TEXT = {"type": "string"}
@@ -28,13 +30,16 @@ def event(name: str, data: dict[str, Any]) -> bytes:
     return f"event: {name}\ndata: {json.dumps(data, ensure_ascii=False)}\n\n".encode()
 
 
-async def stream_of(job: Job, ignored: list[str], heartbeat: float) -> StreamingResponse:
-    """Return a job as OpenAI's stream; raises what ends it before it has begun. A client that goes cancels it."""
+async def stream_of(request: Request, job: Job, ignored: list[str], heartbeat: float) -> StreamingResponse:
+    """Return a job as OpenAI's stream; a client that goes cancels it.
+
+    Raises what ends the job before it has begun, where that comes within a heartbeat: later it is an event.
+    """
     events = Events(job)
     try:
         first: Event | None = None
         if job.state == "loading":  # what is wrong with the request may not be known before its model is open
-            first = await events.next()
+            first = await unless_gone(request, asyncio.ensure_future(events.next(heartbeat)))
         if isinstance(first, Ended) and first.error is not None:
             raise api_error(first.error)
     except BaseException:

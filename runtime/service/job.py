@@ -88,9 +88,11 @@ class Job:
         self.ignored: list[str] = []
         """Fields that its client gave and that mean nothing here."""
         self.fetched = False
-        """Whether its client has been told how it ended."""
+        """Whether its client has been told how it ended, and has every picture."""
+        self.given = set[int]()
+        """Pictures that its client has fetched alone."""
         self.asked = self.arrived
-        """When somebody last asked for it (`time.monotonic`)."""
+        """When somebody last asked for it, or heard of it (`time.monotonic`)."""
         self._steps: dict[int, tuple[int, int]] = {}
         self._future: Any = None
         self._let_go: Callable[[], Any] | None = None
@@ -232,6 +234,8 @@ class Job:
             kept = {"num_images_per_prompt": self.work.images}  # pictures it starts from are large
             self.work = replace(self.work, arguments=kept)
             _without_frames(error)
+            if self._listeners:  # who is about to ask for the pictures
+                self.asked = time.monotonic()
             self._tell(Ended(state, error))
             self._listeners.clear()
             self._over.set()

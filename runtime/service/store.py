@@ -80,7 +80,7 @@ class Store:
         """Tell whether there is a result that was not fetched, and was asked for within so many seconds."""
         since = time.monotonic() - patience
         with self._lock:
-            return any(not (job := self._jobs[id]).fetched and job.asked > since for id in self._over)
+            return any(job.is_over and not job.fetched and job.asked > since for job in self._jobs.values())
 
     def drop(self, job: Job) -> None:
         """Forget a job."""

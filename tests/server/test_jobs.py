@@ -6,7 +6,7 @@ import base64
 import io
 import json
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 import httpx2
@@ -211,6 +211,28 @@ def test_a_server_that_goes_waits_for_clients_that_ask(monkeypatch: pytest.Monke
         assert http.get(f"/v1/jobs/{fetched['id']}").json()["state"] == "succeeded"
         assert drained.result() is True  # nobody has asked for the other one for a while
         assert http.get(f"/v1/jobs/{left['id']}").json()["state"] == "succeeded"
+
+
+def test_a_server_that_goes_waits_for_clients_that_listen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They hear of the end, and fetch what they do not have, as the page does."""
+    monkeypatch.setattr("latentrt.runtime.service.service.PATIENCE", 60.0)
+    with Served() as served, served.http() as http, ThreadPoolExecutor() as pool, held() as free:
+        path = f"/v1/jobs/{submit(http, n=2)['id']}"
+        (job,) = served.service.unfinished
+        with http.stream("GET", f"{path}/events") as stream:
+            found = events(stream.iter_lines())
+            assert next(found)[1]["state"] == "queued"
+            job.asked -= 100  # it takes long
+            drained = pool.submit(served.service.drain, 60.0)
+            until(lambda: served.service.state == "draining")
+            free.set()
+            for name, said in found:
+                if name == "job.image" and said["index"] == 0:
+                    assert http.get(said["url"]).status_code == 200
+        assert name == "job.succeeded" and not job.fetched and wait([drained], 0.2).not_done
+        assert http.get(f"{path}/images/preview").status_code == 404 and not job.fetched
+        assert http.get(f"{path}/images/1").status_code == 200
+        assert job.fetched and drained.result() is True
 
 
 def test_results_expire() -> None:

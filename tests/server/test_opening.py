@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -10,9 +12,10 @@ from typing import Any
 import httpx2
 import pytest
 from latentrt.engines.bundle import Bundle
-from latentrt.engines.errors import DeadlineError
+from latentrt.engines.errors import DeadlineError, RequestError
 from latentrt.export.embedded import ensure_bundle
 from latentrt.runtime.batcher import Batcher
+from latentrt.runtime.server import HttpSettings
 from latentrt.runtime.service import Limits, Work, deadlines
 
 from .conftest import Served, error_of, generate, opening_held, until
@@ -27,7 +30,8 @@ def served() -> Iterator[Served]:
     found = {name: Bundle.open(ensure_bundle()) for name in ("one", "two")}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Batcher, "warm_up", lambda *_: None)  # which takes most of the time
-        with Served(found, limits=Limits(unfinished=MOST + 1), max_waiting=MOST) as running:
+        http = HttpSettings(heartbeat=1.0)
+        with Served(found, limits=Limits(unfinished=MOST + 1), http=http, max_waiting=MOST) as running:
             yield running
 
 
@@ -67,6 +71,32 @@ def test_a_deadline_passes_while_a_bundle_is_opened(
     assert late.headers["x-should-retry"] == "false" and "retry-after" not in late.headers
     said = until(lambda: (found := http.get(f"/v1/jobs/{job['id']}").json())["finished"] and found)
     assert (said["state"], said["error"]["code"]) == ("failed", "deadline_exceeded")
+    assert not opening.is_set()
+
+
+def test_a_stream_begins_while_a_bundle_is_opened(
+    served: Served, http: httpx2.Client, opening: threading.Event
+) -> None:
+    """And tells later what is wrong with the request."""
+    with http.stream("POST", "/v1/images/generations", json={**ASKED, "stream": True}) as stream:
+        lines = (line for line in stream.iter_lines() if line)
+        assert stream.status_code == 200 and [next(lines), next(lines)] == [": keep-alive"] * 2
+        (job,) = served.service.unfinished
+        job.end("failed", RequestError("size is 64x64: this bundle draws no such thing"))
+        name, data = lines
+    said = json.loads(data.removeprefix("data: "))
+    assert name == "event: error" and said["error"]["param"] == "size" and not opening.is_set()
+
+
+def test_a_client_that_goes_while_a_bundle_is_opened_cancels_its_stream(
+    served: Served, opening: threading.Event
+) -> None:
+    body = json.dumps({**ASKED, "stream": True}).encode()
+    head = b"POST /v1/images/generations HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+    with socket.create_connection(("127.0.0.1", int(served.url.rpartition(":")[2]))) as client:
+        client.sendall(head + b"content-length: %d\r\n\r\n" % len(body) + body)
+        (job,) = until(lambda: served.service.unfinished)
+    until(lambda: job.state == "cancelled")
     assert not opening.is_set()
 
 
