@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import aclosing, suppress
 from typing import Any, TypeVar
 
 from fastapi import Request
 from python_multipart.exceptions import FormParserError
-from starlette.datastructures import FormData, UploadFile
+from starlette.datastructures import FormData, Headers, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from ..service import Work
 from ..service.errors import RefusedError
 from .errors import ApiError
-from .schema import Edit, Generation, ignored, work_of
+from .schema import IGNORED, Edit, Generation, ignored, work_of
 from .watch import Workers
 
 FILES = {"image": "image", "image[]": "image", "mask": "mask"}
 """Fields of a form that are files, and what they are called."""
-MAX_FIELDS, MAX_FILES = 100, 8
+MAX_FIELDS, MAX_FILES = 300, 8
+"""Of a form; each value of a list is a field."""
 MAX_VALUES = 100_000
 """Of a body of JSON, those in lists and objects included; a picture is one."""
 
@@ -42,7 +43,7 @@ async def read_body(
 
     Raises `ApiError` for another content type, `ValidationError` and `RefusedError` for fields that are wrong.
     """
-    fields: dict[str, str] | None = None
+    fields: dict[str, str | list[Any]] | None = None
     files: dict[str, bytes] = {}
     kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     if kind in ("multipart/form-data", "application/x-www-form-urlencoded") and issubclass(schema, Edit):
@@ -54,10 +55,7 @@ async def read_body(
         raise ApiError(415, f"content-type is {kind[:60]!r}: send application/json", "unsupported_media_type")
 
     def read() -> tuple[Body, Work]:
-        if fields is None:
-            body = read_json(schema.model_validate_json, came[0])
-        else:
-            body = schema.model_validate_strings(fields)
+        body = read_json(schema.model_validate_json, came[0]) if fields is None else read_fields(schema, fields)
         if schema is Edit and not (files.get("image") or getattr(body, "image", None)):
             raise RefusedError("image is missing: give the picture to start from", "image")
         return body, work_of(body, files=files, **context_of(request))
@@ -76,10 +74,24 @@ def read_json(validate: Callable[[bytes], Read], data: bytes) -> Read:
     return validate(data)
 
 
+def read_fields(schema: type[Body], fields: Mapping[str, str | list[Any]]) -> Body:
+    """Return what pydantic reads in a form: texts, and lists as JSON has them; raises `ValidationError`."""
+    body = schema.model_validate_strings({name: each for name, each in fields.items() if isinstance(each, str)})
+    lists = {name: each for name, each in fields.items() if isinstance(each, list)}
+    return schema.model_validate({**body.model_dump(exclude_unset=True), **lists}) if lists else body
+
+
 class _InMemory(MultiPartParser):
-    """Keeps files in memory, which the limit of a body bounds: pictures of clients are not written to a disk."""
+    """Keeps files in memory, which the limit of a body bounds: pictures of clients are not written to a disk.
+
+    It alone bounds a field too, which may be a picture in base64.
+    """
 
     spool_max_size = 1 << 40
+
+    def __init__(self, headers: Headers, stream: AsyncGenerator[bytes, None], **most: int) -> None:
+        super().__init__(headers, stream, **most)
+        self.max_part_size = self.spool_max_size
 
 
 async def _read_form(request: Request, kind: str) -> FormData:
@@ -97,13 +109,14 @@ async def _read_form(request: Request, kind: str) -> FormData:
         raise ApiError(400, said, "invalid_request") from error
 
 
-async def _form(request: Request, kind: str) -> tuple[dict[str, str], dict[str, bytes]]:
-    fields: dict[str, str] = {}
+async def _form(request: Request, kind: str) -> tuple[dict[str, str | list[Any]], dict[str, bytes]]:
+    fields: dict[str, str | list[Any]] = {}
     files: dict[str, bytes] = {}
     form = await _read_form(request, kind)
     try:
         for name, value in form.multi_items():
             field = FILES.get(name, name)
+            base, _, inside = name.partition("[")  # OpenAI's client writes NAME[] for each value of a list
             if isinstance(value, UploadFile):
                 if field == "markup":
                     fields[field] = "a file"
@@ -113,6 +126,10 @@ async def _form(request: Request, kind: str) -> tuple[dict[str, str], dict[str, 
                 if field in files:
                     raise RefusedError(f"{field} was given twice: give one picture", field)
                 files[field] = await value.read()
+            elif inside and base in IGNORED:  # and NAME[FIELD] for an object
+                fields.setdefault(base, value)
+            elif inside == "]" and field == name and isinstance(values := fields.setdefault(base, []), list):
+                values.append(_number(value))
             elif field in fields:
                 raise RefusedError(f"{field[:60]} was given twice: give it once", field[:60])
             else:
@@ -120,6 +137,14 @@ async def _form(request: Request, kind: str) -> tuple[dict[str, str], dict[str, 
     finally:
         await form.close()
     return fields, files
+
+
+def _number(text: str) -> Any:
+    """Return the number in a text as JSON has it, or the text."""
+    with suppress(ValueError):
+        if isinstance(value := json.loads(text), int | float):
+            return value
+    return text
 
 
 def described(schema: type[Generation], *, form: bool = False) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from ..request import MAX_SEED
 from ..service import Output, Work
 from ..service.errors import RefusedError
-from ..service.pictures import bytes_of_text, mask_of, picture_of
+from ..service.pictures import bytes_of_text, check_shape, mask_of, picture_of
 from ..sizes import parse_size
 
 Text = Annotated[str, Field(max_length=1_000_000)]
@@ -152,6 +152,8 @@ def work_of(body: Generation, *, owner: str = "", request_id: str = "", files: d
         arguments["image"] = picture_of(pictures["image"], "image")
     if "mask" in pictures:
         arguments["mask_image"] = mask_of(pictures["mask"], "mask")
+        if "image" in arguments:
+            check_shape(arguments["mask_image"], arguments["image"])
     watched = body.stream or isinstance(body, JobBody)
     return Work(
         arguments,

@@ -50,8 +50,18 @@ def encoded(picture: Image.Image, output: Output, request: Mapping[str, Any] | N
 
 
 def picture_of(data: bytes, name: str) -> Image.Image:
-    """Return the RGB picture in some bytes, turned upright; raises `RefusedError` naming the field."""
-    return decoded(data, name, lambda image: load_image(image, name))
+    """Return the RGB picture in some bytes, turned upright; raises `RefusedError` naming the field.
+
+    What is transparent is laid on white, as the page and the web UI do: the colours below it are often black.
+    """
+
+    def on_white(image: Image.Image) -> Image.Image:
+        if image.has_transparency_data and not image.mode.startswith(("I", "F")):  # those have no alpha channel
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return load_image(image, name)
+
+    return decoded(data, name, on_white)
 
 
 def mask_of(data: bytes, name: str) -> Image.Image:
@@ -69,6 +79,13 @@ def mask_of(data: bytes, name: str) -> Image.Image:
         return load_image(image, name)
 
     return decoded(data, name, white_is_repainted)
+
+
+def check_shape(mask: Image.Image, image: Image.Image) -> None:
+    """Raise `RefusedError` for a mask that would have to be stretched over its picture; smaller or larger it may be."""
+    if abs(mask.height * image.width - mask.width * image.height) > max(image.size):  # more than rounding to a pixel
+        sizes = "mask is {}x{} and image {}x{}".format(*mask.size, *image.size)
+        raise RefusedError(f"{sizes}: give a mask of the picture's size, or of its shape", "mask")
 
 
 def bytes_of_text(text: str, name: str) -> bytes:

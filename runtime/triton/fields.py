@@ -15,7 +15,7 @@ import numpy as np
 from ...engines.device import Array
 from ..service import Output, Work
 from ..service.errors import RefusedError
-from ..service.pictures import bytes_of_text, mask_of, picture_of
+from ..service.pictures import bytes_of_text, check_shape, mask_of, picture_of
 from ..sizes import parse_size
 
 Kind = Literal["STRING", "INT64", "UINT64", "FP64", "BOOL", "UINT8", "INT32"]
@@ -109,6 +109,8 @@ def wanted_of(inputs: Mapping[str, Array], *, request_id: str = "", timeout: flo
     for name, argument, read in (("image", "image", picture_of), ("mask", "mask_image", mask_of)):
         if name in given:
             arguments[argument] = read(_file(given[name], name), name)
+    if "image" in given and "mask" in given:
+        check_shape(arguments["mask_image"], arguments["image"])
     chosen = _choice(given, "output_format", Format)
     quality = given.get("output_compression", 95)
     if not 0 <= quality <= 100:

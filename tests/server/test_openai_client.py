@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import threading
 import time
 from collections.abc import Iterator
 from typing import Any
 
+import httpx2
 import numpy as np
 import openai
 import pytest
@@ -15,7 +17,7 @@ from latentrt.runtime import Pipeline
 from latentrt.runtime.service import Job, Service
 from PIL import Image
 
-from .conftest import FEW, Served, held, picture, png, until
+from .conftest import FEW, Served, error_of, held, picture, png, until
 
 SMALL: dict[str, Any] = {"model": "embedded", "prompt": "a red circle", "size": "64x64"}
 
@@ -126,6 +128,39 @@ def test_an_edit_takes_a_mask_of_black_and_white_and_one_picture_in_a_list(
             extra_body={**FEW, "strength": 0.9},
         )
         assert far(picture(answer.data[0].b64_json), expected) <= 1
+
+
+def test_an_edit_takes_lists_and_objects_as_the_client_writes_them(client: openai.OpenAI, pipe: Pipeline) -> None:
+    before = Image.effect_noise((64, 64), 80).convert("RGB")
+    extra: dict[str, Any] = {"seed": [9, 5], "num_inference_steps": 4, "strength": 0.9, "guidance_interval": [0.1, 1]}
+    sent = extra | {"svg": {"model": "a", "x": [1]}}
+    answer = client.images.edit(model="embedded", prompt="a star", image=png(before), n=2, extra_body=sent)
+    assert answer.model_extra["ignored"] == ["svg"]
+    expected = pipe("a star", image=before, num_images_per_prompt=2, **extra)
+    assert [each.model_extra["seed"] for each in answer.data] == expected.seeds == [9, 5]
+    pairs = zip(answer.data, expected.images, strict=True)
+    assert max(far(picture(each.b64_json), image) for each, image in pairs) <= 1
+
+
+@pytest.mark.parametrize(
+    "fields", [{"seed": [9, "x"]}, {"seed": [-1]}, {"sigmas": ["nan"]}, {"eta": [1]}, {"other": [1]}]
+)
+def test_lists_of_a_form_are_checked_as_those_of_json(
+    client: openai.OpenAI, http: httpx2.Client, fields: dict[str, Any]
+) -> None:
+    before = png(Image.new("RGB", (64, 64)))
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.images.edit(prompt="a star", image=before, extra_body=fields)
+    body = {"prompt": "a star", "image": base64.b64encode(before).decode(), **fields}
+    assert refused.value.body == error_of(http.post("/v1/images/edits", json=body))
+
+
+def test_a_form_has_room_for_a_picture_as_text(http: httpx2.Client) -> None:
+    text = base64.b64encode(png(Image.effect_noise((1200, 1000), 90))).decode()
+    assert len(text) > 1 << 20
+    fields = {"prompt": "a star", "size": "64x64", "num_inference_steps": "2", "image": text}
+    answer = http.post("/v1/images/edits", files={name: (None, value) for name, value in fields.items()})
+    assert answer.status_code == 200, answer.text[:300]
 
 
 def test_an_edit_streams_events_of_its_own(client: openai.OpenAI) -> None:

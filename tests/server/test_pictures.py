@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from latentrt.runtime.service import Output
 from latentrt.runtime.service.errors import RefusedError
-from latentrt.runtime.service.pictures import bytes_of_text, encoded, mask_of, picture_of
+from latentrt.runtime.service.pictures import bytes_of_text, check_shape, encoded, mask_of, picture_of
 from PIL import Image
 
 
@@ -63,6 +63,39 @@ def test_a_picture_is_turned_upright() -> None:
     exif[0x0112] = 6  # a quarter turn
     for read in (picture_of, mask_of):
         assert read(saved(image, exif=exif), "image").size == (4, 8)
+
+
+COLOURS = np.array([[[200, 40, 0], [0, 0, 0]], [[10, 20, 30], [0, 255, 7]]], np.uint8)
+ALPHA = np.array([[255, 0], [102, 128]], np.uint8)
+
+
+def test_what_is_transparent_is_laid_on_white() -> None:
+    image = Image.fromarray(np.dstack([COLOURS, ALPHA]))
+    share = ALPHA[..., None] / 255
+    expected = share * COLOURS + (1 - share) * 255
+    for options in ({}, {"format": "WEBP", "lossless": True, "exact": True}):
+        found = np.asarray(picture_of(saved(image, **options), "image"), float)
+        np.testing.assert_allclose(found, expected, atol=1)
+    cut = picture_of(saved(palette()), "image")  # of which one colour is transparent
+    assert (cut.getpixel((1, 0)), cut.getpixel((6, 0))) == ((255, 255, 255), (0, 0, 0))
+    keyed = picture_of(saved(image.convert("RGB"), transparency=(0, 0, 0)), "image")
+    assert (keyed.getpixel((1, 0)), keyed.getpixel((0, 0))) == ((255, 255, 255), (200, 40, 0))
+    gray = Image.fromarray(np.full((2, 2), 30_000, np.uint16))  # of 16 bits, which has no alpha channel
+    assert picture_of(saved(gray, transparency=0), "image").getpixel((0, 0)) == (117, 117, 117)
+
+
+@pytest.mark.parametrize("size", [(640, 480), (320, 240), (9, 7)])
+def test_a_mask_may_have_another_size(size: tuple[int, int]) -> None:
+    check_shape(Image.new("RGB", size), Image.new("RGB", (640, 480)))
+
+
+@pytest.mark.parametrize("size", [(480, 640), (640, 470), (64, 64)])
+def test_a_mask_has_the_shape_of_its_picture(size: tuple[int, int]) -> None:
+    with pytest.raises(
+        RefusedError, match=r"^mask is [0-9x]+ and image 640x480: give a mask of the picture"
+    ) as refused:
+        check_shape(Image.new("RGB", size), Image.new("RGB", (640, 480)))
+    assert refused.value.param == "mask"
 
 
 def test_text_is_bytes_in_base64_or_a_data_url() -> None:
