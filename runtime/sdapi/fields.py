@@ -114,6 +114,7 @@ NOTED: Mapping[str, Test] = {
     "restore_faces": _is_on,
     "save_images": _is_on,
     "s_min_uncond": _is_positive,
+    "s_noise": lambda value: value not in (None, 1),
     "initial_noise_multiplier": lambda value: value not in (None, 1),
     "image_cfg_scale": lambda value: value not in (None, 1.5),
 }
@@ -122,7 +123,7 @@ NOTED: Mapping[str, Test] = {
 SILENT = frozenset(
     (
         *("do_not_save_samples", "do_not_save_grid", "script_args", "comments", "subseed", "refiner_switch_at"),
-        *("denoising_strength", "s_tmin", "s_tmax", "s_noise", "disable_extra_networks", "mask_round", "latent_mask"),
+        *("denoising_strength", "s_tmin", "s_tmax", "disable_extra_networks", "mask_round", "latent_mask"),
         *("hr_scale", "hr_upscaler", "hr_second_pass_steps", "hr_resize_x", "hr_resize_y", "hr_checkpoint_name"),
         *("hr_sampler_name", "hr_scheduler", "hr_prompt", "hr_negative_prompt", "hr_cfg", "hr_distilled_cfg"),
         "hr_additional_modules",

@@ -13,6 +13,8 @@ from ..service import Job, Model, Models, Output
 from ..service.errors import NotFoundError, RefusedError
 from .fields import CLIP_SKIP
 
+MEANT = ("sd_model_checkpoint", "samples_format", "jpeg_quality", "live_previews_enable", "CLIP_stop_at_last_layers")
+"""Options that have a meaning here."""
 FORMATS = {"png": "png", "jpg": "jpeg", "jpeg": "jpeg", "webp": "webp"}
 DROPPED_SECONDS = 2.0
 """For how long an interrupt may mean a request whose client has gone away."""
@@ -49,6 +51,12 @@ class Settings:
         if isinstance(layers, (int, float)) and layers > 1:
             raise RefusedError(f"CLIP_stop_at_last_layers is not supported: {CLIP_SKIP}", "CLIP_stop_at_last_layers")
         return changed
+
+    def ignored(self, options: Mapping[str, Any], models: Models) -> list[str]:
+        """Return the options without a meaning here, but those that are given as they are."""
+        said = self.said(models)
+        idle = {name: value for name, value in options.items() if name not in MEANT and value is not None}
+        return [name for name, value in idle.items() if name not in said or said[name] != value]
 
     def said(self, models: Models) -> dict[str, Any]:
         """Return the options of these settings."""

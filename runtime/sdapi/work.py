@@ -62,6 +62,8 @@ def drawing_of(
     """
     notes = ignored(body)
     settings = settings.with_options(body.override_settings, service.models)
+    overrides = settings.ignored(body.override_settings, service.models)
+    notes += [f"override_settings.{name[:60]}" for name in overrides]
     model = service.models.find(settings.model)
     sampler = sampler_of(body.sampler_name or body.sampler_index, body.scheduler, model.manifest.scheduler)
     seed = secrets.randbelow(LARGEST_RANDOM) if body.seed < 0 else body.seed

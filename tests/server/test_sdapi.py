@@ -103,6 +103,16 @@ def test_images_may_be_left_out_or_be_of_another_kind(http: httpx2.Client) -> No
     assert pictures(txt2img(http))[0].format == "PNG"
 
 
+def test_overrides_without_a_meaning_are_named(http: httpx2.Client) -> None:
+    overrides = {"samples_format": "png", "sd_vae": "other.pt", "eta_noise_seed_delta": 31337, "samples_save": False}
+    said = info(txt2img(http, override_settings=overrides))
+    assert said["ignored"] == ["override_settings.sd_vae", "override_settings.eta_noise_seed_delta"]
+    options = http.get("/sdapi/v1/options").json()
+    assert info(txt2img(http, override_settings=options))["ignored"] == []
+    assert http.post("/sdapi/v1/options", json={"eta_noise_seed_delta": 31337}).status_code == 200
+    assert info(txt2img(http))["ignored"] == []
+
+
 def test_img2img_starts_from_a_picture(http: httpx2.Client) -> None:
     start = Image.new("RGB", (96, 64), (200, 30, 30))
     url = "data:image/png;base64," + base64.b64encode(png(start)).decode()

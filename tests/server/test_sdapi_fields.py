@@ -105,7 +105,7 @@ DOCUMENTED = {
 
 
 def test_what_clients_send_by_default_is_served() -> None:
-    assert ignored(TextToImage(**DOCUMENTED)) == []
+    assert ignored(TextToImage(**DOCUMENTED)) == ["s_noise"]  # which clients that do not copy it leave out, or set to 1
     assert ignored(TextToImage(**SILLY_TAVERN)) == ["save_images", "url", "auth"]
 
 
@@ -151,9 +151,10 @@ def test_what_would_be_another_picture_is_refused_in_one_line(given: dict[str, A
 
 def test_what_leaves_the_picture_as_it_is_is_named() -> None:
     body = TextToImage(
-        styles=["film"], restore_faces=True, wheels=4, nothing=None, alwayson_scripts={"a": {"args": []}}
+        styles=["film"], restore_faces=True, wheels=4, nothing=None, alwayson_scripts={"a": {"args": []}}, s_noise=1.05
     )
-    assert ignored(body) == ["styles", "restore_faces", "wheels"]
+    assert ignored(body) == ["styles", "restore_faces", "s_noise", "wheels"]
+    assert ignored(TextToImage(s_noise=1)) == ignored(TextToImage(s_noise=None)) == []
 
 
 def test_messages_name_the_fields_of_this_api() -> None:
