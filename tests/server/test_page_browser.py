@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -185,6 +186,65 @@ def test_one_of_several_bundles_is_chosen(opened: Open) -> None:
         page.click("#again")
         expect(page.locator("#model")).to_have_value("second")
         expect(page.locator("#spacing")).to_have_value("karras")
+
+
+def test_a_bundle_that_does_not_answer_or_answers_late_is_not_chosen(opened: Open) -> None:
+    bundle = Bundle.open(ensure_bundle())
+    with Served({"first": bundle, "second": bundle}) as served:
+        page = ready(opened(served.url), prompt="a red circle", steps="7")
+        page.route("**/v1/models/second", lambda route: route.abort())
+        page.select_option("#model", "second")
+        expect(page.get_by_role("alert")).to_contain_text("The server does not answer")
+        expect(page.locator("#model")).to_have_value("first")
+        expect(page.locator("#steps")).to_have_value("7")
+        page.unroute("**/v1/models/second")
+        waiting: list[Any] = []
+        page.route("**/v1/models/second", lambda route: waiting.append(route))
+        page.select_option("#model", "second")
+        page.press("#prompt", "Enter")
+        expect(page.get_by_role("alert")).to_contain_text("wait a moment")
+        page.select_option("#model", "first")
+        expect(page.locator("#steps")).to_have_value("20")  # the model's own
+        page.fill("#steps", "6")
+        with served.http() as http, page.expect_response("**/v1/models/second"):
+            waiting[0].fulfill(json={**http.get("/v1/models/second").json(), "sizes": ["96x96"]})
+        page.evaluate("new Promise((then) => { setTimeout(then, 100); })")
+        assert page.input_value("#model") == "first" and page.input_value("#steps") == "6"
+        assert page.locator("#size option").first.get_attribute("value") == "64x64"
+
+
+KEPT = """() => new Promise((then) => {
+    indexedDB.open("latentrt", 1).onsuccess = ({ target: { result } }) => {
+        result.transaction("pictures").objectStore("pictures").getAll().onsuccess = (event) => {
+            then(event.target.result.map(({ facts }) => facts.prompt));
+        };
+    };
+})"""
+"""Returns the prompts of the pictures in the browser's database, the oldest first."""
+
+
+def test_a_picture_is_deleted_once_and_the_oldest_goes_beyond_the_most(opened: Open) -> None:
+    page = ready(opened(), prompt="a red circle")
+    page.evaluate(
+        """async () => {
+        const { MOST, pictures } = await import("/ui/store.js");
+        const blob = new Blob(["no picture, but small"], { type: "image/png" });
+        for (let at = 0; at < MOST; at += 1) await pictures.add({ blob, at, facts: { prompt: `${at}`, seed: at } });
+    }"""
+    )
+    page.reload()
+    ready(page)
+    expect(pictures(page)).to_have_count(500)
+    page.press("#prompt", "Enter")
+    expect(page.locator("#status")).to_contain_text("The picture is there, seed ")
+    expect(pictures(page)).to_have_count(500)
+    expect(page.locator("#pictures-count")).to_have_text("500")
+    assert page.evaluate(KEPT) == [*map(str, range(1, 500)), "a red circle"]
+    pictures(page).nth(1).click()
+    page.evaluate("for (let i = 0; i < 2; i += 1) document.getElementById('delete').click()")
+    expect(page.locator("#pictures-count")).to_have_text("499")
+    expect(pictures(page)).to_have_count(499)
+    assert page.evaluate(KEPT) == [*map(str, range(1, 499)), "a red circle"]
 
 
 def test_a_key_is_asked_for_and_stays_in_the_tab(opened: Open) -> None:

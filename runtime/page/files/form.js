@@ -16,11 +16,13 @@ const CONTROLS = {
 };
 
 export class Form {
-  constructor() {
+  /** `failed(error)` is told what went wrong when another model was chosen. */
+  constructor(failed) {
     this.models = new Map();
     this.can = null; // what the chosen model can do
+    this.turn = 0;
     this.sized = () => {};
-    $("model").addEventListener("change", () => this.choose($("model").value));
+    $("model").addEventListener("change", () => this.choose($("model").value).catch(failed));
     $("sampler").addEventListener("change", () => this.#spacings());
     $("any-seed").addEventListener("click", () => { $("seed").value = ""; this.keep(); $("seed").focus(); });
     for (const slide of document.querySelectorAll("[data-for]")) {
@@ -44,10 +46,23 @@ export class Form {
     this.write(kept);
   }
 
-  /** Offer what a model can do, with its defaults. */
+  /** Whether the form is that of the chosen model. */
+  get settled() { return this.can?.id === $("model").value; }
+
+  /** Offer what a model can do, with its defaults; where that is not told, the model before stays. */
   async choose(name) {
+    const turn = this.turn += 1;
     $("model").value = name;
-    const can = this.can = await read(`v1/models/${encodeURIComponent(name)}`);
+    let can;
+    try {
+      can = await read(`v1/models/${encodeURIComponent(name)}`);
+    } catch (error) {
+      if (turn !== this.turn) return;
+      if (this.can) $("model").value = this.can.id;
+      throw error;
+    }
+    if (turn !== this.turn) return; // another one was chosen meanwhile
+    this.can = can;
     const { defaults, limits } = can;
     const sizes = can.sizes.map((size) => new Option(size.replace("x", " × "), size));
     $("size").replaceChildren(...sizes, ...(can.other_sizes ? [new Option("Other…", CUSTOM)] : []));

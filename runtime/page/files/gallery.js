@@ -2,7 +2,7 @@
 
 import { $, make, say } from "./dom.js";
 import { factsOf } from "./form.js";
-import { pictures as store } from "./store.js";
+import { MOST, pictures as store } from "./store.js";
 
 export class Gallery {
   /** `again(picture)` and `from(picture)` do what their buttons say. */
@@ -37,6 +37,10 @@ export class Gallery {
     for (const picture of [...pictures].reverse()) {
       picture.id = await store.add(picture);
       this.#put(picture);
+    }
+    for (const old of this.all.slice(MOST)) {
+      this.#drop(old);
+      await store.remove(old.id);
     }
     this.#count();
     const seeds = pictures.map(({ facts }) => facts.seed).join(", ");
@@ -83,6 +87,7 @@ export class Gallery {
 
   async #remove(picture) {
     const place = this.all.indexOf(picture);
+    if (place < 0) return; // it goes already
     this.#drop(picture);
     await store.remove(picture.id);
     this.#count();

@@ -10,7 +10,7 @@ import { Jobs } from "./jobs.js";
 const SECONDS = { wait: 1.5, ready: 20, bad: 4 };
 const narrow = matchMedia("(max-width: 900px)");
 
-const form = new Form();
+const form = new Form(failed);
 const board = new Board(() => form.size(), (picture) => { if (picture) form.shape(picture.width, picture.height); });
 const gallery = new Gallery((picture) => use(picture), (picture) => begin(picture.blob));
 const jobs = new Jobs((pictures) => gallery.add(pictures), failed);
@@ -31,7 +31,7 @@ function failed(error) {
 async function draw(event) {
   event.preventDefault();
   complain();
-  if (!opened) { complain("The server is not ready yet: wait a moment."); return; }
+  if (!opened || !form.settled) { complain("The server is not ready yet: wait a moment."); return; }
   try {
     const values = form.read();
     await jobs.start(values, board.data());
@@ -43,7 +43,12 @@ async function draw(event) {
 }
 
 async function use(picture) {
-  await form.again(picture.facts);
+  try {
+    await form.again(picture.facts);
+  } catch (error) {
+    failed(error);
+    return;
+  }
   $("prompt").focus();
   say("The form holds what the picture was drawn with");
 }

@@ -1,7 +1,8 @@
 // What stays: pictures in this browser's own database, and what the form holds in this tab.
 
 const NAME = "latentrt";
-const MOST = 500;
+/** So many pictures are kept: of more, the oldest go. */
+export const MOST = 500;
 
 const memory = new Map();
 let last = 0;
@@ -43,7 +44,7 @@ export const pictures = {
     memory.set(last, { ...picture, id: last });
     return last;
   },
-  /** Return all pictures, the newest first; beyond some number the oldest are dropped. */
+  /** Return all pictures, the newest first, but those that are too many. */
   async all() {
     const found = await on("readonly", (store) => store.getAll());
     const listed = [...(found?.value || []), ...memory.values()].sort((a, b) => b.at - a.at || b.id - a.id);
