@@ -11,7 +11,11 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ...engines.errors import RequestError
+from ...engines.errors import LatentRTError, RequestError, reason
+from ...runtime.sampling import step_table
+
+STEPS = 20
+"""In which samplers are tried."""
 
 Weight = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
 
@@ -79,7 +83,7 @@ def mix(given: str) -> Mix:
         return MIXES[given]
     path = Path(given)
     try:
-        return Mix.model_validate({"name": path.stem, **json.loads(path.read_text(encoding="utf-8"))})
+        found = Mix.model_validate({"name": path.stem, **json.loads(path.read_text(encoding="utf-8"))})
     except OSError as error:
         raise RequestError(f"mix is {given!r}: choose {', '.join(MIXES)}, or give a JSON file") from error
     except ValidationError as error:
@@ -88,3 +92,19 @@ def mix(given: str) -> Mix:
         raise RequestError(f"mix {given}: {where}: {first['msg'][0].lower()}{first['msg'][1:]}") from error
     except (ValueError, TypeError) as error:
         raise RequestError(f"mix {given} is no JSON object ({error}): give steps, samplers, guided") from error
+    for sampler in found.samplers:
+        _check_sampler(sampler, f"mix {given}")
+    return found
+
+
+def _check_sampler(name: str, where: str) -> None:
+    """Raise `RequestError` for what is no sampler, and for one that does not evaluate the network once a step."""
+    try:
+        calls = len(step_table({}, STEPS, sampler=name))
+    except LatentRTError as error:
+        raise RequestError(f"{where}: {reason(error)}") from error
+    if calls != STEPS:
+        raise RequestError(
+            f"{where}: sampler {name} evaluates the network {calls} times in {STEPS} steps: choose one that does so "
+            "once a step, and give it as many steps as evaluations"
+        )

@@ -38,6 +38,11 @@ class Setup:
         """The row counts of a batcher that is opened so, on a backend whose engines take any number of rows."""
         return buckets_of(self.rows, dynamic=True)
 
+    @property
+    def options(self) -> tuple[str, ...]:
+        """The options of `latentrt serve` that make it such a server."""
+        return ("--slots", str(self.slots), "--rows", str(self.rows), "--max-waiting", str(self.queue))
+
     @cached_property
     def knee(self) -> int:
         """The fewest rows with nearly the best throughput: how wide a static batch of unlike requests is."""

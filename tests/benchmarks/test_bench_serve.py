@@ -198,6 +198,7 @@ def test_plans_are_made_from_the_command_line(
     words = ["plan", "--rate", "4", "--p99", "8", "--curve", "a100-sd15"]
     assert cli.run([*words, "--json", "--plot", str(tmp_path / "p.png")]) == 0
     found = json.loads(capsys.readouterr().out)
+    assert found["serve"] == ["--slots", "16", "--rows", "16", "--max-waiting", "32"]
     assert found["devices"] >= 2 and found["latency"]["p99"] <= 8 and found["curve"]["kind"] == "published"
     assert found["curve"]["extrapolated"] == "steps of fewer than 2 rows are extrapolated, not published"
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")

@@ -91,6 +91,15 @@ def test_names_and_files_that_are_not_there_are_refused(tmp_path: Path) -> None:
     (tmp_path / "m.json").write_text('{"steps": {"4": 1}, "guided": 2}')
     with pytest.raises(RequestError, match="guided: "):
         mixes.mix(str(tmp_path / "m.json"))
+    for sampler, message in (
+        ("eulr", "mix .*m.json: sampler 'eulr' is not known: near are euler"),
+        ("heun", "sampler heun evaluates the network 39 times in 20 steps"),
+        ("dpm_2_a_karras", "evaluates the network 39 times"),
+        ("plms", "evaluates the network 21 times"),
+    ):
+        (tmp_path / "m.json").write_text(json.dumps({"steps": {"4": 1}, "samplers": {"ddim": 1, sampler: 1}}))
+        with pytest.raises(RequestError, match=message):
+            mixes.mix(str(tmp_path / "m.json"))
     (tmp_path / "m.json").write_text('{"steps": {"4": 1}}')
     assert mixes.mix(str(tmp_path / "m.json")).draw(1, 0) == [Work(4, "dpmpp_2m_karras", True)]
 
