@@ -25,8 +25,8 @@ DEPLOY = ROOT / "deploy"
 MANIFESTS = sorted((DEPLOY / "kubernetes").glob("*.yaml"))
 DOCKERFILES = [DEPLOY / "container" / "Dockerfile", DEPLOY / "container" / "triton.Dockerfile", ROOT / "Dockerfile"]
 COMMANDS: Any = typer.main.get_command(app)
-GRACE = 15
-"""Seconds to spare between the end of a drain and the kill."""
+GRACE, SPARE = 15, 10
+"""Seconds between the end of Triton's drain and the kill, and those to spare behind the server's own end."""
 
 
 def documents(path: Path) -> list[dict[str, Any]]:
@@ -158,18 +158,30 @@ def test_probes_ask_what_the_server_answers() -> None:
 
 
 def test_a_pod_is_not_killed_while_it_drains() -> None:
+    pytest.importorskip("uvicorn")
+    from latentrt.runtime.server.lifecycle import CLOSE_SECONDS, FLUSH_SECONDS, LifeSettings
+
     drain = parsed(SERVER["args"])["drain_timeout"]
     sleep = int(SERVER["lifecycle"]["preStop"]["exec"]["command"][1])
-    assert PODS["latentrt"]["terminationGracePeriodSeconds"] >= drain + sleep + GRACE
+    end = FLUSH_SECONDS + CLOSE_SECONDS + SPARE
+    assert PODS["latentrt"]["terminationGracePeriodSeconds"] >= sleep + drain + end
     compose = yaml.safe_load((DEPLOY / "compose.yaml").read_text(encoding="utf-8"))
     for service in compose["services"].values():
         drain = int(service["environment"]["LATENTRT_SERVE_DRAIN_TIMEOUT"])
-        assert int(service["stop_grace_period"].rstrip("s")) >= drain + GRACE
+        assert int(service["stop_grace_period"].rstrip("s")) >= drain + end
+    page = (ROOT / "docs" / "serve-kubernetes.md").read_text(encoding="utf-8")
+    (given,) = re.findall(r"`docker stop --time (\d+)`", page)
+    assert int(given) >= LifeSettings().drain_timeout + end
     words = TRITON["args"]
     exit_timeout = int(words[words.index("--exit-timeout-secs") + 1])
     assert exit_timeout > TritonSettings().drain_timeout
     sleep = int(TRITON["lifecycle"]["preStop"]["exec"]["command"][1])
     assert PODS["latentrt-triton"]["terminationGracePeriodSeconds"] >= exit_timeout + sleep + GRACE
+
+
+def test_a_client_comes_back_to_the_server_that_knows_its_jobs() -> None:
+    (service,) = [each for name, each in OBJECTS if name == "service.yaml" and each["kind"] == "Service"]
+    assert service["spec"]["sessionAffinity"] == "ClientIP"
 
 
 def test_tritons_probe_asks_the_model_that_is_written() -> None:
@@ -238,6 +250,26 @@ def test_what_belongs_together_finds_each_other() -> None:
     assert [built[name] for name in ("slots", "rows", "fixed_rows")] == [
         served[name] for name in ("slots", "rows", "fixed_rows")
     ]
+
+
+def test_alerts_need_no_name_of_a_job_and_end_once_a_server_works() -> None:
+    file = DEPLOY / "monitoring" / "alerts.yml"
+    (group,) = yaml.safe_load(file.read_text(encoding="utf-8"))["groups"]
+    expressions = {rule["alert"]: rule["expr"] for rule in group["rules"]}
+    for name, expression in expressions.items():
+        assert not re.search(r"\b(job|instance)\s*[=!]", expression), name
+        # it stays above 0 on a server that has had no work since
+        assert "failures_in_a_row" not in expression or "increase(" in expression, name
+    for name in ("LatentrtDown", "LatentrtRestartsOften"):
+        assert "and on (job, instance) max_over_time(latentrt_build_info[" in expressions[name]
+
+
+def test_the_server_that_is_planned_can_be_started() -> None:
+    from latentrt.benchmarks.serving.curve import curve
+    from latentrt.benchmarks.serving.simulate import Setup
+
+    given = parsed(["serve", *Setup(curve("a100-sd15"), slots=12, rows=24, queue=32).options])
+    assert [given[name] for name in ("slots", "rows", "max_waiting")] == [12, 24, 32]
 
 
 def test_bases_have_versions_and_nothing_is_secret() -> None:
