@@ -22,15 +22,16 @@ PSNR_BOUND: Mapping[Precision, float] = {"fp32": 45.0, "fp16": 35.0, "bf16": 30.
 
 QUANTIZED_PSNR = 15.0
 """The same with a network in 8 bits, whatever it computes in beside."""
-MORE = 1.5
-"""How many times what its manifest says such a network may have lost: that was measured on a few prompts."""
+MORE, MOST_LOST, LEAST_PSNR = 1.5, 0.75, 10.0
+"""How many times what its manifest says such a network may have lost: that was measured on a few prompts. And what it
+may not be beyond whatever the manifest says: the relative error of nothing at all is 1."""
 
 
 class Bounds:
     """How far runs of bundles may be from each other: what the coarsest number format that takes part allows.
 
-    A network in 8 bits may be off by as much as its engines may, and by `MORE` times what its manifest says where that
-    is more. `options` are those of the backend, which may compute in less than a bundle says.
+    A network in 8 bits may be off by as much as its engines may; on one side alone, or against a checkpoint, also by
+    `MORE` times what its manifest says. `options` are those of the backend, which may compute in less than that.
     """
 
     def __init__(self, *manifests: Manifest, options: Mapping[str, Any]) -> None:
@@ -38,17 +39,23 @@ class Bounds:
         asked = named.get(options.get("precision"), "fp16" if options.get("tf32") else "fp32")
         precisions = [asked, *(manifest.precision for manifest in manifests)]
         self._precision = max(precisions, key=BOUND.__getitem__)
-        self._lost = [(g.name, g.quantization) for each in manifests for g in each.graphs if g.quantization is not None]
+        sides = [{g.name: g.quantization for g in each.graphs if g.quantization is not None} for each in manifests]
+        self._quantized = {name for side in sides for name in side}
+        alike = {
+            name for name in self._quantized if len(sides) > 1 and all(s.get(name) == sides[0].get(name) for s in sides)
+        }
+        self._lost = [(name, each) for side in sides for name, each in side.items() if name not in alike]
 
     def error(self, graph: str) -> float:
         """Return the largest relative error of an output of a graph."""
-        lost = [max(QUANTIZED_BOUND, MORE * each.relative_error) for name, each in self._lost if name == graph]
-        return max([BOUND[self._precision], *lost])
+        lost = [min(MOST_LOST, MORE * each.relative_error) for name, each in self._lost if name == graph]
+        return max([BOUND[self._precision], *([QUANTIZED_BOUND] if graph in self._quantized else []), *lost])
 
     def psnr(self) -> float:
         """Return the smallest PSNR of a picture, in decibels."""
-        lost = [each.psnr - 20 * math.log10(MORE) for _, each in self._lost if each.psnr is not None]
-        return min([PSNR_BOUND[self._precision], *([QUANTIZED_PSNR] if self._lost else []), *lost])
+        less = 20 * math.log10(MORE)
+        lost = [max(LEAST_PSNR, each.psnr - less) for _, each in self._lost if each.psnr is not None]
+        return min([PSNR_BOUND[self._precision], *([QUANTIZED_PSNR] if self._quantized else []), *lost])
 
 
 @dataclass(frozen=True)

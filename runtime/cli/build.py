@@ -120,7 +120,7 @@ def build(
             built = (each for planner in planners for each in _build(planner, opened, wanted(False), dynamic))
         else:
             device = _open(backend, options, progress)
-            if dynamic and device.compiles_shapes:
+            if dynamic and isinstance(device, OpenVino) and device.compiles_shapes:
                 raise RequestError(f"--dynamic is for TensorRT: on {device.name} give --option shapes=any")
             if isinstance(device, TensorRt):
                 built = _build(device.planner, opened, wanted(False), dynamic)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import AsyncGenerator, Callable, Mapping
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -23,6 +24,8 @@ FILES = {"image": "image", "image[]": "image", "mask": "mask"}
 """Fields of a form that are files, and what they are called."""
 MAX_FIELDS, MAX_FILES = 300, 8
 """Of a form; each value of a list is a field."""
+NUMBER = re.compile(r"-?(0|[1-9][0-9]{0,19})(\.[0-9]{1,20})?([eE][+-]?[0-9]{1,3})?")
+"""A number in a list of a form."""
 MAX_VALUES = 100_000
 """Of a body of JSON, those in lists and objects included; a picture is one."""
 
@@ -141,10 +144,7 @@ async def _form(request: Request, kind: str) -> tuple[dict[str, str | list[Any]]
 
 def _number(text: str) -> Any:
     """Return the number in a text as JSON has it, or the text."""
-    with suppress(ValueError):
-        if isinstance(value := json.loads(text), int | float):
-            return value
-    return text
+    return json.loads(text) if NUMBER.fullmatch(text) else text
 
 
 def described(schema: type[Generation], *, form: bool = False) -> dict[str, Any]:

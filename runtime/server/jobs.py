@@ -139,8 +139,8 @@ def _answer(job: Job, status: int = 200, headers: dict[str, str] | None = None) 
 
 
 def _note_fetched(job: Job) -> None:
-    """Note that the client of a job that is over has fetched its pictures one by one, once it has."""
-    job.fetched |= job.is_over and job.given >= job.pictures.keys()
+    """Note that the client of a job that is over has fetched all there is to fetch, once it has."""
+    job.fetched |= job.is_over and (job.state != "succeeded" or job.given >= job.pictures.keys())
 
 
 async def _stream(job: Job, heartbeat: float) -> AsyncIterator[bytes]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from importlib import metadata
-from typing import Any
+from typing import Any, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -15,6 +15,7 @@ from prometheus_client.registry import Collector
 from ..batcher.stats import Observer
 from ..service import Job, Service
 from ..service.counts import Figures, ServiceObserver, memory_of
+from ..service.work import Task
 
 TIMES = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 60.0, 120.0, 300.0)
 """Seconds of requests and of what they wait for."""
@@ -109,6 +110,8 @@ class Metrics(ServiceObserver):
         self._counts["model_loads"].labels(model, "failed" if seconds is None else "succeeded").inc()
         if seconds is not None:
             self._values["model_load_seconds"].labels(model).set(seconds)
+            for task in get_args(Task):  # from 0, so that the first failure is an increase
+                self._counts["requests"].labels(model, task, "failed")
 
 
 class _Observer(Observer):

@@ -83,7 +83,8 @@ def mask_of(data: bytes, name: str) -> Image.Image:
 
 def check_shape(mask: Image.Image, image: Image.Image) -> None:
     """Raise `RefusedError` for a mask that would have to be stretched over its picture; smaller or larger it may be."""
-    if abs(mask.height * image.width - mask.width * image.height) > max(image.size):  # more than rounding to a pixel
+    apart = abs(mask.height * image.width - mask.width * image.height)
+    if apart > max(*mask.size, *image.size):  # more than rounding one of the two to a pixel
         sizes = "mask is {}x{} and image {}x{}".format(*mask.size, *image.size)
         raise RefusedError(f"{sizes}: give a mask of the picture's size, or of its shape", "mask")
 

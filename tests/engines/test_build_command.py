@@ -15,6 +15,9 @@ from latentrt.engines.tensorrt.planner import Planner, target_of_compute_capabil
 from latentrt.runtime.cli import build as build_command
 from latentrt.runtime.pipeline import Pipeline
 
+from .simulated_backends import tensorrt_backend
+from .simulated_cuda import SimulatedDriver
+
 pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
 
 RTX = "tensorrt-rtx"
@@ -102,3 +105,14 @@ def test_building_for_this_machine_needs_its_gpu(tiny_sd15_bundle: Path, monkeyp
     monkeypatch.setattr(tensorrt, "no_driver", lambda: "no NVIDIA driver is installed")
     with pytest.raises(BackendUnavailableError, match=r"no NVIDIA driver.*with --compute-capability X\.Y it builds"):
         build_command.build(tiny_sd15_bundle, RTX)
+
+
+def test_one_plan_for_a_range_is_built_for_the_gpu_of_this_machine(
+    tiny_sd15_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = tensorrt_backend(monkeypatch, EngineCache(tmp_path), SimulatedDriver())
+    told: list[bool] = []
+    monkeypatch.setattr(build_command, "_open", lambda *given: device)
+    monkeypatch.setattr(build_command, "_build", lambda planner, bundle, wanted, dynamic: told.append(dynamic) or ())
+    build_command.build(tiny_sd15_bundle, "tensorrt", [], [1, 2], True)
+    assert told == [True]

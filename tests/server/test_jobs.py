@@ -235,6 +235,22 @@ def test_a_server_that_goes_waits_for_clients_that_listen(monkeypatch: pytest.Mo
         assert job.fetched and drained.result() is True
 
 
+def test_who_hears_of_a_cancelled_job_has_all_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Served() as served, served.http() as http, held() as free:
+        path = f"/v1/jobs/{submit(http, n=2)['id']}"
+        (job,) = served.service.unfinished
+        with http.stream("GET", f"{path}/events") as stream:
+            found = events(stream.iter_lines())
+            next(found)
+            assert http.post(f"{path}/cancel").status_code == 200
+            free.set()
+            assert [name for name, _ in found][-1] == "job.cancelled"
+        job.pictures.setdefault(0, None)  # type: ignore[arg-type]  # one was drawn before
+        with http.stream("GET", f"{path}/events") as stream:
+            list(events(stream.iter_lines()))
+        assert job.fetched
+
+
 def test_results_expire() -> None:
     with Served(results_seconds=0.05) as served, served.http() as http:
         job = submit(http, {"idempotency-key": "again"})

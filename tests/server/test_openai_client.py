@@ -143,7 +143,16 @@ def test_an_edit_takes_lists_and_objects_as_the_client_writes_them(client: opena
 
 
 @pytest.mark.parametrize(
-    "fields", [{"seed": [9, "x"]}, {"seed": [-1]}, {"sigmas": ["nan"]}, {"eta": [1]}, {"other": [1]}]
+    "fields",
+    [
+        {"seed": [9, "x"]},
+        {"seed": [-1]},
+        {"seed": ["007"]},
+        {"sigmas": ["nan"]},
+        {"sigmas": ["[" * 50_000]},
+        {"eta": [1]},
+        {"other": [1]},
+    ],
 )
 def test_lists_of_a_form_are_checked_as_those_of_json(
     client: openai.OpenAI, http: httpx2.Client, fields: dict[str, Any]

@@ -87,6 +87,7 @@ def test_what_is_transparent_is_laid_on_white() -> None:
 @pytest.mark.parametrize("size", [(640, 480), (320, 240), (9, 7)])
 def test_a_mask_may_have_another_size(size: tuple[int, int]) -> None:
     check_shape(Image.new("RGB", size), Image.new("RGB", (640, 480)))
+    check_shape(Image.new("1", (6000, 4000)), Image.new("RGB", (512, 341)))  # of a photograph that was made smaller
 
 
 @pytest.mark.parametrize("size", [(480, 640), (640, 470), (64, 64)])
