@@ -97,8 +97,8 @@ ENGINES: list[tuple[str, str, str, str]] = [
     (
         "begin and end take no room",
         RECORDS,
-        "self.max_length - (self.bos_id is not None) - (self.eos_id is not None)",
-        "self.max_length",
+        "max(0, length - (self.bos_id is not None) - (self.eos_id is not None))",
+        "length",
     ),
     ("unknown fields accepted", RECORDS, 'extra="forbid"', 'extra="ignore"'),
     (

@@ -6,6 +6,7 @@ SESSION = "runtime/loop/session.py"
 WORKSPACE = "runtime/loop/workspace.py"
 DENOISE = "runtime/loop/denoise.py"
 INPUTS = "runtime/loop/inputs.py"
+SLOTS = "runtime/batcher/slots.py"
 
 LOOP: list[tuple[str, str, str, str]] = [
     # what is closed
@@ -49,7 +50,7 @@ LOOP: list[tuple[str, str, str, str]] = [
         "            elif self._unchanged.get(name) is not array:",
         "            elif name not in self._unchanged:",
     ),
-    ("replayed the wrong way round", DENOISE, "partial(self._enqueue_step, 1))]", "partial(self._enqueue_step, 0))]"),
+    ("replayed the wrong way round", DENOISE, "self._enqueue_step(index % 2, self", "self._enqueue_step(0, self"),
     (
         "masked picture draws no noise",
         INPUTS,
@@ -101,4 +102,7 @@ LOOP: list[tuple[str, str, str, str]] = [
     ),
     ("generator of the caller left behind", "runtime/loop/generators.py", "    source.set_state(state)\n", ""),
     ("tables of another picture", INPUTS, "which = images % len(initial.mean)", "which = images * 0"),
+    # slots
+    ("step of fewer slots than are in use", SLOTS, "needed = 1 + max(self._taken) if", "needed = len(self._taken) if"),
+    ("shapes of a warm-up go", SESSION, "math.inf if self._keepers else self.kept - room", "self.kept - room"),
 ]

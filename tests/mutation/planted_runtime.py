@@ -14,6 +14,7 @@ ARGUMENTS = "runtime/arguments.py"
 NUMBERS = "runtime/prompt/numbers.py"
 EMBEDDINGS = "runtime/prompt/embeddings.py"
 TABLE = "runtime/sampling/step_table.py"
+PACK = "runtime/loop/pack.py"
 
 RUNTIME: list[tuple[str, str, str, str]] = [
     # what is closed
@@ -164,26 +165,26 @@ RUNTIME: list[tuple[str, str, str, str]] = [
     (
         "clip of one row for all",
         TABLE,
-        "        self._original.append(original)\n        self._clip = (self.zero, 0.0)\n",
-        "        self._original.append(original)\n",
+        "        self._clip = (self.zero, 0.0)\n",
+        "",
     ),
     ("table divides by zero in silence", TABLE, "        if not all(\n", "        if False and not all(\n"),
-    ("finished image goes on", TABLE, "        next_rows[hold] = hold\n", ""),
+    ("finished image goes on", PACK, "        next_rows[hold] = hold\n", ""),
     (
         "guidance of the first image for all",
-        TABLE,
-        "table.clip_weights[:, 1:2] * np.array(mix)",
-        "table.clip_weights[:, 1:2] * np.array(mixes[0])",
+        PACK,
+        "branch_weights(table, mix, branches)\n        parts",
+        "branch_weights(table, mixes[0], branches)\n        parts",
     ),
     (
         "first noise of several",
-        TABLE,
+        PACK,
         "np.maximum(np.cumsum(table.draws) - 1, 0)",
         "np.maximum(np.cumsum(table.draws) - table.draws, 0)",
     ),
     (
         "network rows image-major",
-        TABLE,
+        PACK,
         "np.tile(np.arange(images), branches)",
         "np.repeat(np.arange(images), branches)",
     ),
