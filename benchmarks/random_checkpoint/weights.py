@@ -16,9 +16,14 @@ DTYPES = {"fp32": (torch.float32, "F32"), "fp16": (torch.float16, "F16"), "bf16"
 
 
 def write_random_weights(
-    file: Path, shapes: Mapping[str, tuple[int, ...]], *, seed: int = 0, precision: Stored = "fp32"
+    file: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    tables: Mapping[str, torch.Tensor] | None = None,
+    *,
+    seed: int = 0,
+    precision: Stored = "fp32",
 ) -> None:
-    """Write a safetensors file of random weights, one tensor in memory at a time."""
+    """Write a safetensors file of random weights, one in memory at a time, and of tables that are not random."""
     dtype, code = DTYPES[precision]
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -31,7 +36,8 @@ def write_random_weights(
     with file.open("wb") as stream:
         stream.write(struct.pack("<Q", len(text)) + text)
         for name, shape in shapes.items():
-            weight = _random_weight(name, shape, generator).to(dtype)
+            weight = (tables or {}).get(name)
+            weight = (_random_weight(name, shape, generator) if weight is None else weight).to(dtype)
             stream.write(weight.reshape(-1).view(torch.uint8).numpy().tobytes())
 
 

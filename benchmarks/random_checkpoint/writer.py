@@ -53,7 +53,7 @@ def write_random_checkpoint(
         if networks is None or name in networks:
             stem = "model" if network.library == "transformers" else "diffusion_pytorch_model"
             file = out / name / f"{stem}.safetensors"
-            write_random_weights(file, shapes(network), seed=seed, precision=precision or known.stored)
+            write_random_weights(file, shapes(network), tables(network), seed=seed, precision=precision or known.stored)
     kind, config = known.scheduler
     (out / "scheduler").mkdir()
     _write_json(out / "scheduler" / "scheduler_config.json", {"_class_name": kind} | config)
@@ -77,6 +77,20 @@ def shapes(network: Network) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
         module = _module(network)
     return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+
+
+def tables(network: Network) -> dict[str, torch.Tensor]:
+    """Return what a network's class computes and stores beside its weights, by name: Stable Diffusion 3's positions."""
+    if network.kind != "SD3Transformer2DModel":
+        return {}
+    from diffusers.models.embeddings import PatchEmbed
+
+    given, side = network.config, network.config["sample_size"]
+    width = given["num_attention_heads"] * given["attention_head_dim"]
+    positions = PatchEmbed(
+        side, side, given.get("patch_size", 2), embed_dim=width, pos_embed_max_size=given["pos_embed_max_size"]
+    ).pos_embed
+    return {"pos_embed.pos_embed": positions}
 
 
 def weight_count(known: Architecture) -> int:
