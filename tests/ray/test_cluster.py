@@ -269,12 +269,14 @@ def test_replicas_come_with_work_and_go_without(cluster: None) -> None:
                 found.append(outcome(client, seed)[0])
             return found
 
-        with ThreadPoolExecutor(8) as pool:
-            loads = [pool.submit(load, seed) for seed in range(8)]
-            until(lambda: len(replicas()) == 2, 90)
-            say(f"a second replica after {time.perf_counter() - began:.1f} s of load")
-            time.sleep(3)
-            stop.set()
+        with ThreadPoolExecutor(24) as pool:
+            loads = [pool.submit(load, seed) for seed in range(24)]
+            try:
+                until(lambda: len(replicas()) == 2, 90)
+                say(f"a second replica after {time.perf_counter() - began:.1f} s of load")
+                time.sleep(3)
+            finally:
+                stop.set()
             statuses = Counter(status for each in loads for status in each.result())
         began = time.perf_counter()
         until(lambda: len(replicas()) == 1, 120)
