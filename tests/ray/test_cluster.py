@@ -128,10 +128,10 @@ def draw(client: Any, seed: int = 1, **fields: Any) -> np.ndarray[Any, Any]:
     return image_of(client.images.generate(prompt="a red circle", model="embedded", size="64x64", extra_body=said))
 
 
-def outcome(client: Any, seed: int) -> tuple[int, str, Any]:
+def outcome(client: Any, seed: int, **fields: Any) -> tuple[int, str, Any]:
     """Return status, code and picture of a request; an answer that is in another shape is an error."""
     try:
-        return 200, "", draw(client, seed)
+        return 200, "", draw(client, seed, **fields)
     except openai.APIStatusError as error:
         assert error.response.headers["content-type"] == "application/json", error.response.text[:200]
         assert error.body["message"] and error.response.headers["retry-after"]
@@ -266,11 +266,11 @@ def test_replicas_come_with_work_and_go_without(cluster: None) -> None:
         def load(seed: int) -> list[int]:
             found = []
             while not stop.is_set():
-                found.append(outcome(client, seed)[0])
+                found.append(outcome(client, seed, num_inference_steps=100)[0])
             return found
 
-        with ThreadPoolExecutor(24) as pool:
-            loads = [pool.submit(load, seed) for seed in range(24)]
+        with ThreadPoolExecutor(16) as pool:
+            loads = [pool.submit(load, seed) for seed in range(16)]
             try:
                 until(lambda: len(replicas()) == 2, 90)
                 say(f"a second replica after {time.perf_counter() - began:.1f} s of load")
