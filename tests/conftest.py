@@ -50,12 +50,22 @@ def turns_held() -> AbstractContextManager[threading.Event]:
     return calls_held(Pool, "turn")
 
 
+class Gate(threading.Event):
+    """Set: calls go on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reached = threading.Event()
+        """Set once a call waits."""
+
+
 @contextmanager
-def calls_held(owner: type, name: str) -> Iterator[threading.Event]:
+def calls_held(owner: type, name: str) -> Iterator[Gate]:
     """Hold the calls of a method until the event is set, or the block ends."""
-    method, free = getattr(owner, name), threading.Event()
+    method, free = getattr(owner, name), Gate()
 
     def waiting(*given: Any, **named: Any) -> Any:
+        free.reached.set()
         assert free.wait(120)
         return method(*given, **named)
 

@@ -23,7 +23,7 @@ from latentrt.runtime.service import Limits, Models, ModelSettings, Service
 from latentrt.runtime.service.models import Model
 from PIL import Image
 
-from ..conftest import calls_held, turns_held
+from ..conftest import Gate, calls_held, turns_held
 
 pytest.importorskip("onnxruntime")
 
@@ -94,7 +94,7 @@ class Served:
         return httpx2.Client(base_url=self.url, timeout=60, verify=False, **options)  # certificates take long to load
 
 
-def opening_held() -> AbstractContextManager[threading.Event]:
+def opening_held() -> AbstractContextManager[Gate]:
     """Hold the opening of bundles until the event is set, or the block ends."""
     return calls_held(Model, "open")
 

@@ -268,6 +268,7 @@ def test_a_signal_while_bundles_are_opened_is_no_failure(monkeypatch: pytest.Mon
         life.thread.start()
         server = until(lambda: life.server)
         until(lambda: server.started)
+        assert free.reached.wait(60)
         server.drain()
         until(lambda: server.should_exit)
         until(lambda: any(thread.name == "latentrt close" for thread in threading.enumerate()))
