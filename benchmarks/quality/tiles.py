@@ -33,7 +33,7 @@ bundle, backend, latents, tiled, out = sys.argv[1:]
 with Pipeline.open(bundle, backend, low_memory=True) as pipe:
     began = time.perf_counter()
     picture = pipe.decode(np.load(latents), tiled=tiled == "tiled")[0]
-    print(time.perf_counter() - began)
+    sys.stdout.write(str(time.perf_counter() - began))
 np.save(out, np.asarray(picture))
 """
 

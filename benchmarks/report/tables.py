@@ -154,12 +154,9 @@ def start_table(group: Sequence[Record]) -> Table:
 def roofline_table(group: Sequence[Record]) -> Table:
     """Return, for each network, what it asks for and what share of the machine's limit contenders reach."""
     ours, others = _partition(group)
-    plain = [record for record in ours if "+" not in record["contender"]["name"]]
-    shown = [
-        *ours[:1],
-        *(record for record in plain[1:] if in_bf16(record["contender"]["name"])),
-        *others,
-    ]  # one of each
+    names = [record["contender"]["name"] for record in ours]
+    rounding = [r for r, name in zip(ours[1:], names[1:], strict=True) if in_bf16(name) and "+" not in name]
+    shown = [*ours[:1], *rounding, *others]  # modes of latentrt run the same networks, and differ by their precision
     rows = []
     for network in NETWORKS:
         entries = [record["roofline"][network] for record in shown]
