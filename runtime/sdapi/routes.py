@@ -12,7 +12,7 @@ from starlette.responses import Response
 from ..server.body import context_of, read_json
 from ..server.errors import ApiError, api_error
 from ..server.watch import ClientGoneError, Events, Workers, unless_gone
-from ..service import Ended, Pictured, Service
+from ..service import Ended, Job, Pictured, Service
 from ..service.pictures import Picture
 from .answer import progress_of, rendered
 from .errors import Route
@@ -51,17 +51,18 @@ def _add_drawing(routes: APIRouter, service: Service, workers: Workers, board: B
         body = await workers.run(lambda: read_json(schema.model_validate_json, came))
         context, whose = context_of(request), whose_is(request)
         owner = context["owner"]
-        drawing = await workers.run(lambda: drawing_of(body, service, board.settings(owner), **context))
-        if not body.override_settings_restore_afterwards:
-            board.set(owner, drawing.settings)
-        job = await workers.run(lambda: service.submit(drawing.work, steps=drawing.work.previews > 0))
-        asked, dropped = Asked(job, body.images, body.force_task_id), False
-        board.add(whose, asked)
+        asked, dropped = Asked(body.images, body.force_task_id), False
+        board.add(whose, asked)  # an interrupt may come before the service has taken it
         try:
-            ended, pictures = await _over(request, asked)
+            drawing = await workers.run(lambda: drawing_of(body, service, board.settings(owner), **context))
+            if not body.override_settings_restore_afterwards:
+                board.set(owner, drawing.settings)
+            steps = drawing.work.previews > 0
+            job = await workers.run(lambda: asked.takes(service.submit(drawing.work, steps=steps)))
+            ended, pictures = await _over(request, job)
         except (ClientGoneError, asyncio.CancelledError):
             dropped = True
-            job.cancel()
+            asked.interrupt()
             raise
         finally:
             board.remove(whose, asked, dropped=dropped)
@@ -81,7 +82,7 @@ def _add_drawing(routes: APIRouter, service: Service, workers: Workers, board: B
         return await draw(request, ImageToImage)
 
 
-async def _over(request: Request, asked: Asked) -> tuple[Ended, dict[int, Picture]]:
+async def _over(request: Request, job: Job) -> tuple[Ended, dict[int, Picture]]:
     """Wait for the end of a request; returns it and the pictures that are done, also of one that was interrupted."""
     pictures: dict[int, Picture] = {}
 
@@ -93,7 +94,7 @@ async def _over(request: Request, asked: Asked) -> tuple[Ended, dict[int, Pictur
                 return event
         raise AssertionError("a job has an end")
 
-    with Events(asked.job) as events:
+    with Events(job) as events:
         ended = await unless_gone(request, asyncio.ensure_future(watch(events)))
     return ended, pictures
 
@@ -107,8 +108,8 @@ def whose_is(request: Request) -> str:
 def _add_watching(routes: APIRouter, board: Board, workers: Workers) -> None:
     def one_of(whose: str, task: str | None) -> Asked | None:
         """Return somebody's request by its task or job, or the oldest that is not over."""
-        asked = [each for each in board.asked(whose) if not each.job.is_over]
-        named = [each for each in asked if task in (each.task, each.job.id)]
+        asked = [each for each in board.asked(whose) if not each.is_over]
+        named = [each for each in asked if task in (each.task, each.job and each.job.id)]
         return next(iter(named if task else asked), None)
 
     @routes.get("/progress")
@@ -137,8 +138,7 @@ def _add_watching(routes: APIRouter, board: Board, workers: Workers) -> None:
             if board.take_dropped(whose):
                 return {}
         if (found := one_of(whose, task)) is not None:
-            found.interrupted = True
-            found.job.cancel()
+            found.interrupt()
         return {}
 
 

@@ -97,10 +97,29 @@ def model_of(name: Any, models: Models) -> Model:
 class Asked:
     """A request of this API that is not answered yet."""
 
-    job: Job
     images: int
     task: str | None
+    job: Job | None = None
+    """None until the service has taken it."""
     interrupted: bool = False
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing more will be drawn for it."""
+        return self.job.is_over if self.job else self.interrupted
+
+    def takes(self, job: Job) -> Job:
+        """Note its job, and return it: one that was interrupted before ends here."""
+        self.job = job
+        if self.interrupted:
+            job.cancel()
+        return job
+
+    def interrupt(self) -> None:
+        """End it, or have it end as soon as the service has taken it; from any thread."""
+        self.interrupted = True
+        if self.job:
+            self.job.cancel()
 
 
 class Board:

@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 from latentrt.runtime.sdapi import routes
 from latentrt.runtime.server import HttpSettings
-from latentrt.runtime.service import Limits
+from latentrt.runtime.service import Limits, Service
 from PIL import Image
 
+from ..conftest import calls_held
 from .conftest import Served, generate, held, picture, png, until
 from .test_sdapi_fields import SILLY_TAVERN
 
@@ -289,6 +290,20 @@ def test_an_interrupt_reaches_no_request_of_another_api_and_a_task_by_name(serve
         assert http.post("/sdapi/v1/interrupt", json={"id_task": "task-c"}).json() == {}
         free.set()
         assert other.result().status_code == 200 and len(pictures(first.result())) == 1
+
+
+def test_an_interrupt_reaches_a_request_that_is_still_being_read(served: Served, http: httpx2.Client) -> None:
+    """Every program sends it over another connection, at any moment behind the request."""
+    with calls_held(Service, "submit") as free, ThreadPoolExecutor(1) as pool:
+        drawing = pool.submit(txt2img, http, force_task_id="task-a")
+        assert free.reached.wait(60)
+        assert http.get("/sdapi/v1/progress?id_task=task-a").json()["progress"] == 0
+        assert http.post("/sdapi/v1/interrupt", json={"id_task": "task-a"}).json() == {}
+        assert http.post("/sdapi/v1/interrupt").json() == {}
+        assert not served.service.unfinished and not drawing.done()
+        free.set()
+        assert pictures(drawing.result()) == [] and info(drawing.result())["interrupted"] is True
+    until(lambda: not served.service.unfinished)
 
 
 def test_an_interrupt_for_a_user_who_left_ends_no_other_users_request(served: Served, http: httpx2.Client) -> None:
