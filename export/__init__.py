@@ -30,6 +30,7 @@ def export_checkpoint(
     textual_inversion: Sequence[str | Path] = (),
     tiny_decoder: str | Path | None = None,
     hoist: bool = False,
+    winograd: bool = False,
     progress: Progress = silent,
 ) -> Path:
     """Turn a checkpoint into a bundle and return the bundle's folder.
@@ -45,7 +46,8 @@ def export_checkpoint(
     medium; of others none; `()` for none).
     `textual_inversion` are files with learned words, as `FILE` or `TOKEN=FILE`, that prompts may then use.
     `tiny_decoder` is a folder or hub id of diffusers' `AutoencoderTiny`, which requests may then ask for. With `hoist`
-    what the denoiser computes from the prompt or the timesteps alone runs once for a request, not in every step. Safety
+    what the denoiser computes from the prompt or the timesteps alone runs once for a request, not in every step. With
+    `winograd`, which is for processors and fp32, large convolutions are computed in half the products, to 1e-5. Safety
     checker and feature extractor are not part of a bundle. Nothing is left behind when an error is raised:
     `CheckpointError`, `UnsupportedModelError`, `ExportError`, `StorageError`, `RequestError` or `MissingExtraError`.
     """
@@ -73,5 +75,6 @@ def export_checkpoint(
         textual_inversion=textual_inversion,
         tiny_decoder=tiny_decoder,
         hoist=hoist,
+        winograd=winograd,
         progress=progress,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from importlib import metadata
@@ -12,7 +12,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import onnx
 import torch
 
 from ..engines.bundle import (
@@ -29,8 +28,7 @@ from ..engines.bundle import (
     describe_files,
     write_manifest,
 )
-from ..engines.bundle.references import write_reference
-from ..engines.errors import UnsupportedModelError
+from ..engines.errors import RequestError, UnsupportedModelError
 from ..engines.files import sha256_of
 from ..engines.progress import Progress
 from ..runtime.loop.hoisted import MODULATION
@@ -49,9 +47,9 @@ from .graph import Graph
 from .onnx_writer import onnx_model
 from .parity import check_parity, native_case, reference_cases
 from .passes.parts import outputs_of, with_references, write_parts, write_whole
+from .passes.winograd import LEAST_CHANNELS, LEAST_PIXELS, fewer_products, output_pixels
 from .pieces import memory_given_back
-from .step_graph import step_graph, tensor_info
-from .step_rows import limits, step_rows
+from .step_rows import write_step_graph
 
 TOOLS = ("torch", "onnx", "onnxscript", "diffusers", "transformers")
 
@@ -85,10 +83,13 @@ def export(
     textual_inversion: Sequence[str | Path],
     tiny_decoder: str | Path | None,
     hoist: bool,
+    winograd: bool,
     progress: Progress,
 ) -> Path:
     """Export a checkpoint; see `latentrt.export.export_checkpoint`."""
     asked = asked_defaults(num_inference_steps, guidance_scale)
+    if winograd and precision != "fp32":
+        raise RequestError(f"winograd is for processors, and precision is {precision!r}: export in fp32, or without it")
     with atomic_folder(out, replace=replace_bundle) as folder:
         progress("opening the checkpoint", 0, 1)
         checkpoint = open_checkpoint(
@@ -112,7 +113,15 @@ def export(
         graphs, stages = [], len(networks) + 2
         for number, name in enumerate(networks, start=1):
             progress(name.replace("_", " "), number, stages)
-            graphs += write_network(family, checkpoint, lengths, name, folder, precision, hoist=hoist)
+            graphs += write_network(
+                family, checkpoint, lengths, name, folder, precision, hoist=hoist, winograd=winograd
+            )
+        if winograd and not any(info.winograd for info in graphs):
+            log.warning(
+                "no convolution of this checkpoint has %d channels and %d pixels: winograd changed nothing",
+                LEAST_CHANNELS,
+                LEAST_PIXELS,
+            )
         graphs.append(write_step_graph(folder, precision, latent.channels, options))
         progress("hashing", stages - 1, stages)
         write_manifest(
@@ -150,10 +159,12 @@ def write_network(
     precision: Precision,
     *,
     hoist: bool = False,
+    winograd: bool = False,
 ) -> list[GraphInfo]:
     """Export one network of a checkpoint; `lengths` are the tokens of a prompt, for each tokenizer.
 
-    With `hoist` a denoiser becomes several graphs, of which each step runs as few as it can.
+    With `hoist` a denoiser becomes several graphs, of which each step runs as few as it can. With `winograd` large
+    convolutions are computed in half the products.
     """
 
     def alike(precision: Precision, few: bool) -> Graph:
@@ -164,7 +175,8 @@ def write_network(
     cells = (latent.default_height // latent.downscale, latent.default_width // latent.downscale)
     with memory_given_back():
         build = family.graphs(checkpoint, precision, lengths)[name]
-        infos = write_graph(build, folder, precision, cells, alike, hoist=hoist and name == "denoiser")
+        hoist = hoist and name == "denoiser"
+        infos = write_graph(build, folder, precision, cells, alike, hoist=hoist, winograd=winograd)
         checkpoint.close()
     return infos
 
@@ -197,6 +209,7 @@ def write_graph(
     alike: Callable[[Precision, bool], Graph] | None = None,
     *,
     hoist: bool = False,
+    winograd: bool = False,
 ) -> list[GraphInfo]:
     """Export one graph into `folder`, check it against its module, and describe it, or with `hoist` its parts.
 
@@ -209,14 +222,18 @@ def write_graph(
     log.info("exporting %s, %.3g million weights", graph.name, size / 1e6)
     with largest_activation(graph.module) as peak:
         cases = reference_cases(graph)
-        native = native_case(graph, cells) if size <= MOST_AT_FULL_SIZE else None
+        with output_pixels(graph.module) as pixels:
+            native = native_case(graph, cells) if size <= MOST_AT_FULL_SIZE else None
     if precision != "fp32" and graph.name in FLOAT_AT_THE_BORDER and peak() > LIMIT[precision]:
         log.warning("%s reaches activations of %.3g, too large for %s: it stays in fp32", graph.name, peak(), precision)
         precision = "fp32"
     if precision != "fp32":
         graph.module.to(TORCH_DTYPES_INSIDE[precision])
     kinds = {"small": cases[-1]} if native is None else {"small": cases[-1], "native": native}
-    parts = (write_parts if hoist else write_whole)(graph, onnx_model(graph), folder, precision)
+    model = onnx_model(graph)
+    count = fewer_products(model, pixels) if winograd else 0
+    parts = (write_parts if hoist else write_whole)(graph, model, folder, precision)
+    parts[-1] = parts[-1].model_copy(update={"winograd": count})
     runs_here = alike is None or (precision != "bf16" and size <= MOST_AT_FULL_SIZE)
     if runs_here:
         parity = check_parity(graph.name, partial(outputs_of, parts, folder), cases, precision)
@@ -258,26 +275,6 @@ def step_options_of(
         )
     found: set[StepOption] = {*needed, "learned variance"} if learned_variance else {*needed}
     return tuple(option for option in STEP_INPUTS if option in found)
-
-
-def write_step_graph(
-    folder: Path, precision: Precision, channels: int, options: Collection[StepOption] = ()
-) -> GraphInfo:
-    """Write the graph that applies the step table; it comes from no module."""
-    model = step_graph(precision, channels, options)
-    onnx.save(model, folder / "step.onnx")
-    inputs, outputs = tuple(map(tensor_info, model.graph.input)), tuple(map(tensor_info, model.graph.output))
-    rows = step_rows(precision, channels, options)
-    return GraphInfo(
-        name="step",
-        stage="step",
-        files=("step.onnx",),
-        inputs=inputs,
-        outputs=outputs,
-        opset=next(entry.version for entry in model.opset_import if not entry.domain),
-        references=(write_reference(folder, "step", inputs + outputs, rows),),
-        limits=limits(options),
-    )
 
 
 @reading("the checkpoint")

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from pathlib import Path
 
 import numpy as np
+import onnx
 
-from ..engines.bundle import Precision
+from ..engines.bundle import GraphInfo, Precision
+from ..engines.bundle.references import write_reference
 from ..engines.device import Array
 from ..runtime.sampling.step_table import StepOption
+from .step_graph import step_graph, tensor_info
 
-__all__ = ["LIMITS", "limits", "step_rows"]
+__all__ = ["LIMITS", "limits", "step_rows", "write_step_graph"]
 
 LIMITS: Mapping[str, str] = {
     "row": "T",
@@ -30,6 +34,26 @@ IMAGES, BRANCHES, ROWS, HISTORY, DRAWS, HEIGHT, WIDTH = 2, 2, 3, 2, 2, 5, 6
 def limits(options: Collection[StepOption]) -> dict[str, str | float]:
     """Return what the inputs of a step graph stay below, where they do not take any number."""
     return {**LIMITS, **({"quantiles": 1.0, "largest": LARGEST} if "dynamic thresholding" in options else {})}
+
+
+def write_step_graph(
+    folder: Path, precision: Precision, channels: int, options: Collection[StepOption] = ()
+) -> GraphInfo:
+    """Write the graph that applies the step table; it comes from no module."""
+    model = step_graph(precision, channels, options)
+    onnx.save(model, folder / "step.onnx")
+    inputs, outputs = tuple(map(tensor_info, model.graph.input)), tuple(map(tensor_info, model.graph.output))
+    rows = step_rows(precision, channels, options)
+    return GraphInfo(
+        name="step",
+        stage="step",
+        files=("step.onnx",),
+        inputs=inputs,
+        outputs=outputs,
+        opset=next(entry.version for entry in model.opset_import if not entry.domain),
+        references=(write_reference(folder, "step", inputs + outputs, rows),),
+        limits=limits(options),
+    )
 
 
 def step_rows(precision: Precision, channels: int, options: Collection[StepOption] = ()) -> dict[str, Array]:

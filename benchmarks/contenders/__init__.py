@@ -141,26 +141,29 @@ def of_bundle(found: Sequence[Candidate], bundle: Bundle, height: int, width: in
 def beside(found: Sequence[Candidate], bundle: Bundle, others: Sequence[Bundle]) -> list[Candidate]:
     """Return candidates, and each of latentrt's exact ones again with every further bundle of the same checkpoint.
 
-    A bundle whose denoiser is in parts ends their names with `-parts`, a quantized one with `+int8` or `+fp8`. Raises
-    `RequestError` for a bundle that is neither, is like another, or comes from another checkpoint than `bundle`.
+    A bundle whose denoiser is in parts ends their names with `-parts`, one whose convolutions are in half the products
+    with `-winograd`, a quantized one with `+int8` or `+fp8`. Raises `RequestError` for a bundle that is none of these,
+    is like another, or comes from another checkpoint than `bundle`.
     """
     kinds: dict[str, str] = {}
     added = list[Candidate]()
     for other in others:
         graphs = other.manifest.graphs
         quantized = next((graph.quantization.precision for graph in graphs if graph.quantization), None)
-        kind = ("-parts" if other.manifest.bytes_of("request") else "") + (f"+{quantized}" if quantized else "")
+        words = {"in parts": bool(other.manifest.bytes_of("request")), "winograd": any(g.winograd for g in graphs)}
+        said = [word for word, holds in words.items() if holds]
+        kind = "".join(f"-{word.split()[-1]}" for word in said) + (f"+{quantized}" if quantized else "")
         weights, own = (each.manifest.source.get("files", {}) for each in (other, bundle))
         if not (both := weights.keys() & own.keys()) or any(weights[name] != own[name] for name in both):
             raise RequestError(f"{other.path} comes from another checkpoint than the workload's bundle, {bundle.path}")
         if not kind:
-            raise RequestError(f"{other.path} is neither quantized nor in parts: nothing of it would differ")
+            raise RequestError(f"{other.path} is not quantized, in parts or winograd: nothing of it would differ")
         if kind in kinds:
             raise RequestError(f"{kinds[kind]} and {other.path} are alike ({kind[1:]}): give one of them")
         kinds[kind] = str(other.path)
-        words = [*(["in parts"] if "-parts" in kind else []), *([quantized] if quantized else [])]
+        title = ", ".join([*said, *([quantized] if quantized else [])])
         added += [
-            replace(c, name=c.name + kind, title=f"{c.title[:-1]}, {', '.join(words)})", bundle=other)
+            replace(c, name=c.name + kind, title=f"{c.title[:-1]}, {title})", bundle=other)
             for c in found
             if c.ours and not c.lossy and c.name.endswith("/step")
         ]

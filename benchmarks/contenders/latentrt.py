@@ -58,7 +58,7 @@ class Contender:
         self._png = image.encode_png
         backend, _, mode = variant.partition("/")
         mode, _, lossy = mode.partition("+")
-        mode = mode.removesuffix("-parts")
+        mode = mode.partition("-")[0]  # what follows says how the bundle was made
         self._lossy = dict(LOSSY.get(lossy, {}))  # of a quantized bundle nothing is asked for
         backend, inside = precision_apart(backend)
         if backend.startswith("onnxruntime"):

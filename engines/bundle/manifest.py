@@ -117,6 +117,8 @@ class GraphInfo(Strict):
     """None for a graph that comes from no module."""
     quantization: Quantization | None = None
     """Of a graph whose layers are in 8 bits; its parity is that of the graph before."""
+    winograd: int = Field(default=0, ge=0, le=100_000)
+    """Convolutions over 3x3 that are computed in half the products, with twice the weights."""
     references: tuple[ReferenceInfo, ...] = Field(default=(), max_length=16)
     """Rows by which every engine of the graph is checked once; none in bundles of early exports."""
     limits: dict[TensorName, Letter | Annotated[float, Field(ge=1, allow_inf_nan=False)]] = Field(

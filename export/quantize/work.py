@@ -100,6 +100,10 @@ def _denoiser(bundle: Bundle) -> GraphInfo:
         raise RequestError(
             f"bundle {bundle.path} computes in bf16, which is not calibrated on a CPU: export it in fp32 or fp16"
         )
+    if graph.winograd:
+        raise RequestError(
+            f"bundle {bundle.path} was exported with winograd, whose sums 8 bits do not hold: give one without"
+        )
     if bundle.manifest.masked_input is not None:
         raise RequestError(f"bundle {bundle.path} repaints pictures, and calibration draws from prompts alone")
     return graph

@@ -86,6 +86,9 @@ def export(
     hoist: Annotated[
         bool, typer.Option("--hoist", help="Compute what steps have in common once for a request.")
     ] = False,
+    winograd: Annotated[
+        bool, typer.Option("--winograd", help="Compute large convolutions in half the products, for processors.")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")] = False,
 ) -> None:
     """Turn a checkpoint into a bundle of ONNX graphs (needs the export extra)."""
@@ -110,6 +113,7 @@ def export(
             textual_inversion=textual_inversion or (),
             tiny_decoder=tiny_decoder,
             hoist=hoist,
+            winograd=winograd,
             progress=progress,
         )
     typer.echo(f"{path}: {readable_size(sum(f.size for f in Bundle.open(path).manifest.files.values()))}")
@@ -220,7 +224,11 @@ def verify(
     settings = backend_options(backend, options, threads=threads) | {"backend": backend}
     if layers and options:
         raise RequestError("--layers runs the backend without options: leave out --layers, or --option")
-    inside = _layers(opened, layers, resolve(backend), threads) if layers else []
+    inside: list[LayerReport] = []
+    if layers:
+        from ...export.layers import layer_errors
+
+        inside = layer_errors(opened, layers, resolve(backend), threads)
     request: dict[str, Any] = {"prompt": prompt, "steps": steps, "seed": seed}
     lossy: dict[str, Any] = {
         "forecast": forecast,
@@ -269,12 +277,6 @@ def _verified(bundle: Path, checkpoint: str, arguments: dict[str, Any]) -> Repor
         raise MissingExtraError("cpu,export", "verifying a bundle") from error
     with checkpoint_named(checkpoint), progress_bar("verifying") as progress:
         return run_verify(bundle, checkpoint, progress=progress, **arguments)
-
-
-def _layers(bundle: Bundle, graph: str, backend: str, threads: int | None) -> list[LayerReport]:
-    from ...export.layers import layer_errors
-
-    return layer_errors(bundle, graph, backend, threads)
 
 
 def _verdict(report: Report) -> list[str]:

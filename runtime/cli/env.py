@@ -217,6 +217,8 @@ def _lines(bundle: Bundle) -> list[str]:
         inside = f", {graph.precision} inside" if graph.precision not in (None, manifest.precision) else ""
         parity = f", error against PyTorch {graph.parity.relative_error:.1e}" if graph.parity else ""
         lines.append(f"  {graph.name} (once per {_STAGES[graph.stage]}): {size}, opset {graph.opset}{inside}{parity}")
+        if graph.winograd:
+            lines.append(f"    {graph.winograd} convolutions in half the products")
         if graph.quantization is not None:
             lines.append(f"    {graph.quantization}; not {', '.join(graph.quantization.kept)}")
         for arrow, tensors in (("<-", graph.inputs), ("->", graph.outputs)):

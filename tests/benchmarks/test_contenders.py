@@ -50,8 +50,15 @@ def test_decoders_that_a_bundle_lacks_and_tiles_that_are_the_picture_are_missing
         assert missing[""] is None and missing["taylor"] is None
 
 
-def other(path: str, *, parts: bool = False, quantized: EightBits | None = None, weights: str | None = None) -> Bundle:
-    """Return the embedded bundle as it would be with its denoiser in parts, in 8 bits, or of another checkpoint."""
+def other(
+    path: str,
+    *,
+    parts: bool = False,
+    winograd: bool = False,
+    quantized: EightBits | None = None,
+    weights: str | None = None,
+) -> Bundle:
+    """Return the embedded bundle as it would be with its denoiser made another way, or of another checkpoint."""
     bundle = Bundle.open(ensure_bundle())
     told = (
         Quantization(
@@ -61,7 +68,9 @@ def other(path: str, *, parts: bool = False, quantized: EightBits | None = None,
         else None
     )
     graphs = tuple(
-        graph.model_copy(update={"quantization": told, "stage": "request" if parts else graph.stage})
+        graph.model_copy(
+            update={"quantization": told, "stage": "request" if parts else graph.stage, "winograd": int(winograd)}
+        )
         if graph.name == "denoiser"
         else graph
         for graph in bundle.manifest.graphs
@@ -75,14 +84,17 @@ def test_further_bundles_of_a_checkpoint_are_contenders_beside_each_exact_one() 
     bundle = Bundle.open(ensure_bundle())
     found = contenders.choose("cpu", ["latentrt/onnxruntime-cpu/step", "latentrt/openvino", "diffusers/eager"])
     bundles = [other("a", parts=True), other("b", quantized="int8"), other("c", parts=True, quantized="fp8")]
+    bundles.append(other("d", winograd=True))
     every = contenders.beside(found, bundle, bundles)
-    assert every[: len(found)] == found and len(every) == len(found) + 3 * 3
+    assert every[: len(found)] == found and len(every) == len(found) + 4 * 3
     added = {each.name: each for each in every[len(found) :]}
     assert {name.removeprefix("latentrt/") for name in added if "onnxruntime" in name} == {
         "onnxruntime-cpu/step-parts",
         "onnxruntime-cpu/step+int8",
         "onnxruntime-cpu/step-parts+fp8",
+        "onnxruntime-cpu/step-winograd",
     }
+    assert added["latentrt/openvino-bf16/step-winograd"].title == "latentrt (openvino, bf16, step, winograd)"
     assert added["latentrt/openvino/step+int8"].bundle is bundles[1]
     assert added["latentrt/onnxruntime-cpu/step-parts+fp8"].title == "latentrt (onnxruntime-cpu, step, in parts, fp8)"
     assert contenders.is_exact("latentrt/onnxruntime-cpu/step-parts") and not contenders.is_exact(
@@ -95,7 +107,7 @@ def test_further_bundles_of_a_checkpoint_are_contenders_beside_each_exact_one() 
 def test_bundles_that_would_not_differ_are_refused() -> None:
     bundle = Bundle.open(ensure_bundle())
     found = contenders.choose("cpu", ["latentrt/onnxruntime-cpu/step"])
-    with pytest.raises(RequestError, match="neither quantized nor in parts"):
+    with pytest.raises(RequestError, match="is not quantized, in parts or winograd"):
         contenders.beside(found, bundle, [bundle])
     with pytest.raises(RequestError, match=r"a and b are alike \(int8\): give one of them"):
         contenders.beside(found, bundle, [other("a", quantized="int8"), other("b", quantized="int8")])

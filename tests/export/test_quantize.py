@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +23,7 @@ onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnx_ir")
 
 from latentrt.engines.backends import open_backend  # noqa: E402
-from latentrt.engines.bundle import Bundle  # noqa: E402
+from latentrt.engines.bundle import Bundle, write_manifest  # noqa: E402
 from latentrt.engines.device import Array  # noqa: E402
 from latentrt.engines.errors import EngineError, ExportError, RequestError, StorageError  # noqa: E402
 from latentrt.engines.progress import silent  # noqa: E402
@@ -325,6 +326,16 @@ def test_gpus_without_fp8_are_refused_by_name(quantized: Path) -> None:
 def test_a_quantized_bundle_is_not_quantized_again(quantized: Path, tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="is in int8 already: give the one that it was made from"):
         quantize_bundle(quantized, tmp_path / "again", precision="fp8")
+
+
+def test_convolutions_in_half_the_products_are_not_quantized(tmp_path: Path) -> None:
+    folder = shutil.copytree(BUNDLE, tmp_path / "bundle")
+    manifest = Bundle.open(folder).manifest
+    graphs = tuple(each.model_copy(update={"winograd": int(each.name == "denoiser")}) for each in manifest.graphs)
+    write_manifest(folder, manifest.model_copy(update={"graphs": graphs}))
+    with pytest.raises(RequestError, match="was exported with winograd, whose sums 8 bits do not hold: give one with"):
+        quantize_bundle(folder, tmp_path / "out", precision="int8")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_denoiser_that_lost_too_much_is_not_kept(
