@@ -72,9 +72,10 @@ def chosen(records: Iterable[Record], workload: str) -> list[Record]:
     for number, group in enumerate(by_machine(records)):
         for key, record in latest(group).items():
             work, device = record["workload"], record["conditions"]["device"]
-            whole = "-" not in record["contender"]["name"].rpartition("/")[2]  # the bundle as it is made by default
+            name = record["contender"]["name"]
+            whole = not is_ours(record) or "-" not in name.rpartition("/")[2]  # its bundle as it is made by default
             if whole and (work["name"], work["precision"], work["batch"], device) == (workload, "fp32", 1, "cpu"):
-                groups.setdefault((number, *key[:3], key[4]), {})[record["contender"]["name"]] = record
+                groups.setdefault((number, *key[:3], key[4]), {})[name] = record
     found = [g for g in groups.values() if any(map(is_ours, g.values())) and not any(map(is_lossy, g.values()))]
     if not found:
         return []

@@ -171,6 +171,8 @@ def roofline_table(group: Sequence[Record]) -> Table:
         f"{ceiling['bytes'] / 1e9:,.1f} GB/s, the fastest matrix product and copy in the same run. "
         f"Furthest from it in the first column: {lacking}."
     )
+    if any("-winograd" in record["contender"]["name"] for record in shown):
+        note += " Winograd computes fewer products than are counted here, so its share may be above 100 %."
     head = ["graph", "GFLOP", "MiB", "limit", *map(marked, shown)]
     return Table("Share of the hardware's limit", head, rows, note)
 

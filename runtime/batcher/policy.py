@@ -12,9 +12,9 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-SLACK = 4.0
+SLACK = 8.0
 """An image is due when it has been there for so many times what it takes alone: short ones overtake long ones."""
-PATIENCE = 130
+PATIENCE = 240
 """Slack at most, in steps of two rows: no image waits longer for shorter ones, on a device of any speed."""
 GOOD = 0.95
 """The part of the best throughput that the knee of the curve gives."""

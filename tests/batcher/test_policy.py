@@ -168,7 +168,7 @@ def test_waiting_is_work_over_pace() -> None:
 
 ONE_SLOT = StepTimes((2,), {2: 1.0})
 LATE, SOON = guided(0.0, 50), guided(3.0, 4)
-"""Due at 200 and at 19."""
+"""Due at 240 and at 35."""
 
 
 def under_way(candidate: Candidate, done: int) -> Candidate:
@@ -183,7 +183,7 @@ def test_an_image_that_is_due_earlier_takes_the_place_of_one_that_is_due_later()
 def test_what_left_its_slot_goes_on_when_it_is_its_turn_again() -> None:
     back = under_way(LATE, 3)
     assert decide([back], [], ONE_SLOT, 9.0, slots=1) == Decision((), (0,), 2)
-    assert decide([guided(190.0, 4), back], [], ONE_SLOT, 9.0, slots=1) == Decision((), (1,), 2)
+    assert decide([guided(220.0, 4), back], [], ONE_SLOT, 9.0, slots=1) == Decision((), (1,), 2)
 
 
 @pytest.mark.parametrize(("done", "leaves"), [(47, True), (50 - SPARED, False), (49, False)])

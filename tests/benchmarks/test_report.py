@@ -199,8 +199,13 @@ def test_the_summary_takes_the_newest_machine_and_leaves_other_work_out() -> Non
     new["machine"] = new["machine"] | {"processor": "Newer CPU"}
     others = [latency_record(3, workload=work | change) for change in ({"batch": 4}, {"precision": "fp16"})]
     theirs = latency_record(4, contender="diffusers/eager", machine=new["machine"])
+    bf16 = latency_record(6, contender="diffusers/eager-bf16", machine=new["machine"])
     request = latency_record(5, contender="latentrt/onnxruntime-cpu/request", machine=new["machine"])
-    assert summary.chosen([new, theirs, request, old, *others], "embedded") == [new, theirs]
+    made = [
+        latency_record(7, contender=f"latentrt/onnxruntime-cpu/step-{how}", machine=new["machine"])
+        for how in ("parts", "winograd")
+    ]
+    assert summary.chosen([*made, new, theirs, bf16, request, old, *others], "embedded") == [new, theirs, bf16]
     assert summary.chosen([latency_record(contender="diffusers/eager")], "embedded") == []
     with pytest.raises(RequestError, match="run `latentrt bench embedded` first"):
         summary.summary(others)
