@@ -85,10 +85,21 @@ class _Writer:
     def __init__(self) -> None:
         self.tape, self.constants = Tape(), Tape()
         self._known = dict[tuple[int, ...] | float, ir.Value]()
+        self._kernels = dict[ir.Value, list[ir.Value]]()
 
     def op(self, kind: str, inputs: Sequence[ir.Value], **attributes: Any) -> ir.Value:
         """Write a node and return its output."""
         return self.tape.op(kind, inputs, attributes)
+
+    def kernels(self, weight: ir.Value) -> list[ir.Value]:
+        """Return the six that stand for a weight, which several convolutions may read."""
+        if weight not in self._kernels:
+            assert weight.const_value is not None
+            self._kernels[weight] = [
+                self.tape.initializer(taps, name=f"{weight.name}.{number}")
+                for number, taps in enumerate(_sums_of_taps(weight.const_value))
+            ]
+        return self._kernels[weight]
 
     def whole(self, *numbers: int) -> ir.Value:
         """Return a list of integers."""
@@ -130,16 +141,12 @@ def _pays(node: ir.Node, pixels: Mapping[str, int]) -> bool:
 def _convolution(node: ir.Node, write: _Writer) -> ir.Value:
     """Write the nodes that compute what a convolution does, and return their result."""
     picture, weight, bias = (*node.inputs, None)[:3]
-    assert picture is not None and weight is not None and weight.const_value is not None
-    kernels = [
-        write.tape.initializer(taps, name=f"{weight.name}.{number}")
-        for number, taps in enumerate(_sums_of_taps(weight.const_value))
-    ]
+    assert picture is not None and weight is not None
     height, width = (write.op("Shape", [picture], start=axis, end=axis + 1) for axis in (2, 3))
     rows = _six_rows(picture, height, width, write)
     products = [
         write.op("Conv", [row, kernel], pads=[0, 1, 0, 1], kernel_shape=[1, 3])
-        for row, kernel in zip(_sums_of_rows(rows, write), kernels, strict=True)
+        for row, kernel in zip(_sums_of_rows(rows, write), write.kernels(weight), strict=True)
     ]
     found = _four_rows(products, write)
     if bias is not None:
