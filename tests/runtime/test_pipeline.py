@@ -294,12 +294,12 @@ def test_memory_is_the_most_of_all_batches_at_the_end_of_every_stage(
 
 
 def test_the_memory_of_a_processor_is_what_is_resident() -> None:
-    device = HostDevice()
+    device, size = HostDevice(), 1 << 27  # so much is never what was freed before: it has pages of its own
     before = device.bytes_taken()
-    tensor = device.empty((1 << 25,), np.uint8)
-    tensor.write(np.ones(1 << 25, np.uint8), device.stream())
-    assert device.bytes_taken() - before > 1 << 24  # some of it may have been there
-    assert device.tensor_bytes() == 1 << 25
+    tensor = device.empty((size,), np.uint8)
+    tensor.write(np.ones(size, np.uint8), device.stream())
+    assert device.bytes_taken() - before > size // 2  # the system may have taken other pages meanwhile
+    assert device.tensor_bytes() == size
     tensor.close()
 
 
