@@ -66,7 +66,7 @@ def run(
     beside: Annotated[
         list[Path] | None,
         typer.Option(
-            "--beside", metavar="BUNDLE", help="Also a bundle of the same checkpoint in 8 bits or parts; repeatable."
+            "--beside", metavar="BUNDLE", help="Also a bundle of the same checkpoint made another way; repeatable."
         ),
     ] = None,
     pictures: Annotated[
