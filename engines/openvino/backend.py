@@ -31,9 +31,10 @@ from ..options import Threads, threads_of
 from ..selfcheck import Place, accept, out_of_memory
 from .angles import angles_of
 from .engine import OpenVinoEngine
-from .format import let_go_of_pages, write_model
+from .format import write_model
 from .library import load_openvino
 from .models import CompiledModels
+from .pages import letting_go_of_pages
 
 BUILDER = 2
 """Raised when what `_build` does to a graph changes, so that engines built before are not reused."""
@@ -196,8 +197,9 @@ class OpenVino:
         files = graph_files(bundle, graph, "openvino")
         log.info("building %s for %s", graph.name, self.name)
         try:
-            model = self._read(files, out)
-            write_model(model, out, angles_of(model), bf16=self._inside(graph) == "bf16")
+            with letting_go_of_pages(*files, out):
+                model = self._read(files, out)
+                write_model(model, out, angles_of(model), bf16=self._inside(graph) == "bf16")
         except Exception as error:  # OpenVINO raises bare RuntimeErrors
             raise EngineError(f"graph {graph.name} cannot be built for {self.name}: {reason(error)}") from error
         there = {name for port in (*model.inputs, *model.outputs) for name in port.names}
@@ -211,9 +213,11 @@ class OpenVino:
             model = self._core.read_model(folder / "model.xml")
             if shapes:
                 model.reshape({name: list(shape) for name, shape in shapes.items()})
-            stream = self._core.compile_model(
-                model, self._on, {**self._settings(graph), "CACHE_MODE": "OPTIMIZE_SIZE"}
-            ).export_model()
+            with letting_go_of_pages(folder / "model.bin"):
+                compiled = self._core.compile_model(
+                    model, self._on, {**self._settings(graph), "CACHE_MODE": "OPTIMIZE_SIZE"}
+                )
+                stream = compiled.export_model()
             (out / "compiled.blob").write_bytes(stream.getbuffer())
         except Exception as error:  # OpenVINO raises bare RuntimeErrors
             raise EngineError(f"graph {graph.name} cannot be compiled for {self.name}: {reason(error)}") from error
@@ -254,11 +258,10 @@ class OpenVino:
         settings = self._settings(graph) | {"ENABLE_WEIGHTLESS": True, "WEIGHTS_PATH": str(weights)}
         try:
             stored = load_openvino().Tensor(np.fromfile(folder / "compiled.blob", np.uint8))
-            compiled = self._core.import_model(stored, self._on, settings)
+            with letting_go_of_pages(weights):
+                return self._core.import_model(stored, self._on, settings)
         except Exception as error:  # OpenVINO raises bare RuntimeErrors
             raise EngineError(f"engine {folder} cannot be loaded ({reason(error)})") from error
-        let_go_of_pages(weights)
-        return compiled
 
 
 def _updates_latents(graph: GraphInfo) -> bool:

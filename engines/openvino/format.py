@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -17,7 +15,6 @@ MOVERS = ("Reshape", "Transpose")
 """What may stand between a layer and its weights."""
 FEW = 4096
 """Numbers up to which weights are left alone."""
-DONTNEED = 4
 
 
 def write_model(model: Any, folder: Path, angles: set[str], *, bf16: bool) -> None:
@@ -73,17 +70,3 @@ def _rounded(numbers: Any) -> Any:
     """Return the upper halves of float32 numbers, rounded to the nearest, ties to even."""
     bits = np.ascontiguousarray(numbers).view(np.uint32)
     return ((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)).astype(np.uint16)
-
-
-def let_go_of_pages(file: Path) -> None:
-    """Let the system take the pages of a mapped file back, of which a loaded model keeps a copy; on Linux alone.
-
-    What is read once more is read from the file. Without this a process counts its weights twice.
-    """
-    with suppress(OSError, AttributeError):
-        libc = ctypes.CDLL(None, use_errno=True)
-        for line in Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines():
-            place, access, *_ = line.split()
-            if line.endswith(str(file)) and "w" not in access:
-                start, end = (int(address, 16) for address in place.split("-"))
-                libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), DONTNEED)
