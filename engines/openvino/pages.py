@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-DONTNEED = 4
+PAGEOUT = 21
+"""Takes pages away and loses nothing: what was mapped there may by then be something else."""
 EVERY = 0.05
 """Seconds after which pages that were read meanwhile are let go of."""
 
@@ -43,4 +44,4 @@ def _let_go_of_pages(places: Sequence[Path]) -> None:
             addresses, access, *_, name = line.split(maxsplit=5)
             if "w" not in access and any(Path(name).is_relative_to(place) for place in wanted):
                 start, end = (int(address, 16) for address in addresses.split("-"))
-                libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), DONTNEED)
+                libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), PAGEOUT)
