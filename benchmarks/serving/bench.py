@@ -49,7 +49,7 @@ class Options:
     rates: Sequence[float] = ()
     """Further images a second, in the curve's own time."""
     turns: int = 1
-    """Parts of a point at a rate: policies take turns, each from an empty server."""
+    """Parts of a point at a rate: policies and rates take turns, each from an empty server."""
     seed: int = 0
     command: str = ""
 
@@ -112,8 +112,7 @@ class _Bench:
         if options.turns > 1 and rates:
             with ExitStack() as servers:
                 asks = {policy: servers.enter_context(self._server(policy)) for policy in order}
-                for rate, share in rates:
-                    self._by_turns(asks, rate, share)
+                self._by_turns(asks, rates)
             rates = []
         for policy in order if rates or "bounded" in options.points else ():
             with self._server(policy) as ask:
@@ -122,15 +121,20 @@ class _Bench:
                 if "bounded" in options.points:
                     self._note(self._bounded(policy, ask))
 
-    def _by_turns(self, asks: Mapping[Policy, load.Ask], rate: float, share: float | None) -> None:
-        """Run every policy at a rate in parts, each with arrivals of its own, the same for all policies."""
+    def _by_turns(self, asks: Mapping[Policy, load.Ask], rates: Sequence[tuple[float, float | None]]) -> None:
+        """Run every policy at every rate in parts, each with arrivals of its own, the same for all policies.
+
+        A machine that is slower for some minutes is so for all of them.
+        """
         turns, watch = self.options.turns, machine.LoadWatch()
-        count = -(-self._count(rate) // turns)
-        parts: dict[Policy, list[tuple[Outcome, Outcome]]] = {policy: [] for policy in asks}
+        cells = [(rate, share, policy) for rate, share in rates for policy in asks]
+        parts: list[list[tuple[Outcome, Outcome]]] = [[] for _ in cells]
         for turn in range(turns):
-            for policy, ask in asks.items():
-                parts[policy].append(self._run(policy, ask, rate, count, self.options.seed + turn))
-        for policy, found in parts.items():
+            for (rate, _, policy), found in zip(cells, parts, strict=True):
+                count = -(-self._count(rate) // turns)
+                found.append(self._run(policy, asks[policy], rate, count, self.options.seed + turn))
+            self._say(f"{self.mix.name}: turn {turn + 1} of {turns} is done")
+        for (rate, share, policy), found in zip(cells, parts, strict=True):
             seen, expected = (pooled(each) for each in zip(*found, strict=True))
             self._note(self._record(policy, rate, watch, seen, expected) | {"load": share, "turns": turns})
 

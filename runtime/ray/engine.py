@@ -8,7 +8,6 @@ import os
 import socket
 import time
 from collections.abc import AsyncIterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from ...engines.errors import EngineError
@@ -34,7 +33,6 @@ class Engine:
         self._name = f"{socket.gethostname()}-{os.getpid()}"
         models = Models(named_bundles(settings.bundles), settings.model, aliases=settings.aliases)
         self.service = Service(models, settings.limits)
-        self._threads = ThreadPoolExecutor(4, "latentrt requests")
         self.service.open()
 
     def described(self) -> dict[str, tuple[str, tuple[tuple[int, int], ...] | None]]:
@@ -44,7 +42,7 @@ class Engine:
     async def draw(self, work: Work) -> AsyncIterator[Message]:
         """Yield what happens to a request, `Done` or `Failed` at the end; whoever stops listening cancels it."""
         loop, heard = asyncio.get_running_loop(), asyncio.Queue[Event]()
-        submitted = loop.run_in_executor(self._threads, self.service.submit, work)
+        submitted = loop.run_in_executor(self.service.requests, self.service.submit, work)
         try:
             job = await asyncio.shield(submitted)
         except asyncio.CancelledError:
@@ -91,7 +89,6 @@ class Engine:
         """Close what was opened, if it was."""
         if (service := vars(self).get("service")) is not None:
             service.close()
-            self._threads.shutdown(wait=False)
 
 
 async def _messages(job: Job, heard: asyncio.Queue[Event]) -> AsyncIterator[Message]:

@@ -28,7 +28,7 @@ def create_app(service: Service, settings: HttpSettings | None = None, metrics: 
     """
     settings, metrics = settings or HttpSettings(), metrics or Metrics()
     metrics.watch(service)
-    workers = Workers()
+    workers = Workers(service)
     app = FastAPI(
         title="latentrt",
         version=metadata.version("latentrt"),

@@ -5,12 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from fastapi import Request
 
-from ..service import Ended, Event, Job
+from ..service import Ended, Event, Job, Service
 
 T = TypeVar("T")
 
@@ -83,16 +82,12 @@ async def _gone(request: Request) -> None:
 
 
 class Workers:
-    """Threads for what would hold up the event loop: parsing, pictures, a batcher's checks."""
+    """A service's threads for what would hold up the event loop: parsing, pictures, a batcher's checks."""
 
-    def __init__(self, count: int = 4) -> None:
-        """Start no thread yet."""
-        self._pool = ThreadPoolExecutor(count, "latentrt requests")
+    def __init__(self, service: Service) -> None:
+        """Run functions until the service is closed."""
+        self._pool = service.requests
 
     async def run(self, function: Callable[..., T], *arguments: Any) -> T:
         """Run a function on a thread."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, function, *arguments)
-
-    def close(self) -> None:
-        """End the threads."""
-        self._pool.shutdown(wait=False, cancel_futures=True)

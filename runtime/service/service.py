@@ -57,6 +57,8 @@ class Service:
         self._lock, self._naming = threading.Lock(), threading.Lock()
         self._deadlines = Deadlines(lambda job, error: self._end(job, self.models.find(job.model), error))
         self._pool = ThreadPoolExecutor(max(2, min(8, os.cpu_count() or 2)), "latentrt pictures")
+        self.requests = ThreadPoolExecutor(4, "latentrt requests")
+        """Threads for who serves requests on an event loop: taking one takes time."""
 
     def open(self) -> None:
         """Open the first model, and further ones while there is room; raises what opening raises.
@@ -289,3 +291,4 @@ class Service:
             job.cancel()
         self.models.close(cancel=True)
         self._pool.shutdown(wait=True)
+        self.requests.shutdown(wait=False, cancel_futures=True)

@@ -29,7 +29,7 @@ from latentrt.runtime.server import HttpSettings, Metrics, create_app, lifecycle
 from latentrt.runtime.service import Models, ModelSettings, Service
 from latentrt.runtime.service.models import Model
 
-from .conftest import error_of, generate, held, opening_held, until
+from .conftest import Served, error_of, generate, held, opening_held, until
 
 SMALL = ("--size", "64x64", "--backend", "onnxruntime-cpu", "--threads", "1", "--slots", "2")
 
@@ -307,3 +307,14 @@ def test_engines_that_do_not_close_hold_nothing_up(monkeypatch: pytest.MonkeyPat
     assert codes == [0]
     free.set()
     until(lambda: not any(thread.name == "latentrt close" for thread in threading.enumerate()))
+
+
+def test_a_server_that_is_closed_leaves_no_thread() -> None:
+    def started() -> list[str]:
+        return [each.name for each in threading.enumerate() if each not in before and each.name.startswith("latentrt")]
+
+    before = set(threading.enumerate())
+    with Served() as served, served.http() as http:
+        assert generate(http).status_code == 200
+        assert any(name.startswith("latentrt requests") for name in started())
+    until(lambda: not started())
