@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,6 +20,8 @@ from .process import Place, ServerProcess
 from .servers import open_server
 from .simulate import BASELINES, POLICIES, SHARE, Policy, alone_rate, bounded_rate, capacity, simulate
 
+Rate = tuple[float, Policy | None]
+"""Images a second, and the only policy that is measured at them, or None for each."""
 Say = Callable[[str], object]
 Keep = Callable[[Record], None]
 
@@ -46,7 +48,7 @@ class Options:
     http: bool = True
     base: float | None = None
     """Images a second that loads are shares of; None: measured first."""
-    rates: Sequence[float] = ()
+    rates: Sequence[Rate] = ()
     """Further images a second, in the curve's own time."""
     turns: int = 1
     """Parts of a point at a rate: policies and rates take turns, each from an empty server."""
@@ -62,6 +64,18 @@ class Options:
             raise RequestError(
                 "loads are shares of what the baselines can do: measure their saturation, or give --base"
             )
+
+
+def rate(given: str) -> Rate:
+    """Return a rate from `RATE` or `POLICY=RATE`; raises `RequestError` for anything else."""
+    policy, _, number = given.rpartition("=")
+    try:
+        value = float(number)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < 1e6:
+        raise RequestError(f"--rate is {given!r}: give a number above 0, or POLICY=NUMBER")
+    return value, policies([policy])[0] if policy else None
 
 
 def policies(given: Sequence[str] | None) -> tuple[Policy, ...]:
@@ -107,34 +121,39 @@ class _Bench:
                 best[policy] = record["seen"]["images_per_second"]
                 self._note(record)
         base = options.base or max((best.get(policy, 0.0) for policy in BASELINES[:2]), default=0.0)
-        rates: list[tuple[float, float | None]] = [(s * base, s) for s in LOADS if "load" in options.points]
-        rates += [(rate, round(rate / base, 3) if base else None) for rate in options.rates]
-        if options.turns > 1 and rates:
-            with ExitStack() as servers:
-                asks = {policy: servers.enter_context(self._server(policy)) for policy in order}
-                self._by_turns(asks, rates)
-            rates = []
-        for policy in order if rates or "bounded" in options.points else ():
+        shares: list[tuple[Rate, float | None]] = [((s * base, None), s) for s in LOADS if "load" in options.points]
+        shares += [(each, round(each[0] / base, 3) if base else None) for each in options.rates]
+        points = [(policy, rate, share) for (rate, only), share in shares for policy in order if only in (None, policy)]
+        if options.turns > 1:
+            self._by_turns(points)
+            points = []
+        for policy in order:
+            own = [(rate, share) for each, rate, share in points if each == policy]
+            if not own and "bounded" not in options.points:
+                continue
             with self._server(policy) as ask:
-                for rate, share in rates:
+                for rate, share in own:
                     self._note(self._point(policy, ask, rate, self._count(rate)) | {"load": share})
                 if "bounded" in options.points:
                     self._note(self._bounded(policy, ask))
 
-    def _by_turns(self, asks: Mapping[Policy, load.Ask], rates: Sequence[tuple[float, float | None]]) -> None:
-        """Run every policy at every rate in parts, each with arrivals of its own, the same for all policies.
+    def _by_turns(self, points: Sequence[tuple[Policy, float, float | None]]) -> None:
+        """Run points, each a policy at a rate, in parts, each with arrivals of its own, the same for all policies.
 
         A machine that is slower for some minutes is so for all of them.
         """
         turns, watch = self.options.turns, machine.LoadWatch()
-        cells = [(rate, share, policy) for rate, share in rates for policy in asks]
-        parts: list[list[tuple[Outcome, Outcome]]] = [[] for _ in cells]
-        for turn in range(turns):
-            for (rate, _, policy), found in zip(cells, parts, strict=True):
-                count = -(-self._count(rate) // turns)
-                found.append(self._run(policy, asks[policy], rate, count, self.options.seed + turn))
-            self._say(f"{self.mix.name}: turn {turn + 1} of {turns} is done")
-        for (rate, share, policy), found in zip(cells, parts, strict=True):
+        parts: list[list[tuple[Outcome, Outcome]]] = [[] for _ in points]
+        with ExitStack() as servers:
+            asks = {
+                policy: servers.enter_context(self._server(policy)) for policy in {each[0]: None for each in points}
+            }
+            for turn in range(turns):
+                for (policy, rate, _), found in zip(points, parts, strict=True):
+                    count = -(-self._count(rate) // turns)
+                    found.append(self._run(policy, asks[policy], rate, count, self.options.seed + turn))
+                self._say(f"{self.mix.name}: turn {turn + 1} of {turns} is done")
+        for (policy, rate, share), found in zip(points, parts, strict=True):
             seen, expected = (pooled(each) for each in zip(*found, strict=True))
             self._note(self._record(policy, rate, watch, seen, expected) | {"load": share, "turns": turns})
 

@@ -85,14 +85,16 @@ def bench_serve(
         list[str] | None,
         typer.Option("--point", help="saturation, load (70 and 90 %), bounded (default: each of them)."),
     ] = None,
-    rate: Annotated[list[float] | None, typer.Option("--rate", help="A further rate, in pictures a second.")] = None,
+    rate: Annotated[
+        list[str] | None, typer.Option("--rate", help="A further rate, in pictures a second, or POLICY=RATE of one.")
+    ] = None,
     base: Annotated[
         float | None, typer.Option("--base", help="What loads are shares of (default: the baselines' saturation).")
     ] = None,
     seconds: Annotated[float, typer.Option("--seconds", help="Length of a point, about.")] = 60.0,
     turns: Annotated[
         int,
-        typer.Option("--turns", min=1, help="Parts of a point at a rate, policies by turns, their servers all open."),
+        typer.Option("--turns", min=1, help="Parts of a point at a rate: policies and rates take turns."),
     ] = 1,
     slots: Annotated[int, SLOTS] = 16,
     rows: Annotated[int, ROWS] = 16,
@@ -114,7 +116,7 @@ def bench_serve(
         from ...benchmarks.report import page as report
         from ...benchmarks.report import records
         from ...benchmarks.serving import bench, mixes, process, real
-    for name, value in (("scale", scale), ("seconds", seconds), *(("rate", each) for each in rate or ())):
+    for name, value in (("scale", scale), ("seconds", seconds)):
         if not 0 < value < 1e6:
             raise RequestError(f"--{name} is {value!r}: give a number above 0")
     check_backend(backend)
@@ -131,7 +133,7 @@ def bench_serve(
         mixes=[mixes.mix(each) for each in mix or ("draft", "typical")],
         policies=bench.policies(policy),
         points=tuple(point or (() if rate else bench.POINTS)),
-        rates=tuple(rate or ()),
+        rates=tuple(bench.rate(each) for each in rate or ()),
         base=base,
         seconds=seconds,
         turns=turns,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -68,14 +69,13 @@ def test_policies_take_turns_at_a_rate() -> None:
         http=False,
         policies=bench.POLICIES[:2],
         points=(),
-        rates=(0.5, 1.0),
+        rates=((0.5, None), (1.0, "in-flight")),
         seconds=0.12,
         turns=3,
         seed=5,
     )
-    assert [(r["policy"], r["rate"], r["turns"]) for r in made] == [
-        (policy, rate, 3) for rate in (0.5, 1.0) for policy in bench.POLICIES[:2]
-    ]
+    points = [("in-flight", 0.5), ("one at a time", 0.5), ("in-flight", 1.0)]
+    assert [(r["policy"], r["rate"], r["turns"]) for r in made] == [(*point, 3) for point in points]
     for record in made:
         assert record["point"] == "load" and record["load"] is None and record["seed"] == 5
         for figures in (record["seen"], record["simulated"]):
@@ -89,6 +89,16 @@ def test_policies_take_turns_at_a_rate() -> None:
     assert made[2]["simulated"]["latency"]["p50"] == pytest.approx(
         1e3 * np.percentile(latencies, 50, method="inverted_cdf")
     )
+
+
+def test_rates_of_a_policy() -> None:
+    assert bench.rate("1.5") == (1.5, None)
+    assert bench.rate("one at a time=2") == (2.0, "one at a time")
+    for bad in ("", "x", "0", "nan", "1e9", "in-flight=", "in-flight=-1"):
+        with pytest.raises(RequestError, match=re.escape(f"--rate is {bad!r}: give a number above 0")):
+            bench.rate(bad)
+    with pytest.raises(RequestError, match="policy is 'static': choose in-flight"):
+        bench.rate("static=1")
 
 
 def test_tables_hold_the_newest_of_each_point_apart_by_device() -> None:
