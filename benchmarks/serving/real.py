@@ -26,8 +26,8 @@ from .servers import arguments
 
 FEW, MANY = 10, 40
 """Steps of the two requests between which a step's time is taken."""
-ROUNDS, WARM_UPS = 20, 5
-"""Over so many calls, and so often all widths, times are averaged: virtual machines change their speed in seconds."""
+ROUNDS, CALLS = 10, 3
+"""Times are means over rounds of all widths, each of so many calls: virtual machines change their speed in seconds."""
 
 
 def measure(bundle: str | Path | None, backend: str, threads: int | None, rows: int, *, name: str) -> Curve:
@@ -39,47 +39,68 @@ def measure(bundle: str | Path | None, backend: str, threads: int | None, rows: 
     opened = Bundle.open(bundle or ensure_bundle())
     options = {} if threads is None else {"threads": threads}
     with Pipeline(opened, open_backend(backend, **options), max_batch=rows) as pipe:
-        seconds = {guided: _call(pipe, guided) for guided in (False, True)}
-        known = {1 + guided: step for guided, (step, _, _) in seconds.items()}
+        calls = {guided: _Calls(pipe, guided) for guided in (False, True)}
         with Batcher(pipe, slots=max(1, rows // 2), rows=rows) as batcher:
             wide: dict[int, list[float]] = {}
-            for _ in range(WARM_UPS):
+            for _ in range(ROUNDS):
+                for each in calls.values():
+                    each.add(CALLS)
                 batcher.warm_up(pictures=False)
                 for bucket, step in batcher.stats().curve.items():
                     wide.setdefault(bucket, []).append(step)
-            known |= {bucket: fmean(steps) for bucket, steps in wide.items() if bucket > max(known)}
+        known = {1 + guided: each.step for guided, each in calls.items()}
+        known |= {bucket: fmean(steps) for bucket, steps in wide.items() if bucket > max(known)}
         latent = opened.manifest.latent
         size = f"{latent.default_width}×{latent.default_height}"
         ran = f"{pipe.backend.name}, {getattr(pipe.backend, 'threads', None) or 'all'} threads"
     for smaller, larger in itertools.pairwise(sorted(known)):
         known[larger] = max(known[larger], known[smaller])  # noise: a wider step takes no less
     about = machine.describe_machine()
-    _, rest, decode = seconds[True]
+    decode = fmean(calls[True].decode)
     found = {
         "title": f"{opened.path.name if bundle else 'the embedded model'}, {size}, {opened.manifest.precision}, {ran}",
         "kind": "measured",
         "source": f"latentrt {machine.source_version()} on {about['processor']}, {about['cores']} cores, "
         f"{about['gpu']['name'] if about['gpu'] else 'no GPU'}, {date.today()}; `latentrt bench serve --save-curve`.",
         "step_seconds": dict(sorted(known.items())),
-        "encode_seconds": max(0.0, rest - decode),
+        "encode_seconds": max(0.0, calls[True].rest - decode),
         "decode_seconds": decode,
     }
     return parse(name, json.dumps(found))
 
 
-def _call(pipe: Pipeline, guided: bool) -> tuple[float, float, float]:
-    """Return the seconds of a step, of the rest of a request, and of its decoder; means of calls by turns."""
-    few, many, decode = list[float](), list[float](), list[float]()
-    for number in range(-1, ROUNDS):
-        for steps, into in ((FEW, few), (MANY, many)):
-            timings = pipe(**arguments(Work(steps, "dpmpp_2m_karras", guided), number + 1)).timings
-            if number >= 0:  # the first calls bind and capture
+class _Calls:
+    """Seconds of a pipeline's calls with few and with many steps, by turns."""
+
+    def __init__(self, pipe: Pipeline, guided: bool) -> None:
+        self._pipe, self._guided = pipe, guided
+        self._seconds: dict[int, list[float]] = {FEW: [], MANY: []}
+        self.decode: list[float] = []
+        """Seconds of the decoder."""
+        self.add(1)  # the first calls bind and capture
+        for times in (*self._seconds.values(), self.decode):
+            times.clear()
+
+    def add(self, count: int) -> None:
+        """Make so many calls of each kind."""
+        for number in range(count):
+            for steps, into in self._seconds.items():
+                timings = self._pipe(**arguments(Work(steps, "dpmpp_2m_karras", self._guided), number)).timings
                 into.append(timings.total)
-                decode.append(timings.decode)
-    step = (fmean(many) - fmean(few)) / (MANY - FEW)
-    if step <= 0:
-        raise EngineError(f"{MANY} steps took no longer than {FEW}: measure on a quiet machine")
-    return step, max(0.0, fmean(few) - FEW * step), fmean(decode)
+                self.decode.append(timings.decode)
+
+    @property
+    def step(self) -> float:
+        """Seconds of a step; raises `EngineError` where more steps took no longer."""
+        step = (fmean(self._seconds[MANY]) - fmean(self._seconds[FEW])) / (MANY - FEW)
+        if step <= 0:
+            raise EngineError(f"{MANY} steps took no longer than {FEW}: measure on a quiet machine")
+        return step
+
+    @property
+    def rest(self) -> float:
+        """Seconds of a call without its steps."""
+        return max(0.0, fmean(self._seconds[FEW]) - FEW * self.step)
 
 
 def save(curve: Curve, path: Path) -> Path:
