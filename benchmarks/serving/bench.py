@@ -59,6 +59,9 @@ class Options:
         """Raise `RequestError` for a point that cannot be measured."""
         if unknown := [point for point in self.points if point not in POINTS]:
             raise RequestError(f"point is {unknown[0]!r}: choose {', '.join(POINTS)}")
+        for value, only in self.rates:
+            if only is not None and only not in self.policies:
+                raise RequestError(f"--rate is {only}={value:g}: --policy leaves {only} out; give it as well")
         known = self.base is not None or ("saturation" in self.points and {*BASELINES[:2]} <= {*self.policies})
         if "load" in self.points and not known:
             raise RequestError(
@@ -124,7 +127,7 @@ class _Bench:
         shares: list[tuple[Rate, float | None]] = [((s * base, None), s) for s in LOADS if "load" in options.points]
         shares += [(each, round(each[0] / base, 3) if base else None) for each in options.rates]
         points = [(policy, rate, share) for (rate, only), share in shares for policy in order if only in (None, policy)]
-        if options.turns > 1:
+        if options.turns > 1 and points:
             self._by_turns(points)
             points = []
         for policy in order:

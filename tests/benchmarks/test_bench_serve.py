@@ -101,6 +101,11 @@ def test_rates_of_a_policy() -> None:
         bench.rate("static=1")
 
 
+def test_a_rate_of_a_policy_that_is_left_out_is_refused() -> None:
+    with pytest.raises(RequestError, match=r"--rate is static equal=1\.5: --policy leaves static equal out"):
+        bench.Options(mixes=[SHORT], policies=("in-flight",), points=(), rates=((1.5, "static equal"),))
+
+
 def test_tables_hold_the_newest_of_each_point_apart_by_device() -> None:
     figures: dict[str, Any] = {"latency": {"p50": 1.0, "p90": 2.0, "p99": None}, "within_bound_share": 0.5}
     common: dict[str, Any] = {
