@@ -11,13 +11,16 @@ import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 SLACK = 8.0
 """An image is due when it has been there for so many times what it takes alone: short ones overtake long ones."""
 PATIENCE = 240
 """Slack at most, in steps of two rows: no image waits longer for shorter ones, on a device of any speed."""
-GOOD = 0.95
-"""The part of the best throughput that the knee of the curve gives."""
+GOOD = 0.9
+"""The part of the best throughput that the knee of the curve gives at least."""
+STEEP = 1.08
+"""Where throughput climbs so much for twice the rows from one width to the next, the wider one is taken."""
 FULL = 0.99
 """The part of the best throughput that is given while much waits."""
 MUCH = 2
@@ -148,7 +151,7 @@ class StepTimes:
         return self.seconds[near] * bucket / near
 
     def knee(self) -> int:
-        """Return the fewest rows that give nearly the best throughput; a wider bucket without a time is tried next."""
+        """Return the fewest rows with good throughput; a wider bucket is tried next while it has no time."""
         return self._fewest(GOOD)
 
     def most(self, wanted: int) -> int:
@@ -163,7 +166,8 @@ class StepTimes:
         wide = [bucket for bucket in self.buckets if bucket % 2 == 0 or bucket in (1, self.buckets[-1])]
         pace = {bucket: bucket / self.seconds[bucket] for bucket in wide if self.seconds.get(bucket)}
         best = max(pace.values(), default=0.0)
-        fewest = next((bucket for bucket in pace if pace[bucket] >= part * best), 0)
+        gain = {rows: pace[after] / pace[rows] / STEEP ** math.log2(after / rows) for rows, after in pairwise(pace)}
+        fewest = next((rows for rows in pace if pace[rows] >= part * best and gain.get(rows, 0.0) < 1), 0)
         return next((bucket for bucket in wide if bucket > fewest and bucket not in self.seconds), fewest)
 
     def wait(self, work: float) -> float | None:

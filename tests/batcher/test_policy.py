@@ -67,6 +67,9 @@ def test_a_bucket_without_a_time_is_guessed_from_its_neighbour() -> None:
         ({2: 1.0, 4: 1.9, 8: 3.9}, 2),  # 2.0, 2.1, 2.05 rows a second
         ({2: 1.0, 4: 1.8, 8: 3.7}, 4),
         ({2: 1.0, 4: 1.8, 8: 3.3}, 8),
+        ({2: 1.0, 4: 1.85, 8: 3.7}, 4),  # 92 % of the best, and a climb of 8.1 %
+        ({2: 1.0, 4: 1.86, 8: 3.7}, 2),  # of 7.5 %
+        ({2: 1.0, 4: 1.83, 8: 3.35}, 8),  # two climbs
         ({2: 1.0, 4: 3.0, 8: 9.0}, 2),
         ({}, 2),
         ({2: 1.0}, 4),  # the next is tried
@@ -76,6 +79,11 @@ def test_a_bucket_without_a_time_is_guessed_from_its_neighbour() -> None:
 )
 def test_the_knee_is_where_more_rows_stop_to_pay(seconds: dict[int, float], knee: int) -> None:
     assert StepTimes((2, 4, 8), seconds).knee() == knee
+
+
+def test_a_climb_is_that_of_twice_the_rows() -> None:
+    assert StepTimes((4, 6), {4: 1.0, 6: 1.42}).knee() == 6  # 5.6 % more for half as many rows again
+    assert StepTimes((4, 8), {4: 1.0, 8: 1.894}).knee() == 4  # as much for twice as many
 
 
 def test_more_rows_are_used_when_much_waits_and_the_last_few_per_cent_count() -> None:
