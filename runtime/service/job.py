@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from ...engines.errors import DeadlineError, QueueFullError, RequestError
 from ..result import GenerationResult
+from .errors import BusyError, UnavailableError
 from .pictures import Picture
 from .work import Size, Work
 
@@ -114,11 +115,7 @@ class Job:
     @property
     def outcome(self) -> str:
         """How it ended: succeeded, cancelled, late, refused or failed."""
-        if self.state != "failed":
-            return self.state
-        if isinstance(self.error, DeadlineError):
-            return "late"
-        return "refused" if isinstance(self.error, (RequestError, QueueFullError)) else "failed"
+        return self.state if self.state != "failed" else outcome_of(self.error)
 
     @property
     def nbytes(self) -> int:
@@ -246,6 +243,16 @@ class Job:
     def _tell(self, event: Event) -> None:
         for hear in tuple(self._listeners):
             hear(event)
+
+
+def outcome_of(error: BaseException | None) -> str:
+    """Return what it is that an error ends: a job that is cancelled, late, refused, or has failed."""
+    if isinstance(error, CancelledError):
+        return "cancelled"
+    if isinstance(error, DeadlineError):
+        return "late" if error.seconds is None else "refused"
+    draining = isinstance(error, UnavailableError) and error.code == "draining"
+    return "refused" if draining or isinstance(error, (RequestError, QueueFullError, BusyError)) else "failed"
 
 
 def facts_of(job: Job, result: GenerationResult[Any]) -> dict[str, Any]:

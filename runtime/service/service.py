@@ -15,7 +15,7 @@ from ..batcher import events
 from .counts import Figures
 from .deadlines import Deadlines, too_late
 from .errors import BusyError, UnavailableError
-from .job import Job, facts_of
+from .job import Job, facts_of, outcome_of
 from .models import Model, Models
 from .pictures import Picture, encoded
 from .store import Store
@@ -243,13 +243,13 @@ class Service:
         self._over(job, model)
 
     def _end(self, job: Job, model: Model, error: BaseException) -> None:
-        state: Literal["cancelled", "failed"] = "cancelled" if isinstance(error, CancelledError) else "failed"
-        if not isinstance(error, (CancelledError, RequestError)):
+        outcome = outcome_of(error)
+        if outcome in ("failed", "late"):
             known = isinstance(error, LatentRTError)
             extra = {"job": job.id, "request_id": job.work.request_id}
             said = f"{type(error).__name__}: {reason(error)}" if known else type(error).__name__
-            log.warning("job %s failed: %s", job.id, said, extra=extra, exc_info=None if known else error)
-        job.end(state, error)
+            log.warning("job %s %s: %s", job.id, outcome, said, extra=extra, exc_info=None if known else error)
+        job.end("cancelled" if outcome == "cancelled" else "failed", error)
         self._over(job, model)
 
     def _over(self, job: Job, model: Model) -> None:

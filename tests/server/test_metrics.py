@@ -11,7 +11,11 @@ from typing import Any
 import httpx2
 import pytest
 import tokenizers
+from latentrt.engines.errors import DeadlineError, EngineError, QueueFullError, RequestError
 from latentrt.export.embedded import ensure_bundle
+from latentrt.runtime.server import Metrics
+from latentrt.runtime.service import Job, Work
+from latentrt.runtime.service.errors import BusyError, UnavailableError
 from prometheus_client.parser import text_string_to_metric_families
 
 from .conftest import Served, generate, held, until
@@ -184,6 +188,29 @@ def test_what_the_web_uis_api_refuses_is_counted(served: Served, http: httpx2.Cl
     assert http.post("/sdapi/v1/txt2img", json={"enable_hr": True}).status_code == 400
     assert http.get("/sdapi/v1/nothing").status_code == 404
     until(lambda: refused() == [count + 1 for count in before])
+
+
+@pytest.mark.parametrize(
+    ("error", "outcome"),
+    [
+        (RequestError("no"), "refused"),
+        (QueueFullError("no"), "refused"),
+        (BusyError("no room", "model_not_loaded", 10.0), "refused"),
+        (UnavailableError("it goes", "draining", 5.0), "refused"),
+        (DeadlineError("cannot be", 3.0), "refused"),
+        (DeadlineError("too late"), "late"),
+        (UnavailableError("it hangs", "failed", 10.0), "failed"),
+        (UnavailableError("it went", "replica_lost"), "failed"),
+        (EngineError("it broke"), "failed"),
+        (ZeroDivisionError(), "failed"),
+    ],
+)
+def test_what_is_turned_away_in_health_is_no_failure(error: Exception, outcome: str) -> None:
+    job, counted = Job(Work({"prompt": "x"}), "one", (64, 64), 60.0), Metrics()
+    assert job.end("failed", error)
+    counted.ended(job)
+    found = re.findall(r'latentrt_requests_total{.*outcome="(\w+)".*} 1.0', counted.text().decode())
+    assert found == [outcome]
 
 
 def test_metrics_of_two_apps_do_not_meet(served: Served) -> None:

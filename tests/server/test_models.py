@@ -105,7 +105,7 @@ def test_nothing_is_closed_in_vain() -> None:
         assert states(served) == {"one": "cold", "two": "cold", "three": "ready"}
 
 
-def test_a_bundle_with_work_stays(room: int) -> None:
+def test_a_bundle_with_work_stays(room: int, caplog: pytest.LogCaptureFixture) -> None:
     with Served(bundles("one", "two"), budget=room) as served, served.http() as http, ThreadPoolExecutor() as pool:
         with held() as free:
             running = pool.submit(generate, http, model="one")
@@ -113,6 +113,7 @@ def test_a_bundle_with_work_stays(room: int) -> None:
             answer = generate(http, model="two")
             assert (answer.status_code, error_of(answer)["code"]) == (503, "model_not_loaded")
             assert 1 <= int(answer.headers["retry-after"]) <= 120
+            assert "failed" not in caplog.text
             free.set()
             assert running.result().status_code == 200
         until(lambda: not served.service.unfinished)
