@@ -38,7 +38,7 @@ async def stream_of(request: Request, job: Job, ignored: list[str], heartbeat: f
     events = Events(job)
     try:
         first: Event | None = None
-        if job.state == "loading":  # what is wrong with the request may not be known before its model is open
+        if job.state == "loading" or job.is_over:  # what is wrong with it may not be known before its model is open
             first = await unless_gone(request, asyncio.ensure_future(events.next(heartbeat)))
         if isinstance(first, Ended) and first.error is not None:
             raise api_error(first.error)
@@ -56,19 +56,22 @@ async def _stream(
     prefix = "image_edit" if job.work.task == "edit" else "image_generation"
     try:
         yield COMMENT
+        sent = time.monotonic()
         waiting = None if first is None or isinstance(first, Queued) else first
         last: Pictured | None = None
         missing = job.work.images
         while True:
-            heard, waiting = waiting or await events.next(heartbeat), None
+            silent = time.monotonic() - sent  # though steps are heard of, of which a stream says nothing
+            heard, waiting = waiting or await events.next(max(0.0, heartbeat - silent)), None
+            said = b""
             if heard is None:
-                yield COMMENT
+                said = COMMENT
             elif isinstance(heard, Previewed):
-                yield event(f"{prefix}.partial_image", _partial(job, heard, f"{prefix}.partial_image"))
+                said = event(f"{prefix}.partial_image", _partial(job, heard, f"{prefix}.partial_image"))
             elif isinstance(heard, Pictured):
                 missing -= 1
                 if missing:
-                    yield event(f"{prefix}.completed", _completed(job, heard, f"{prefix}.completed"))
+                    said = event(f"{prefix}.completed", _completed(job, heard, f"{prefix}.completed"))
                 else:
                     last = heard
             elif isinstance(heard, Ended):
@@ -78,6 +81,9 @@ async def _stream(
                     data = _completed(job, last, f"{prefix}.completed") | job.facts | {"ignored": ignored}
                     yield event(f"{prefix}.completed", data)
                 return
+            if said:
+                yield said
+                sent = time.monotonic()
     finally:
         events.close()
         job.cancel()

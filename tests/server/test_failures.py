@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import socket
@@ -9,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import httpx2
@@ -20,8 +22,8 @@ from latentrt.export.embedded import ensure_bundle
 from latentrt.runtime import Pipeline
 from latentrt.runtime.batcher.encode import Encoder
 from latentrt.runtime.batcher.slots import Slots
-from latentrt.runtime.server import HttpSettings
-from latentrt.runtime.service import Limits, Service
+from latentrt.runtime.server import HttpSettings, sse
+from latentrt.runtime.service import Ended, Event, Job, Limits, Service, Stepped, Work
 
 from .conftest import Served, error_of, generate, held, picture, until
 
@@ -270,6 +272,34 @@ def test_heartbeats_are_sent_while_nothing_happens() -> None:
                 break
         free.set()
         assert "event: image_generation.completed" in list(lines)
+
+
+def test_steps_of_which_nothing_is_said_are_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """30 of 6 s: a comment comes every 10 s all the same."""
+    now, sent = 0.0, list[tuple[float, bytes]]()
+
+    class Steps:
+        done = 0
+
+        async def next(self, timeout: float) -> Event | None:
+            nonlocal now
+            if 6.0 * (self.done + 1) - now > timeout:
+                now += timeout
+                return None
+            self.done, now = self.done + 1, 6.0 * (self.done + 1)
+            return Stepped(0, self.done, 30) if self.done < 30 else Ended("failed", EngineError("enough"))
+
+        def close(self) -> None:
+            pass
+
+    async def read() -> None:
+        job = Job(Work({"prompt": "x"}), "embedded", (64, 64), 600.0)
+        async for said in sse._stream(job, Steps(), None, [], 10.0):  # type: ignore[arg-type]
+            sent.append((now, said.partition(b"\n")[0]))
+
+    monkeypatch.setattr(sse, "time", SimpleNamespace(monotonic=lambda: now))
+    asyncio.run(read())
+    assert sent == [*((10.0 * number, b": keep-alive") for number in range(18)), (180.0, b"event: error")]
 
 
 def test_prompts_are_neither_logged_nor_written_into_pictures(

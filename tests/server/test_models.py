@@ -16,7 +16,7 @@ from latentrt.engines.errors import BundleError, EngineError, RequestError
 from latentrt.export.embedded import ensure_bundle
 from latentrt.runtime.batcher import Batcher
 from latentrt.runtime.loop.session import Session
-from latentrt.runtime.service import Models, ModelSettings
+from latentrt.runtime.service import Job, Models, ModelSettings, Service
 from latentrt.runtime.service.models import Model, named_bundles
 
 from .conftest import Served, error_of, generate, held, opening_held, until
@@ -118,6 +118,26 @@ def test_a_bundle_with_work_stays(room: int, caplog: pytest.LogCaptureFixture) -
             assert running.result().status_code == 200
         until(lambda: not served.service.unfinished)
         assert generate(http, model="two").status_code == 200
+        assert 'model="two",outcome="refused",task="generation"} 1.0' in http.get("/metrics").text
+
+
+def test_a_stream_of_a_bundle_without_room_has_the_same_answer(room: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where that is known before anybody listens."""
+    submit = Service.submit
+
+    def slow(service: Service, *given: Any, **named: Any) -> Job:
+        job = submit(service, *given, **named)
+        assert job.wait(60)
+        return job
+
+    with Served(bundles("one", "two"), budget=room) as served, served.http() as http:
+        one = served.service.models.find("one")
+        served.service.models.hold(one)  # as a request does
+        monkeypatch.setattr(Service, "submit", slow)
+        answer = generate(http, model="two", stream=True)
+        served.service.models.let_go(one)
+    assert (answer.status_code, error_of(answer)["code"]) == (503, "model_not_loaded")
+    assert 1 <= int(answer.headers["retry-after"]) <= 120
 
 
 @pytest.mark.parametrize(("taken", "budget", "beside"), [(1.2, 2.1, 1), (1.2, 2.3, 1), (1.2, 2.5, 2), (3.0, 2.1, 1)])
