@@ -126,6 +126,8 @@ class Service:
             job.waits(lambda: self._over(job, model))
             self._deadlines.watch(job)
             self.models.opened(model).add_done_callback(lambda opened: self._opened(job, model, opened))
+        elif job.is_over:  # ended by others before it had what tells of that
+            self._over(job, model)
         return job
 
     def check(self, work: Work) -> tuple[Model, Size]:

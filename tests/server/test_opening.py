@@ -16,7 +16,7 @@ from latentrt.engines.errors import DeadlineError, RequestError
 from latentrt.export.embedded import ensure_bundle
 from latentrt.runtime.batcher import Batcher
 from latentrt.runtime.server import HttpSettings
-from latentrt.runtime.service import Limits, Work, deadlines
+from latentrt.runtime.service import Job, Limits, Work, deadlines
 
 from .conftest import Served, error_of, generate, opening_held, until
 
@@ -125,6 +125,20 @@ def test_a_request_that_was_cancelled_meanwhile_counts_no_more(
         assert http.delete(f"/v1/jobs/{job.json()['id']}").status_code == 204
         until(lambda: not served.service.unfinished)
     assert model.unfinished == 0 and cancelled() == before + 2 * MOST
+
+
+def test_a_request_that_ends_as_soon_as_it_is_found_is_counted_out(
+    served: Served, opening: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service, add = served.service, served.service.store.add
+
+    def cancelled(job: Job, *named: Any) -> None:
+        add(job, *named)
+        assert job.cancel()
+
+    monkeypatch.setattr(service.store, "add", cancelled)
+    job = service.submit(Work({"prompt": "x", "width": 64, "height": 64}, model="two"), keep=True)
+    assert job.state == "cancelled" and service.unfinished == [] and service.models.find("two").unfinished == 0
 
 
 def test_a_request_that_was_cancelled_meanwhile_is_not_missed_by_a_server_that_goes(
