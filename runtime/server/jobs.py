@@ -36,8 +36,9 @@ def router(service: Service, workers: Workers, heartbeat: float) -> APIRouter:
     @routes.post("/v1/jobs", status_code=202, openapi_extra=described(JobBody, form=True))
     async def submit(request: Request) -> Response:
         """Take a request, with a picture an edit, and answer at once. `Idempotency-Key`: the same job each time."""
-        service.check_ready()
         key = request.headers.get("idempotency-key")
+        if key is None or not service.store.has(context_of(request)["owner"], key):
+            service.check_ready()
         if key is not None and not (0 < len(key) <= MAX_KEY):
             raise RefusedError(f"Idempotency-Key has {len(key)} characters: give 1 to {MAX_KEY}", "Idempotency-Key")
         body, work, ignored, came = await read_body(request, JobBody, workers)

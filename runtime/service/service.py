@@ -95,14 +95,14 @@ class Service:
         only then end it. Raises what `Batcher.submit` raises, `RefusedError`, `NotFoundError`, `BusyError` and
         `UnavailableError`.
         """
-        self.check_ready()
         if name is None:
             return self._submit(work, keep, None, asked_for, steps)
-        with self._naming:  # the same key may come twice at once
+        with self._naming:  # the same key may come twice at once, and again while nothing more is taken
             before = self.store.named(work.owner, name, asked_for)
             return before or self._submit(work, keep, name, asked_for, steps)
 
     def _submit(self, work: Work, keep: bool, name: str | None, asked_for: str, steps: bool) -> Job:
+        self.check_ready()
         model, size = self.check(work)
         job = Job(work, model.name, size, work.timeout or self.limits.timeout, steps=steps)
         with self._lock:

@@ -56,7 +56,14 @@ class Store:
                     "Idempotency-Key",
                     "idempotency_key_reused",
                 )
-            return self._jobs[found]
+            job = self._jobs[found]
+        job.asked = time.monotonic()
+        return job
+
+    def has(self, owner: str, name: str) -> bool:
+        """Tell whether an owner has a job of an idempotency key."""
+        with self._lock:
+            return (owner, name) in self._named
 
     def find(self, owner: str, id: str) -> Job:
         """Return a job of an owner; raises `NotFoundError`."""

@@ -128,6 +128,20 @@ def test_an_idempotency_key_of_requests_that_come_at_once(served: Served) -> Non
         http.post(f"/v1/jobs/{found.pop()}/cancel")
 
 
+def test_an_idempotency_key_gives_its_job_while_nothing_more_is_taken(
+    served: Served, http: httpx2.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = {"idempotency-key": "before-the-end"}
+    job = served.service.store.find("", submit(http, key)["id"])
+    assert job.wait(60)
+    monkeypatch.setattr(served.service, "state", "draining")
+    job.asked = 0.0
+    assert submit(http, key)["id"] == job.id and job.asked > 0  # which a drain waits for
+    for headers, seed, code in ((key, 8, "idempotency_key_reused"), ({"idempotency-key": "new"}, 7, "draining")):
+        assert error_of(http.post("/v1/jobs", json={**SMALL, "seed": seed}, headers=headers))["code"] == code
+    assert error_of(http.post("/v1/jobs", json=SMALL))["code"] == "draining"
+
+
 def test_what_is_wrong_with_a_job_is_said_at_once(http: httpx2.Client) -> None:
     for fields, param in (({"n": 0}, "n"), ({"stream": True}, "stream"), ({"size": "65x64"}, "size")):
         answer = http.post("/v1/jobs", json={**SMALL, **fields})
