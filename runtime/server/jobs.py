@@ -13,6 +13,7 @@ from starlette.responses import Response, StreamingResponse
 
 from ..service import Ended, Job, Pictured, Previewed, Service, Stepped
 from ..service.errors import NotFoundError, RefusedError
+from ..service.job import Moment
 from ..service.work import FORMATS
 from .body import context_of, described, read_body
 from .errors import RESPONSES, api_error
@@ -55,7 +56,7 @@ def router(service: Service, workers: Workers, heartbeat: float) -> APIRouter:
     async def listed(request: Request) -> dict[str, Any]:
         """List the jobs of this key, the newest first, without their pictures."""
         jobs = service.store.of(context_of(request)["owner"])[:MAX_LISTED]
-        return {"object": "list", "data": [said_of(job) for job in jobs]}
+        return {"object": "list", "data": [said_of(job, job.now()) for job in jobs]}
 
     @routes.get("/v1/jobs/{id}")
     async def status(request: Request, id: str) -> Response:
@@ -101,22 +102,22 @@ def router(service: Service, workers: Workers, heartbeat: float) -> APIRouter:
     return routes
 
 
-def said_of(job: Job) -> dict[str, Any]:
-    """Return what is said of a job, without its pictures."""
+def said_of(job: Job, now: Moment) -> dict[str, Any]:
+    """Return what is said of a job at a moment, without its pictures."""
     said = {
         "object": "job",
-        **said_with(job),
+        **said_with(job, now.facts),
         "task": job.work.task,
-        "state": job.state,
+        "state": now.state,
         "created": int(job.created),
-        "finished": None if job.finished is None else int(job.finished),
+        "finished": None if now.finished is None else int(now.finished),
         "progress": job.progress,
         "links": {name: f"/v1/jobs/{job.id}{path}" for name, path in LINKS.items()},
-        "error": None if job.error is None else api_error(job.error).body["error"],
+        "error": None if now.error is None else api_error(now.error).body["error"],
         "ignored": job.ignored,
     }
-    if job.finished is not None:
-        said["finished_at"] = datetime.fromtimestamp(job.finished, timezone.utc).isoformat(timespec="milliseconds")
+    if now.finished is not None:
+        said["finished_at"] = datetime.fromtimestamp(now.finished, timezone.utc).isoformat(timespec="milliseconds")
     return said
 
 
@@ -129,13 +130,15 @@ LINKS = {"self": "", "events": "/events", "cancel": "/cancel", "preview": "/imag
 
 
 def _answer(job: Job, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    said = json.dumps(said_of(job), ensure_ascii=False).encode()
-    pictures = [picture_said(job, index) for index in sorted(job.pictures)] if job.state == "succeeded" else []
+    now = job.now()  # it may end while this is written
+    said = json.dumps(said_of(job, now), ensure_ascii=False).encode()
+    pictures = [picture_said(job, index) for index in sorted(job.pictures)] if now.state == "succeeded" else []
     body = said[:-1] + b',"data":[' + b",".join(pictures) + b"]}"
     headers = {"cache-control": "no-store", **(headers or {})}
-    job.fetched = job.is_over
-    if not job.fetched:
+    if now.finished is None:
         headers["retry-after"] = "1"
+    else:
+        job.fetched = True
     return Response(body, status, headers, "application/json")
 
 
@@ -147,7 +150,7 @@ def _note_fetched(job: Job) -> None:
 async def _stream(job: Job, heartbeat: float) -> AsyncIterator[bytes]:
     """Yield events: state and progress first, then each as it comes, the last one with the state it ended in."""
     with Events(job) as events:
-        yield event("job.state", said_of(job))
+        yield event("job.state", said_of(job, job.now()))
         while True:
             heard = await events.next(heartbeat)
             if heard is None:
@@ -162,7 +165,7 @@ async def _stream(job: Job, heartbeat: float) -> AsyncIterator[bytes]:
                 yield event("job.image", {"type": "job.image", "index": heard.index, "url": link})
             elif isinstance(heard, Ended):
                 _note_fetched(job)
-                yield event(f"job.{heard.state}", {"type": f"job.{heard.state}", **said_of(job)})
+                yield event(f"job.{heard.state}", {"type": f"job.{heard.state}", **said_of(job, job.now())})
                 return
             else:
-                yield event("job.state", said_of(job))
+                yield event("job.state", said_of(job, job.now()))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -72,7 +72,7 @@ async def whole(request: Request, job: Job, ignored: list[str]) -> Response:
 def rendered(job: Job, ignored: Iterable[str] = (), *, request_id: str | None = None) -> bytes:
     """Return OpenAI's answer with ours on top. Base64 is put in as it is: an encoder would look at each letter."""
     pictures = [picture_said(job, index) for index in sorted(job.pictures)]
-    rest = json.dumps(said_with(job) | {"ignored": list(ignored)}, ensure_ascii=False)
+    rest = json.dumps(said_with(job, job.facts) | {"ignored": list(ignored)}, ensure_ascii=False)
     head = f'{{"created":{int(job.created)},"data":['
     return b"".join([head.encode(), b",".join(pictures), b"],", rest[1:].encode()])
 
@@ -84,8 +84,8 @@ def picture_said(job: Job, index: int) -> bytes:
     return b'{"b64_json":"' + picture.text.encode() + b'",' + rest[1:].encode()
 
 
-def said_with(job: Job) -> dict[str, Any]:
-    """Return what an answer says beside its pictures."""
+def said_with(job: Job, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what an answer says beside its pictures; `facts` are those of the job, once it is over."""
     output = job.work.output
     return {
         "id": job.id,
@@ -94,7 +94,7 @@ def said_with(job: Job) -> dict[str, Any]:
         "output_format": output.format,
         "background": "opaque",
         "request_id": job.work.request_id,
-        **job.facts,
+        **facts,
     }
 
 

@@ -59,6 +59,16 @@ class Ended:
     error: BaseException | None = None
 
 
+@dataclass(frozen=True)
+class Moment:
+    """How far a job is at one moment: its state, and what is known with that."""
+
+    state: State
+    error: BaseException | None
+    finished: float | None
+    facts: Mapping[str, Any]
+
+
 Event = Queued | Stepped | Previewed | Pictured | Ended
 Hear = Callable[[Event], None]
 
@@ -83,7 +93,7 @@ class Job:
         self.error: BaseException | None = None
         self.pictures: dict[int, Picture] = {}
         self.preview: Picture | None = None
-        """The latest preview of the first unfinished image."""
+        """The latest preview."""
         self.facts: dict[str, Any] = {}
         """What is said with the result: timings, warnings, the digest of the bundle, every parameter."""
         self.ignored: list[str] = []
@@ -95,6 +105,7 @@ class Job:
         self.asked = self.arrived
         """When somebody last asked for it, or heard of it (`time.monotonic`)."""
         self._steps: dict[int, tuple[int, int]] = {}
+        self._previewed: dict[int, int] = {}
         self._future: Any = None
         self._let_go: Callable[[], Any] | None = None
         """What ends it where it waits or is drawn."""
@@ -141,6 +152,11 @@ class Job:
             said |= {"steps": told.done, "total_steps": told.total}
             said |= {"queue_position": told.position, "seconds_left": told.seconds}
         return said
+
+    def now(self) -> Moment:
+        """Return how far it is, none of which changes while that is said."""
+        with self._lock:
+            return Moment(self.state, self.error, self.finished, self.facts)
 
     def listen(self, hear: Hear) -> Callable[[], None]:
         """Have a function called with every event from now on, and return what ends that.
@@ -204,10 +220,11 @@ class Job:
                 self._tell(Stepped(index, done, total))
 
     def previewed(self, index: int, number: int, picture: Picture) -> None:
-        """Note a preview."""
+        """Note a preview, unless a later one of its image is there, or the image: they are encoded side by side."""
         with self._lock:
-            if not self.is_over:
-                self.preview = picture
+            late = index in self.pictures or number <= self._previewed.get(index, -1)
+            if not self.is_over and not late:
+                self.preview, self._previewed[index] = picture, number
                 self._tell(Previewed(index, number, picture))
 
     def pictured(self, index: int, picture: Picture) -> None:
@@ -223,7 +240,7 @@ class Job:
             if self.is_over:
                 return False
             self.state, self.error, self.finished = state, error, time.time()
-            self.facts |= facts or {}
+            self.facts = dict(facts or {})
             self.preview = None
             if state != "succeeded":
                 self.pictures.clear()

@@ -12,6 +12,9 @@ from typing import Any
 import httpx2
 import pytest
 from latentrt.runtime.server import HttpSettings
+from latentrt.runtime.service import Event, Job, Pictured, Previewed, Work
+from latentrt.runtime.service.pictures import Picture
+from latentrt.runtime.service.service import PREVIEW
 from PIL import Image
 
 from .conftest import FEW, Served, error_of, held, png, until
@@ -155,6 +158,45 @@ def test_the_error_of_a_job_that_failed_is_kept(http: httpx2.Client) -> None:
         free.set()
         said = done(http, job["id"])
     assert said["state"] == "failed" and said["error"]["code"] == "deadline_exceeded"
+
+
+@pytest.mark.parametrize("end", ["succeeded", "cancelled"])
+def test_a_job_that_ends_while_it_is_told_of_is_not_half_over(
+    served: Served, http: httpx2.Client, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    until(lambda: not served.service.unfinished)
+    progress = Job.progress
+    with held() as free:
+        path = f"/v1/jobs/{submit(http)['id']}"
+        (job,) = served.service.unfinished
+
+        def ended(job: Job) -> dict[str, Any]:
+            if end == "cancelled":
+                job.cancel()
+            free.set()
+            assert job.wait(60)
+            return dict(progress.fget(job))  # type: ignore[attr-defined]
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Job, "progress", property(ended))
+            answer = http.get(path)
+        said = answer.json()
+        assert said["state"] == "queued" and (said["data"], said["error"], said["finished"]) == ([], None, None)
+        assert answer.headers["retry-after"] == "1" and not job.fetched
+    said = http.get(path).json()
+    assert said["state"] == end and bool(said["data"]) == (end == "succeeded") and job.fetched
+
+
+def test_previews_come_in_their_order_and_before_their_picture() -> None:
+    """Whichever is encoded first."""
+    job, heard = Job(Work({"prompt": "x", "num_images_per_prompt": 2}), "one", (64, 64), 60.0), list[Event]()
+    job.listen(heard.append)
+    for index, number in ((0, 1), (0, 0), (1, 0), (0, 2), (0, 2)):
+        job.previewed(index, number, Picture(b"%d %d" % (index, number), PREVIEW))
+    job.pictured(0, Picture(b"0", PREVIEW))
+    job.previewed(0, 3, Picture(b"0 3", PREVIEW))
+    told = [each.picture.data for each in heard if isinstance(each, Previewed | Pictured)]
+    assert told == [b"0 1", b"1 0", b"0 2", b"0"] and job.preview is not None and job.preview.data == b"0 2"
 
 
 def events(lines: Iterator[str]) -> Iterator[tuple[str, dict[str, Any]]]:
