@@ -126,7 +126,7 @@ def serve(
         from ..server.lifecycle import LifeSettings
         from ..server.lifecycle import serve as run
         from ..service import Limits, Models, ModelSettings, Service
-        from ..service.models import named_bundles
+        from ..service.names import named_aliases, named_bundles
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("latentrt"):
             raise
@@ -166,7 +166,7 @@ def serve(
         named_bundles(bundles or [f"embedded={_embedded()}"], opened_bundle),
         settings,
         budget=bytes_of("--models-budget", models_budget),
-        aliases=dict(map(_alias, aliases or ())),
+        aliases=named_aliases(aliases or ()),
         observer=metrics,
     )
     service = Service(
@@ -181,13 +181,6 @@ def serve(
         interrupted = run(app, service, life, http, metrics)
     if interrupted:
         raise typer.Exit(INTERRUPTED)
-
-
-def _alias(text: str) -> tuple[str, str]:
-    name, equals, model = text.partition("=")
-    if not (name and equals and model):
-        raise RequestError(f"--alias is {text!r}: give NAME=MODEL, such as gpt-image-1=sdxl")
-    return name, model
 
 
 def _keys(file: Path | None) -> tuple[str, ...]:

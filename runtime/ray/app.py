@@ -15,7 +15,7 @@ from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 from ..server import HttpSettings, Metrics, create_app
 from ..server.auth import keys_of_file
 from ..service import Work
-from ..service.models import named_bundles
+from ..service.names import named_bundles
 from .engine import Engine, QueuePolicy
 from .service import Errors, RemoteModels, RemoteService
 from .settings import RaySettings

@@ -12,7 +12,7 @@ from typing import Any
 
 from ...engines.errors import EngineError
 from ..service import Ended, Event, Job, Models, Pictured, Previewed, Service, Stepped, Work
-from ..service.models import named_bundles
+from ..service.names import named_bundles
 from .settings import RaySettings
 from .wire import Done, Failed, Message, Progress, Taken, Told
 

@@ -10,6 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from ..loop.widths import SLOTS
 from ..service import Limits, ModelSettings
+from ..service.names import named_aliases
 from ..service.work import MOST_SECONDS
 from ..sizes import parse_size
 
@@ -31,7 +32,7 @@ def _sizes(value: Any) -> Any:
 
 
 def _names(value: Any) -> Any:
-    return dict(part.partition("=")[::2] for part in _parts(value)) if isinstance(value, str) else value
+    return named_aliases(_parts(value)) if isinstance(value, str) else value
 
 
 def _options(value: Any) -> Any:

@@ -6,10 +6,9 @@ import hashlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 from ...engines.bundle import Bundle
@@ -154,7 +153,7 @@ class Models:
     ) -> None:
         """Open nothing yet.
 
-        Raises `RequestError` for no bundle, an alias of none, and a bundle that is larger than the budget.
+        Raises `RequestError` for no bundle, an alias of none or that hides one, and a bundle larger than the budget.
         """
         if not bundles:
             raise RequestError("no bundle is given: name one")
@@ -166,6 +165,8 @@ class Models:
         for alias, name in self._aliases.items():
             if name not in self._models:
                 raise RequestError(f"alias {alias}={name} is of no bundle: there are {', '.join(self._models)}")
+            if alias in self._models and alias != name:
+                raise RequestError(f"alias {alias}={name} hides bundle {alias}: choose a name that no bundle has")
         for model in self._models.values():
             if budget is not None and model.nbytes > budget:
                 raise RequestError(
@@ -277,19 +278,3 @@ class Models:
         self._thread.shutdown(wait=True, cancel_futures=True)
         for model in self._models.values():
             model.close(model.taken(), cancel=cancel)
-
-
-def named_bundles(given: Sequence[str], opened: Callable[[Path], Bundle] = Bundle.open) -> dict[str, Bundle]:
-    """Return bundles of `PATH` or `NAME=PATH` texts by name, that of the folder where none is given.
-
-    Raises `RequestError` for a name twice, and what `opened` raises: `BundleError` for what is no bundle.
-    """
-    bundles: dict[str, Bundle] = {}
-    for text in given:
-        name, equals, path = text.partition("=")
-        if not equals or "/" in name:
-            path, name = text, Path(text).absolute().name
-        if name in bundles:
-            raise RequestError(f"two bundles are called {name!r}: give NAME=PATH for one of them")
-        bundles[name] = opened(Path(path))
-    return bundles

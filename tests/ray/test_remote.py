@@ -25,7 +25,7 @@ from latentrt.runtime.ray.wire import Done, Failed, Progress, Taken, Told
 from latentrt.runtime.service import Pictured, Stepped, Work
 from latentrt.runtime.service.errors import BusyError as ServiceBusyError
 from latentrt.runtime.service.errors import NotFoundError, RefusedError, UnavailableError
-from latentrt.runtime.service.models import named_bundles
+from latentrt.runtime.service.names import named_bundles
 from PIL import Image
 from pydantic import ValidationError
 
@@ -392,6 +392,8 @@ def test_settings_are_read_from_texts() -> None:
     given = {"bundles": "/a, b=/c", "sizes": "64x64,128x64", "options": '{"threads": 2}', "aliases": "x=b"}
     settings = RaySettings(**given, backend="openvino", slots="8", queue_seconds="2.5", num_cpus="3")  # type: ignore[arg-type]
     assert settings.bundles == ["/a", "b=/c"] and settings.aliases == {"x": "b"}
+    with pytest.raises(ValidationError, match="alias x is given for b and for c"):
+        RaySettings(bundles="/a", aliases="x=b,x=c")  # type: ignore[arg-type]
     assert settings.model.sizes == ((64, 64), (128, 64)) and settings.model.options == {"threads": 2}
     assert (settings.slots, settings.queue_seconds, settings.gpus) == (8, 2.5, 0)
     assert RaySettings(bundles="/a").gpus == 1 and RaySettings(bundles="/a", num_gpus=0.5).gpus == 0.5  # type: ignore[arg-type]

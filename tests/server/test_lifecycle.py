@@ -116,6 +116,7 @@ def test_an_interrupt_ends_it_and_a_second_one_at_once() -> None:
         (["--backend", "nothing"], "choose auto"),
         (["--alias", "a"], "NAME=MODEL"),
         (["--alias", "a=b"], "of no bundle"),
+        (["--alias", "a=embedded", "--alias", "a=b"], "for embedded and for b"),
         (["--api-key-file", "/nowhere"], "one key a line"),
         (["--max-body", "many"], "max-body"),
         (["--max-wait", "0"], "max_wait is 0"),

@@ -17,7 +17,8 @@ from latentrt.export.embedded import ensure_bundle
 from latentrt.runtime.batcher import Batcher
 from latentrt.runtime.loop.session import Session
 from latentrt.runtime.service import Job, Models, ModelSettings, Service
-from latentrt.runtime.service.models import Model, named_bundles
+from latentrt.runtime.service.models import Model
+from latentrt.runtime.service.names import named_aliases, named_bundles
 
 from .conftest import Served, error_of, generate, held, opening_held, until
 
@@ -244,6 +245,18 @@ def test_names_of_bundles(tmp_path: Path) -> None:
         named_bundles([path, path])
     with pytest.raises(BundleError, match="does not exist"):
         named_bundles([str(tmp_path / "a=b")])
+
+
+def test_names_of_aliases() -> None:
+    assert named_aliases(["a=one", "b=one", "a=one"]) == {"a": "one", "b": "one"}
+    Models(bundles("one"), ModelSettings(), aliases={"one": "one"})
+    with pytest.raises(RequestError, match="alias one=two hides bundle one"):
+        Models(bundles("one", "two"), ModelSettings(), aliases={"one": "two"})
+    with pytest.raises(RequestError, match="alias a is given for one and for two"):
+        named_aliases(["a=one", "a=two"])
+    for wrong in ("a", "a=", "=one"):
+        with pytest.raises(RequestError, match="give NAME=MODEL"):
+            named_aliases([wrong])
 
 
 def test_a_batcher_that_was_closed_leaves_no_thread(room: int) -> None:
