@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from ..batcher.stats import Stats
@@ -23,11 +24,10 @@ class Figures:
 
 
 def figures_of(batcher: Batcher | None, closed: Mapping[str, float]) -> Figures:
-    """Return the figures of a model; `closed` is what those of its batchers had counted that are closed."""
+    """Return the figures of a model; `closed` is what its batchers before that have counted."""
     if batcher is None:
         return Figures({}, closed)
     stats = batcher.stats()
-    counts = {name: closed.get(name, 0) + value for name, value in counts_of(stats).items()}
     gauges = {
         "queue_images": stats.waiting,
         "queue_oldest_seconds": stats.oldest_waiting_seconds,
@@ -39,7 +39,7 @@ def figures_of(batcher: Batcher | None, closed: Mapping[str, float]) -> Figures:
         "stuck_seconds": batcher.stuck_seconds,
         "tensor_bytes": batcher.pipe.backend.device.tensor_bytes(),
     }
-    return Figures(gauges, counts)
+    return Figures(gauges, summed(closed, counts_of(stats)))
 
 
 def memory_of(batcher: Batcher) -> dict[str, Counter[str]]:
@@ -70,6 +70,11 @@ def counts_of(stats: Stats) -> dict[str, float]:
         "cancellations": stats.cancelled,
         "deadlines_missed": stats.too_late,
     }
+
+
+def summed(*counts: Mapping[str, float]) -> dict[str, float]:
+    """Return the sums of counts by name."""
+    return {name: sum(each.get(name, 0) for each in counts) for name in dict.fromkeys(chain.from_iterable(counts))}
 
 
 class ServiceObserver:

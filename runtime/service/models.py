@@ -18,7 +18,7 @@ from ..batcher import Batcher
 from ..batcher.queue import MAX_POOLS
 from ..loop.widths import SLOTS
 from ..sizes import check_size
-from .counts import Figures, ServiceObserver, counts_of, figures_of, memory_of
+from .counts import Figures, ServiceObserver, counts_of, figures_of, memory_of, summed
 from .errors import BusyError, NotFoundError
 from .work import Size
 
@@ -74,6 +74,10 @@ class Model:
         self.sizes_only = settings.sizes_only
         self.counted: dict[str, float] = {}
         """What batchers of this model had counted when they were closed."""
+        self._closing: list[Batcher] = []
+        """Batchers that were taken, and are not in `counted` yet."""
+        self._counting = threading.Lock()
+        """Of the batchers and of `counted`: each count is seen once at any moment."""
         self.unfinished = 0
         """Jobs that have not ended: a model with one stays open."""
         self.used = time.monotonic()
@@ -90,7 +94,9 @@ class Model:
     @property
     def figures(self) -> Figures:
         """What its batcher is at, and what it and those before it have counted."""
-        return figures_of(self.batcher, self.counted)
+        with self._counting:
+            closing = (counts_of(batcher.stats()) for batcher in self._closing)
+            return figures_of(self.batcher, summed(self.counted, *closing))
 
     def open(self, settings: ModelSettings, **named: Any) -> None:
         """Open the batcher and warm it up for every size; raises as `Batcher` does."""
@@ -121,15 +127,22 @@ class Model:
 
     def taken(self) -> Batcher | None:
         """Return the batcher, which is to be closed, and have none from now on."""
-        batcher, self.batcher, self.state = self.batcher, None, "cold"
+        with self._counting:
+            batcher, self.batcher, self.state = self.batcher, None, "cold"
+            if batcher is not None:
+                self._closing.append(batcher)
         return batcher
 
     def close(self, batcher: Batcher | None, *, cancel: bool = False) -> None:
         """Close a batcher that was taken, and remember what it counted."""
-        if batcher is not None:
+        if batcher is None:
+            return
+        try:
             batcher.close(cancel=cancel)
-            for name, count in counts_of(batcher.stats()).items():
-                self.counted[name] = self.counted.get(name, 0) + count
+        finally:
+            with self._counting:
+                self._closing.remove(batcher)
+                self.counted = summed(self.counted, counts_of(batcher.stats()))
 
 
 def _is_loaded(name: str) -> bool:
@@ -270,7 +283,10 @@ class Models:
                 closing.append((oldest, oldest.taken()))
         for model, batcher in closing:
             log.info("closing bundle %s to make room for %s", model.name, wanted.name)
-            model.close(batcher)
+            try:
+                model.close(batcher)
+            except Exception:  # the rest is closed all the same; what has no room then says so itself
+                log.exception("closing bundle %s failed", model.name)
         return True
 
     def close(self, *, cancel: bool = False) -> None:

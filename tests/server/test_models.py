@@ -20,6 +20,7 @@ from latentrt.runtime.service import Job, Models, ModelSettings, Service
 from latentrt.runtime.service.models import Model
 from latentrt.runtime.service.names import named_aliases, named_bundles
 
+from ..conftest import calls_held
 from .conftest import Served, error_of, generate, held, opening_held, until
 
 
@@ -257,6 +258,39 @@ def test_names_of_aliases() -> None:
     for wrong in ("a", "a=", "=one"):
         with pytest.raises(RequestError, match="give NAME=MODEL"):
             named_aliases([wrong])
+
+
+def test_what_was_counted_stays_while_a_bundle_is_closed(room: int) -> None:
+    with Served(bundles("one", "two"), budget=room) as served, served.http() as http, ThreadPoolExecutor() as pool:
+        assert generate(http, model="one").status_code == 200
+        model = served.service.models.find("one")
+        before = dict(model.figures.counts)
+        assert before["steps"] > 0 and before["admissions"] == 1
+        with calls_held(Batcher, "close") as free:
+            other = pool.submit(generate, http, model="two")
+            assert free.reached.wait(60)
+            assert model.batcher is None and not model.figures.gauges and model.figures.counts == before
+            assert 'latentrt_admissions_total{model="one"} 1.0' in http.get("/metrics").text
+            free.set()
+            assert other.result().status_code == 200
+        assert model.figures.counts == before
+        assert generate(http, model="one").status_code == 200
+        assert model.figures.counts["admissions"] == 2
+
+
+def test_a_bundle_that_cannot_be_closed_fails_no_other(room: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Served(bundles("one", "two"), budget=room) as served, served.http() as http:
+        assert generate(http, model="one").status_code == 200
+        model, close = served.service.models.find("one"), Batcher.close
+
+        def fails(batcher: Batcher, **named: Any) -> None:
+            close(batcher, **named)
+            raise EngineError("the device is lost")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Batcher, "close", fails)
+            assert generate(http, model="two").status_code == 200
+        assert states(served) == {"one": "cold", "two": "ready"} and model.figures.counts["admissions"] == 1
 
 
 def test_a_batcher_that_was_closed_leaves_no_thread(room: int) -> None:
