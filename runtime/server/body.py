@@ -7,11 +7,11 @@ import re
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from typing import Any, TypeVar
+from urllib.parse import unquote_to_bytes
 
 from fastapi import Request
 from python_multipart.exceptions import FormParserError
 from starlette.datastructures import FormData, Headers, UploadFile
-from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from ..service import Work
@@ -28,6 +28,8 @@ NUMBER = re.compile(r"-?(0|[1-9][0-9]{0,19})(\.[0-9]{1,20})?([eE][+-]?[0-9]{1,3}
 """A number in a list of a form."""
 MAX_VALUES = 100_000
 """Of a body of JSON, those in lists and objects included; a picture is one."""
+ESCAPED = re.compile(rb"(?:%[0-9A-Fa-f]{2}|[^%]+|%){1,4096}")
+"""A part of a value of an urlencoded form: reading an escape takes 200 bytes, for as many as are read at once."""
 
 Body = TypeVar("Body", bound=Generation)
 Read = TypeVar("Read")
@@ -50,7 +52,7 @@ async def read_body(
     files: dict[str, bytes] = {}
     kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     if kind in ("multipart/form-data", "application/x-www-form-urlencoded") and issubclass(schema, Edit):
-        fields, files = await _form(request, kind)
+        fields, files = await _form(request, kind, workers)
         came = [json.dumps(fields).encode(), json.dumps(list(files)).encode(), *files.values()]
     elif kind == "application/json" or kind.endswith("+json"):
         came = [await request.body()]
@@ -97,25 +99,36 @@ class _InMemory(MultiPartParser):
         self.max_part_size = self.spool_max_size
 
 
-async def _read_form(request: Request, kind: str) -> FormData:
+def _urlencoded(data: bytes) -> FormData:
+    """Return the fields of an urlencoded form, which may be pictures in base64; raises `MultiPartException`."""
+    if data.count(b"&") >= MAX_FIELDS:
+        raise MultiPartException(f"Too many fields. Maximum number of fields is {MAX_FIELDS}.")
+    pairs = (pair.replace(b"+", b" ").partition(b"=") for pair in data.split(b"&") if pair)
+    return FormData([(_unescaped(name), _unescaped(value)) for name, _, value in pairs])
+
+
+def _unescaped(text: bytes) -> str:
+    return b"".join(unquote_to_bytes(part[0]) for part in ESCAPED.finditer(text)).decode(errors="replace")
+
+
+async def _read_form(request: Request, kind: str, workers: Workers) -> FormData:
     try:
         if kind == "multipart/form-data":
             async with aclosing(request.stream()) as stream:
                 parser = _InMemory(request.headers, stream, max_files=MAX_FILES, max_fields=MAX_FIELDS)
                 return await parser.parse()
-        return await request.form(max_files=MAX_FILES, max_fields=MAX_FIELDS)
-    except (HTTPException, MultiPartException, FormParserError) as error:
-        why = str(getattr(error, "detail", None) or getattr(error, "message", None) or error or "it is damaged").rstrip(
-            "."
-        )
+        came = await request.body()
+        return await workers.run(lambda: _urlencoded(came))
+    except (MultiPartException, FormParserError) as error:
+        why = str(getattr(error, "message", None) or error or "it is damaged").rstrip(".")
         said = f"the body is no form that can be read: {why[0].lower()}{why[1:]}"
         raise ApiError(400, said, "invalid_request") from error
 
 
-async def _form(request: Request, kind: str) -> tuple[dict[str, str | list[Any]], dict[str, bytes]]:
+async def _form(request: Request, kind: str, workers: Workers) -> tuple[dict[str, str | list[Any]], dict[str, bytes]]:
     fields: dict[str, str | list[Any]] = {}
     files: dict[str, bytes] = {}
-    form = await _read_form(request, kind)
+    form = await _read_form(request, kind, workers)
     try:
         for name, value in form.multi_items():
             field = FILES.get(name, name)

@@ -20,6 +20,8 @@ from .work import Output
 
 READ = ("PNG", "JPEG", "WEBP")
 """The formats that are decoded: a server is no place for every codec that Pillow has."""
+WHITESPACE = b" \t\n\v\f\r"
+"""Encoders break lines of base64, and decoders skip that."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ def check_shape(mask: Image.Image, image: Image.Image) -> None:
 
 
 def bytes_of_text(text: str, name: str) -> bytes:
-    """Return the bytes of a `data:` URL or of bare base64; raises `RefusedError`, for other URLs too."""
+    """Return the bytes of a `data:` URL or of base64, in lines or in one; raises `RefusedError`, for other URLs too."""
     if text[:5].lower() == "data:":
         head, comma, text = text.partition(",")
         if not comma or not head.lower().endswith(";base64"):
@@ -98,7 +100,7 @@ def bytes_of_text(text: str, name: str) -> bytes:
     elif "://" in text[:20]:
         raise RefusedError(f"{name} is a URL: nothing is fetched, give the picture as base64 or as a data: URL", name)
     try:
-        return base64.b64decode(text.strip(), validate=True)
+        return base64.b64decode(text.encode("ascii").translate(None, WHITESPACE), validate=True)
     except (binascii.Error, ValueError) as error:
         raise RefusedError(f"{name} is no base64: give the bytes of a PNG, JPEG or WebP file", name) from error
 

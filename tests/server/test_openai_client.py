@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from typing import Any
+from urllib.parse import parse_qsl, urlencode
 
 import httpx2
 import numpy as np
@@ -14,6 +15,7 @@ import openai
 import pytest
 from latentrt.export.embedded import ensure_bundle
 from latentrt.runtime import Pipeline
+from latentrt.runtime.server.body import _urlencoded
 from latentrt.runtime.service import Job, Service
 from PIL import Image
 
@@ -168,8 +170,14 @@ def test_a_form_has_room_for_a_picture_as_text(http: httpx2.Client) -> None:
     text = base64.b64encode(png(Image.effect_noise((1200, 1000), 90))).decode()
     assert len(text) > 1 << 20
     fields = {"prompt": "a star", "size": "64x64", "num_inference_steps": "2", "image": text}
-    answer = http.post("/v1/images/edits", files={name: (None, value) for name, value in fields.items()})
-    assert answer.status_code == 200, answer.text[:300]
+    for form in ({"files": {name: (None, value) for name, value in fields.items()}}, {"data": fields}):
+        answer = http.post("/v1/images/edits", **form)  # type: ignore[arg-type]
+        assert answer.status_code == 200, answer.text[:300]
+
+
+def test_urlencoded_forms_are_read_as_pythons_own_are() -> None:
+    form = urlencode({"prompt": "ü+ %&=\n" * 5000, "mask": ""}) + "&n&&size=%zz%4&seed=1=2&style=%ff"
+    assert _urlencoded(form.encode()).multi_items() == parse_qsl(form, keep_blank_values=True)
 
 
 def test_an_edit_streams_events_of_its_own(client: openai.OpenAI) -> None:

@@ -103,6 +103,9 @@ def test_text_is_bytes_in_base64_or_a_data_url() -> None:
     data = b"\x89PNG bytes"
     text = base64.b64encode(data).decode()
     assert bytes_of_text(text, "image") == bytes_of_text(f"data:image/png;base64,{text}", "image") == data
+    lines = base64.encodebytes(bytes(range(256))).decode()
+    assert bytes_of_text(lines, "image") == bytes_of_text(f"data:;base64,{lines}", "image") == bytes(range(256))
+    assert bytes_of_text(lines.replace("\n", "\r\n"), "image") == bytes(range(256))
     for wrong in ("data:image/png,abc", "https://x/y.png", "file:///etc/passwd", "abc", "ü"):
         with pytest.raises(RefusedError) as refused:
             bytes_of_text(wrong, "image")
