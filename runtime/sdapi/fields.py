@@ -74,6 +74,19 @@ def _is_on(value: Any) -> bool:
     return bool(value)
 
 
+def is_none(value: Any) -> bool:
+    """Tell whether a choice is none, which the web UI writes as a text too."""
+    return value in (None, "", "None", "none")
+
+
+def _is_chosen(value: Any) -> bool:
+    return bool(value) and not is_none(value)
+
+
+def _has_styles(value: Any) -> bool:
+    return any(map(_is_chosen, value)) if isinstance(value, list) else _is_chosen(value)
+
+
 def _is_positive(value: Any) -> bool:
     return isinstance(value, (int, float)) and value > 0
 
@@ -101,7 +114,7 @@ REFUSED: Mapping[str, tuple[Test, str]] = {
     "seed_resize_from_w": (_is_positive, "noise is drawn at the picture's own size: leave it out"),
     "seed_resize_from_h": (_is_positive, "noise is drawn at the picture's own size: leave it out"),
     "s_churn": (_is_positive, "noise is not added between steps: give 0, or a sampler with fresh noise"),
-    "refiner_checkpoint": (_is_on, "one bundle draws a picture: leave it out"),
+    "refiner_checkpoint": (_is_chosen, "one bundle draws a picture: leave it out"),
     "clip_skip": (_is_more_than_one, CLIP_SKIP),
     "infotext": (_is_on, "parameters are not read from a text: give them as fields"),
     "firstphase_width": (_is_positive, "pictures are drawn at one size: give it as width and height"),
@@ -110,7 +123,7 @@ REFUSED: Mapping[str, tuple[Test, str]] = {
 """Fields that ask for another picture than the one that would come: when they do, and why they are refused."""
 
 NOTED: Mapping[str, Test] = {
-    "styles": _is_on,
+    "styles": _has_styles,
     "restore_faces": _is_on,
     "save_images": _is_on,
     "s_min_uncond": _is_positive,

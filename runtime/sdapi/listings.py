@@ -82,7 +82,7 @@ def add_listings(routes: APIRouter, service: Service, board: Board, workers: Wor
         if given.get("sd_model_checkpoint") is not None:
             service.check_ready()
             await asyncio.wrap_future(service.models.opened(service.models.find(settings.model)))
-        board.set(owner, settings)
+        board.change(owner, given, service.models)  # others may have been set meanwhile
 
     @routes.post("/refresh-checkpoints")
     async def refresh() -> None:

@@ -56,7 +56,7 @@ def _add_drawing(routes: APIRouter, service: Service, workers: Workers, board: B
         try:
             drawing = await workers.run(lambda: drawing_of(body, service, board.settings(owner), **context))
             if not body.override_settings_restore_afterwards:
-                board.set(owner, drawing.settings)
+                board.change(owner, body.override_settings, service.models)
             steps = drawing.work.previews > 0
             job = await workers.run(lambda: asked.takes(service.submit(drawing.work, steps=steps)))
             ended, pictures = await _over(request, job)

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..service import Job, Model, Models, Output
 from ..service.errors import NotFoundError, RefusedError
-from .fields import CLIP_SKIP
+from .fields import CLIP_SKIP, is_none
 
 MEANT = ("sd_model_checkpoint", "samples_format", "jpeg_quality", "live_previews_enable", "CLIP_stop_at_last_layers")
 """Options that have a meaning here."""
@@ -53,9 +53,9 @@ class Settings:
         return changed
 
     def ignored(self, options: Mapping[str, Any], models: Models) -> list[str]:
-        """Return the options without a meaning here, but those that are given as they are."""
+        """Return the options without a meaning here, but those that are given as they are, or as none."""
         said = self.said(models)
-        idle = {name: value for name, value in options.items() if name not in MEANT and value is not None}
+        idle = {name: value for name, value in options.items() if name not in MEANT and not is_none(value)}
         return [name for name, value in idle.items() if name not in said or said[name] != value]
 
     def said(self, models: Models) -> dict[str, Any]:
@@ -136,9 +136,10 @@ class Board:
         """Return the settings of a key."""
         return self._settings.get(owner, Settings())
 
-    def set(self, owner: str, settings: Settings) -> None:
-        """Keep the settings of a key."""
-        self._settings[owner] = settings
+    def change(self, owner: str, options: Mapping[str, Any], models: Models) -> None:
+        """Change some settings of a key, and leave the others as they are now; raises `RefusedError`."""
+        with self._lock:
+            self._settings[owner] = self.settings(owner).with_options(options, models)
 
     def add(self, whose: str, asked: Asked) -> None:
         """Note a request."""

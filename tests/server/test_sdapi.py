@@ -15,12 +15,13 @@ import httpx2
 import numpy as np
 import pytest
 from latentrt.runtime.sdapi import routes
+from latentrt.runtime.sdapi.settings import Settings
 from latentrt.runtime.server import HttpSettings
 from latentrt.runtime.service import Limits, Service
 from PIL import Image
 
 from ..conftest import calls_held
-from .conftest import Served, generate, held, picture, png, until
+from .conftest import Served, generate, held, opening_held, picture, png, until
 from .test_sdapi_fields import SILLY_TAVERN
 
 SMALL: dict[str, Any] = {"width": 64, "height": 64, "steps": 4, "seed": 7}
@@ -110,8 +111,35 @@ def test_overrides_without_a_meaning_are_named(http: httpx2.Client) -> None:
     assert said["ignored"] == ["override_settings.sd_vae", "override_settings.eta_noise_seed_delta"]
     options = http.get("/sdapi/v1/options").json()
     assert info(txt2img(http, override_settings=options))["ignored"] == []
+    assert info(txt2img(http, override_settings={"sd_vae": "None", "sd_unet": "None"}))["ignored"] == []
     assert http.post("/sdapi/v1/options", json={"eta_noise_seed_delta": 31337}).status_code == 200
     assert info(txt2img(http))["ignored"] == []
+
+
+def test_options_leave_those_that_are_set_meanwhile(served: Served, http: httpx2.Client) -> None:
+    model = served.service.models.find("second")
+    model.close(model.taken())
+    with ThreadPoolExecutor(1) as pool:
+        with opening_held() as free:
+            choosing = pool.submit(http.post, "/sdapi/v1/options", json={"sd_model_checkpoint": "second"})
+            assert free.reached.wait(60)
+            assert http.post("/sdapi/v1/options", json={"jpeg_quality": 50}).status_code == 200
+            free.set()
+            assert choosing.result().status_code == 200
+        overrides = {
+            "override_settings": {"sd_model_checkpoint": "first"},
+            "override_settings_restore_afterwards": False,
+        }
+        with calls_held(Settings, "ignored") as free:
+            drawing = pool.submit(txt2img, http, **overrides)
+            assert free.reached.wait(60)
+            said = http.get("/sdapi/v1/options").json()
+            assert said["sd_model_checkpoint"].startswith("second [") and said["jpeg_quality"] == 50
+            assert http.post("/sdapi/v1/options", json={"jpeg_quality": 95}).status_code == 200
+            free.set()
+            assert len(pictures(drawing.result())) == 1
+    said = http.get("/sdapi/v1/options").json()
+    assert said["sd_model_checkpoint"].startswith("first [") and said["jpeg_quality"] == 95
 
 
 def test_img2img_starts_from_a_picture(http: httpx2.Client) -> None:

@@ -157,6 +157,11 @@ def test_what_leaves_the_picture_as_it_is_is_named() -> None:
     assert ignored(TextToImage(s_noise=1)) == ignored(TextToImage(s_noise=None)) == []
 
 
+@pytest.mark.parametrize("none", [None, "", "None", "none"])
+def test_none_is_a_choice_that_asks_for_nothing(none: str | None) -> None:
+    assert ignored(TextToImage(refiner_checkpoint=none, styles=[none])) == []
+
+
 def test_messages_name_the_fields_of_this_api() -> None:
     assert renamed("n is 20: at most 10") == "batch_size times n_iter is 20: at most 10"
     assert renamed("strength is 2: give less") == "denoising_strength is 2: give less"
