@@ -73,7 +73,7 @@ def _in_flight(setup: Setup, arrivals: Arrivals, outcome: Outcome, foresee: bool
     running: list[Entry] = []
     now = 0.0
     while True:
-        for entry in arrivals.take(now, len(waiting)):
+        for entry in arrivals.take(now, sum(not each.done for each in waiting)):  # who left a slot has had its place
             if foresee:
                 there = [_seen(each) for each in (*waiting, *running)]
                 seconds = until_done([_seen(entry)], there, (), times, setup.slots)

@@ -48,6 +48,16 @@ def test_a_full_queue_turns_away_what_the_device_cannot_do() -> None:
 
 
 @pytest.mark.parametrize("policy", POLICIES)
+def test_only_who_finds_the_queue_full_is_turned_away(policy: simulate.Policy) -> None:
+    """Images that left their slots for others have had one: they take no place in the queue."""
+    outcome = simulate.simulate(policy, Setup(A100, slots=2, rows=4, queue=3), TYPICAL, 3.0, requests=300)
+    answered = [entry for entry in outcome.entries if not math.isinf(entry.latency)]
+    refused = [entry for entry in outcome.entries if math.isinf(entry.latency)]
+    there = [sum(each.arrived <= entry.arrived <= each.began for each in answered) for entry in refused]
+    assert len(there) > 20 and {*there} == {3}
+
+
+@pytest.mark.parametrize("policy", POLICIES)
 def test_nothing_is_lost_and_nothing_runs_twice(policy: simulate.Policy) -> None:
     outcome = simulate.simulate(policy, Setup(A100), TYPICAL, 1.8, requests=1500)
     answered = [entry for entry in outcome.entries if not math.isinf(entry.latency)]
