@@ -266,10 +266,13 @@ def test_alerts_need_no_name_of_a_job_and_end_once_a_server_works() -> None:
 
 def test_the_server_that_is_planned_can_be_started() -> None:
     from latentrt.benchmarks.serving.curve import curve
+    from latentrt.benchmarks.serving.mixes import MIXES, Mix
     from latentrt.benchmarks.serving.simulate import Setup
 
-    given = parsed(["serve", *Setup(curve("a100-sd15"), slots=12, rows=24, queue=32).options])
-    assert [given[name] for name in ("slots", "rows", "max_waiting")] == [12, 24, 32]
+    setup = Setup(curve("a100-sd15"), slots=12, rows=24, queue=32)
+    for mix, most in ((MIXES["typical"], 150), (Mix(name="long", steps={4: 1, 151: 1}), 151)):
+        given = parsed(["serve", *setup.options(mix)])
+        assert [given[name] for name in ("slots", "rows", "max_waiting", "max_steps")] == [12, 24, 32, most]
 
 
 def test_bases_have_versions_and_nothing_is_secret() -> None:

@@ -16,6 +16,7 @@ from ...runtime.sampling import step_table
 
 STEPS = 20
 """In which samplers are tried."""
+MOST_STEPS = 1000
 
 Weight = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
 
@@ -40,7 +41,7 @@ class Mix(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str = Field(min_length=1, max_length=100)
-    steps: Mapping[Annotated[int, Field(ge=1, le=1000)], Weight] = Field(min_length=1, max_length=1000)
+    steps: Mapping[Annotated[int, Field(ge=1, le=MOST_STEPS)], Weight] = Field(min_length=1, max_length=MOST_STEPS)
     samplers: Mapping[str, Weight] = Field(default={"dpmpp_2m_karras": 1.0}, min_length=1, max_length=100)
     """By names that evaluate the network once a step."""
     guided: float = Field(default=1.0, ge=0, le=1)

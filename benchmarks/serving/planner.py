@@ -137,7 +137,7 @@ def text(found: Plan, setup: Setup, mix: Mix, rate: float, p99: float) -> str:
             f"{len(outcome.entries)} requests of the mix {mix.name} on each device, Poisson arrivals of "
             f"{rate:g} images/s spread at random; {setup.slots} slots, {setup.rows} rows, {setup.queue} may wait",
         ),
-        ("serve", f"latentrt serve {' '.join(setup.options)}"),
+        ("serve", f"latentrt serve {' '.join(setup.options(mix))}"),
         ("left out", "HTTP, PNG and network; devices that fail; load that is not steady"),
     ]
     return "\n".join(f"{name:<10} {said}".rstrip() for name, said in lines)

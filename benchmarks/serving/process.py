@@ -22,8 +22,10 @@ from ...engines.bundle import Bundle
 from ...engines.errors import EngineError
 from ...export.embedded import ensure_bundle
 from ...runtime import Pipeline
+from ...runtime.loop.widths import check_numbers
 from ..contenders.process import resident_bytes
 from .curve import curve
+from .mixes import MOST_STEPS
 from .paced import PacedBackend
 from .servers import open_server
 from .simulate import Policy, Setup
@@ -48,6 +50,10 @@ class Place:
     """None: the embedded model."""
     backend: str = "auto"
     threads: int | None = None
+
+    def __post_init__(self) -> None:
+        """Raise `RequestError` for numbers that no batcher takes, before a curve is measured."""
+        check_numbers(self.slots, self.rows, self.queue, None)
 
     @contextmanager
     def pipeline(self) -> Iterator[tuple[Pipeline, PacedBackend | None]]:
@@ -137,7 +143,7 @@ def main(arguments: list[str]) -> None:
         models = Models({"model": pipe.bundle}, ModelSettings())
         model = models.find(None)
         model.batcher, model.state = server, "ready"  # type: ignore[assignment]  # a baseline has what is called
-        service = Service(models, Limits())
+        service = Service(models, Limits(steps=MOST_STEPS))
         before = paced.device.clock.spent if paced else 0.0
         try:
             serve(create_app(service, http, metrics), service, LifeSettings(port=port), http, metrics)

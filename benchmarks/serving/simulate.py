@@ -12,7 +12,8 @@ from functools import cached_property
 from typing import Any, Literal, get_args
 
 from ...runtime.batcher.policy import Candidate, decide, until_done
-from ...runtime.loop.widths import buckets_of
+from ...runtime.loop.widths import buckets_of, check_numbers
+from ...runtime.service import Limits
 from .arrivals import Arrivals, Entry, Outcome, mean_alone
 from .curve import Curve
 from .mixes import Mix
@@ -33,20 +34,24 @@ class Setup:
     rows: int = 16
     queue: int = 32
 
+    def __post_init__(self) -> None:
+        """Raise `RequestError` for numbers that no batcher takes."""
+        check_numbers(self.slots, self.rows, self.queue, None)
+
     @property
     def buckets(self) -> tuple[int, ...]:
         """The row counts of a batcher that is opened so, on a backend whose engines take any number of rows."""
         return buckets_of(self.rows, dynamic=True)
 
-    @property
-    def options(self) -> tuple[str, ...]:
-        """The options of `latentrt serve` that make it such a server."""
-        return ("--slots", str(self.slots), "--rows", str(self.rows), "--max-waiting", str(self.queue))
+    def options(self, mix: Mix) -> tuple[str, ...]:
+        """Return the options of `latentrt serve` that make it such a server, and let it take a mix."""
+        steps = ("--max-steps", str(most)) if (most := max(mix.steps)) > Limits.steps else ()
+        return ("--slots", str(self.slots), "--rows", str(self.rows), "--max-waiting", str(self.queue), *steps)
 
     @cached_property
     def knee(self) -> int:
-        """The fewest rows with nearly the best throughput: how wide a static batch of unlike requests is."""
-        return self.curve.times(self.buckets).knee()
+        """The fewest rows with nearly the best throughput, or 2: how wide a static batch of unlike requests is."""
+        return max(2, self.curve.times(self.buckets).knee())
 
 
 def simulate(

@@ -23,7 +23,7 @@ MIX = typer.Option(
     "--mix", help="What is asked for: draft, typical, equal, or a JSON file with steps, samplers and guided."
 )
 CURVE = "Step-time curve: a100-sd15, cpu-embedded, h200-qwen512, h200-sd15, h200-sdxl, or a JSON file"
-SLOTS = typer.Option("--slots", min=1, max=512, help="Pictures in flight on a device.")
+SLOTS = typer.Option("--slots", min=1, max=512, help="Pictures in flight on a device (default: 16 or, if fewer, rows).")
 ROWS = typer.Option("--rows", min=2, max=1024, help="Network rows that they share.")
 QUEUE = typer.Option("--queue", min=1, help="Pictures that may wait for a device; more are turned away.")
 
@@ -33,7 +33,7 @@ def plan(
     p99: Annotated[float, typer.Option("--p99", help="Seconds within which 99 % of them are to be answered.")],
     curve: Annotated[str, typer.Option("--curve", help=f"{CURVE}.")],
     mix: Annotated[str, MIX] = "typical",
-    slots: Annotated[int, SLOTS] = 16,
+    slots: Annotated[int | None, SLOTS] = None,
     rows: Annotated[int, ROWS] = 16,
     queue: Annotated[int, QUEUE] = 32,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of the simulated requests.")] = 0,
@@ -47,10 +47,10 @@ def plan(
     from ...benchmarks.serving.curve import curve as named
     from ...benchmarks.serving.simulate import Setup
 
-    setup, asked = Setup(named(curve), slots, rows, queue), mixes.mix(mix)
+    setup, asked = Setup(named(curve), slots or min(16, rows), rows, queue), mixes.mix(mix)
     found = planner.plan(setup, asked, rate, p99, seed=seed)
     if as_json:
-        about = {"curve": setup.curve.as_record(rows), "mix": asked.name, "serve": setup.options}
+        about = {"curve": setup.curve.as_record(rows), "mix": asked.name, "serve": setup.options(asked)}
         typer.echo(json.dumps(found.as_record() | about, indent=2))
     else:
         typer.echo(planner.text(found, setup, asked, rate, p99))
@@ -96,7 +96,7 @@ def bench_serve(
         int,
         typer.Option("--turns", min=1, help="Parts of a point at a rate: policies and rates take turns."),
     ] = 1,
-    slots: Annotated[int, SLOTS] = 16,
+    slots: Annotated[int | None, SLOTS] = None,
     rows: Annotated[int, ROWS] = 16,
     queue: Annotated[int, QUEUE] = 32,
     in_process: Annotated[bool, typer.Option("--in-process", help="Leave out HTTP.")] = False,
@@ -148,7 +148,7 @@ def bench_serve(
         curve or "",
         paced=curve is not None,
         scale=scale,
-        slots=slots,
+        slots=slots or min(16, rows),
         rows=rows,
         queue=queue,
         bundle=None if bundle is None else str(bundle),
@@ -207,6 +207,7 @@ def triton_repository(
     from ..triton.repository import write_repository
     from ..triton.settings import TritonSettings
 
+    widths.check_numbers(slots, rows, max_waiting, None)
     opened = opened_bundle(bundle)
     chosen = [parse_size(text) for text in sizes or ()]
     for size in chosen:

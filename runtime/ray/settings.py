@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from ..loop.widths import SLOTS
+from ..loop.widths import SLOTS, check_numbers
 from ..service import Limits, ModelSettings
 from ..service.names import named_aliases
 from ..service.work import MOST_SECONDS
@@ -82,6 +82,12 @@ class RaySettings(BaseModel):
     """Seconds that requests have when a replica is stopped."""
     step_timeout: Seconds = 120.0
     """Seconds after which a step hangs, and the replica is started again."""
+
+    @model_validator(mode="after")
+    def _check(self) -> RaySettings:
+        """Raise `RequestError` for numbers that no batcher takes, before any replica is started."""
+        check_numbers(self.slots, self.rows, self.ongoing * self.max_images, self.max_wait)
+        return self
 
     @property
     def ongoing(self) -> int:

@@ -14,7 +14,7 @@ import psutil
 import pytest
 from latentrt.benchmarks.report import page, records
 from latentrt.benchmarks.report.serving_tables import serving_sections
-from latentrt.benchmarks.serving import bench, load, process
+from latentrt.benchmarks.serving import bench, load, process, real
 from latentrt.benchmarks.serving.arrivals import Arrivals
 from latentrt.benchmarks.serving.mixes import MIXES, Mix
 from latentrt.benchmarks.serving.simulate import simulate
@@ -159,7 +159,11 @@ def test_load_goes_over_http_to_a_server_of_its_own() -> None:
         refusal = json.dumps({"prompt": "x", "sampler": "none"})
         with load.OverHttp(server.port) as again:
             status, body = again.post("/v1/images/generations", refusal)
+            late, _ = again.post(
+                "/v1/images/generations", json.dumps({"prompt": "x", "num_inference_steps": 151, "timeout": 0.01})
+            )
         assert status == 400 and b"none" in body
+        assert late == 504, "a mix may have more than the 150 steps that a server takes by itself"
         assert server.resident_bytes > 2**20
     used = sum(entry.rows * entry.work.steps for entry in outcome.entries if entry.ended == entry.ended)
     assert server.stats["device_seconds"] >= used * 0.5 * 0.138 / 16, "steps were skipped"
@@ -217,13 +221,29 @@ def test_plans_are_made_from_the_command_line(
     assert found["devices"] >= 2 and found["latency"]["p99"] <= 8 and found["curve"]["kind"] == "published"
     assert found["curve"]["extrapolated"] == "steps of fewer than 2 rows are extrapolated, not published"
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+    assert cli.run([*words, "--rows", "8", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["serve"] == ["--slots", "8", "--rows", "8", "--max-waiting", "32"]
     for more, message in (
         (["--p99", "0.5"], "idle device"),
+        (["--slots", "16", "--rows", "8"], "rows is 8: give a whole number from 16"),
         (["--curve", "x"], "curve is 'x'"),
         (["--mix", "x"], "mix is 'x'"),
     ):
         assert cli.run([*words, *more]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_slots_are_no_more_than_rows(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measured(place: process.Place, say: object) -> Any:
+        raise EngineError(f"{place.slots} slots on {place.rows} rows")
+
+    monkeypatch.setattr(real, "measured", measured)
+    words = ["bench", "serve", "-o", str(tmp_path / "r.jsonl"), "--rows", "8"]
+    for more, said in (([], "8 slots on 8 rows"), (["--slots", "16"], "rows is 8: give a whole number from 16")):
+        assert cli.run([*words, *more]) != 0
+        assert said in capsys.readouterr().err
 
 
 def test_times_of_real_engines_are_not_scaled(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

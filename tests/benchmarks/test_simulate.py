@@ -7,7 +7,7 @@ from itertools import pairwise
 from statistics import mean, median
 
 import pytest
-from latentrt.benchmarks.serving import planner, simulate
+from latentrt.benchmarks.serving import planner, process, simulate
 from latentrt.benchmarks.serving.arrivals import Outcome
 from latentrt.benchmarks.serving.curve import Curve, curve
 from latentrt.benchmarks.serving.mixes import MIXES, Mix
@@ -85,7 +85,7 @@ def test_one_slot_is_one_at_a_time() -> None:
 
 @pytest.mark.parametrize(("policy", "rows"), [("static equal", 16), ("one at a time", 2), ("in-flight", 4)])
 def test_saturation_by_equal_requests_is_that_of_full_steps(policy: simulate.Policy, rows: int) -> None:
-    setup = Setup(A100, rows=rows) if policy == "in-flight" else Setup(A100)
+    setup = Setup(A100, slots=rows // 2, rows=rows) if policy == "in-flight" else Setup(A100)
     outcome = simulate.saturation(policy, setup, EQUAL, requests=2000)
     assert outcome.throughput() == pytest.approx(rows / 2 / (20 * A100.step(rows)), rel=0.02)
 
@@ -138,6 +138,26 @@ def test_a_plan_meets_its_latency_and_one_device_less_does_not() -> None:
     assert "fewer than 2 rows are extrapolated, not published" in said
     assert "published by others, not measured here" in said and "Poisson" in said
     assert found.as_record()["devices"] == found.devices
+
+
+@pytest.mark.parametrize(
+    ("numbers", "message"),
+    [
+        ({"slots": 16, "rows": 8}, "rows is 8: give a whole number from 16"),
+        ({"slots": 600, "rows": 600}, "slots is 600"),
+        ({"slots": 1, "rows": 1}, "rows is 1"),
+        ({"queue": 0}, "max_waiting is 0"),
+    ],
+)
+def test_numbers_that_no_batcher_takes_are_refused(numbers: dict[str, int], message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        Setup(A100, **numbers)
+    with pytest.raises(RequestError, match=message):
+        process.Place("in-flight", "a100-sd15", **numbers)
+
+
+def test_a_static_batch_has_the_rows_of_a_batcher() -> None:
+    assert LINEAR.times(Setup(LINEAR).buckets).knee() == 1 and Setup(LINEAR).knee == 2
 
 
 def test_what_an_idle_device_cannot_do_no_number_can() -> None:

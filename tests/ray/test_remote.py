@@ -380,6 +380,8 @@ def test_a_deadline_passes_while_no_engine_takes_a_request(remote: Remote, monke
         {"upscale_delay": float("nan")},
         {"max_images": 0},
         {"num_gpus": -1},
+        {"rows": 4, "slots": 8},
+        {"slots": 600},
     ],
     ids=str,
 )

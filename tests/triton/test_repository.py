@@ -162,6 +162,7 @@ def test_the_command_writes_what_its_options_say(tmp_path: Path, capsys: pytest.
 @pytest.mark.parametrize(
     ("arguments", "said", "code"),
     [
+        (["--slots", "8", "--rows", "4"], "rows is 4: give a whole number from 8", 2),
         (["--size", "63x64"], "the width of --size is 63: this bundle needs a multiple of 8; try 56 or 64", 2),
         (["--name", "a/b"], "--name is 'a/b': give letters, digits, dots, dashes and underlines", 2),
         (["--backend", "nonsense"], "--backend 'nonsense' is not known", 2),
