@@ -8,6 +8,7 @@ import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -78,18 +79,18 @@ class Batcher:
                     "the pipeline was opened with low_memory: a batcher needs all engines, open it without"
                 )
             table_names(self.pipe.bundle)
+            buckets = buckets_of(rows, dynamic=self.pipe.backend.dynamic, fixed_rows=fixed_rows)
+            self._changed = threading.Condition()
+            self._closing, self._process, self._build = False, os.getpid(), build
+            self._turn_began: float | None = None
+            self._deliverer, self._tally = Deliverer(), Tally(observer or Observer())
+            shared = (session, self.pipe.mode, slots, buckets, self._changed, self._deliverer, self._tally)
+            self._queue = Queue(Shared(*shared, self._settle), max_waiting, max_wait)
+            self._thread = threading.Thread(target=self._run, name="latentrt batcher", daemon=True)
+            self._thread.start()
         except BaseException:
             self._close_pipe()
             raise
-        buckets = buckets_of(rows, dynamic=self.pipe.backend.dynamic, fixed_rows=fixed_rows)
-        self._changed = threading.Condition()
-        self._closing, self._process, self._build = False, os.getpid(), build
-        self._turn_began: float | None = None
-        self._deliverer, self._tally = Deliverer(), Tally(observer or Observer())
-        shared = (session, self.pipe.mode, slots, buckets, self._changed, self._deliverer, self._tally)
-        self._queue = Queue(Shared(*shared, self._settle), max_waiting, max_wait)
-        self._thread = threading.Thread(target=self._run, name="latentrt batcher", daemon=True)
-        self._thread.start()
         atexit.register(self._at_exit)  # engines must not run on while the interpreter goes
 
     def submit(
@@ -281,11 +282,12 @@ class Batcher:
             self._queue.leaving.clear()
             self._queue.pools.clear()
         self._deliverer.close(patience)
-        with self.pipe.backend.lock:
+        with ExitStack() as closing:  # each is closed, whatever another one raises: of a device that is lost
+            closing.callback(atexit.unregister, self._at_exit)
+            closing.callback(self._close_pipe)
+            closing.enter_context(self.pipe.backend.lock)
             for pool in pools:
-                pool.close()
-        self._close_pipe()
-        atexit.unregister(self._at_exit)
+                closing.callback(pool.close)
 
     def _close_pipe(self) -> None:
         if self._owns:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 
 import numpy as np
 
@@ -82,5 +83,6 @@ class Encoder:
 
     def close(self) -> None:
         """Free bindings and memory; calling it again does nothing."""
-        while self._bound:
-            self._bound.popitem()[1].close()
+        with ExitStack() as closing:
+            while self._bound:
+                closing.callback(self._bound.popitem()[1].close)

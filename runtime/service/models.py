@@ -134,11 +134,13 @@ class Model:
         return batcher
 
     def close(self, batcher: Batcher | None, *, cancel: bool = False) -> None:
-        """Close a batcher that was taken, and remember what it counted."""
+        """Close a batcher that was taken, and remember what it counted; others are closed whatever this one raises."""
         if batcher is None:
             return
         try:
             batcher.close(cancel=cancel)
+        except Exception as error:  # of a device that is lost
+            log.warning("bundle %s was not closed whole: %s", self.name, str(error))
         finally:
             with self._counting:
                 self._closing.remove(batcher)
@@ -283,10 +285,7 @@ class Models:
                 closing.append((oldest, oldest.taken()))
         for model, batcher in closing:
             log.info("closing bundle %s to make room for %s", model.name, wanted.name)
-            try:
-                model.close(batcher)
-            except Exception:  # the rest is closed all the same; what has no room then says so itself
-                log.exception("closing bundle %s failed", model.name)
+            model.close(batcher)
         return True
 
     def close(self, *, cancel: bool = False) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import random
 import threading
@@ -22,10 +23,12 @@ from latentrt.engines.errors import (
     StorageError,
 )
 from latentrt.engines.onnxruntime.session import OnnxRuntimeEngine
+from latentrt.export.embedded import ensure_bundle
 from latentrt.runtime import Pipeline
 from latentrt.runtime.batcher import Batcher
 from latentrt.runtime.batcher.slots import Slots
 from latentrt.runtime.loop.session import Session
+from latentrt.runtime.loop.workspace import BoundGraph
 
 from .conftest import Gate
 
@@ -126,6 +129,42 @@ def test_a_batcher_is_closed_while_threads_submit(pipe: Pipeline, cancel: bool) 
         assert not thread.is_alive()
     assert futures and all(future.done() for future in futures)
     assert threads() == []
+
+
+def test_a_batcher_is_closed_whole_on_a_device_that_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    freed, unregistered = list[BoundGraph](), list[Callable[..., object]]()
+
+    def lost(bound: BoundGraph) -> None:
+        freed.append(bound)
+        raise EngineError("the device is lost")
+
+    batcher = Batcher(ensure_bundle(), slots=1, backend="onnxruntime-cpu", threads=1)
+    for height in (32, 40):
+        batcher.submit(f"{height} stars", height=height, width=32, num_inference_steps=1).result(300)
+    kept = [bound for pool in batcher._queue.pools.values() for bound in pool.opened().encoder._bound.values()]
+    with monkeypatch.context() as patch, pytest.raises(EngineError, match="the device is lost"):
+        patch.setattr(BoundGraph, "close", lost)
+        patch.setattr(atexit, "unregister", unregistered.append)
+        batcher.close()
+    assert len(kept) == 4 and {*map(id, freed)} == {*map(id, kept)}
+    assert unregistered == [batcher._at_exit]
+    with pytest.raises(EngineError, match="the pipeline is closed"):
+        batcher.pipe("a star")
+
+
+def test_a_bundle_is_closed_where_no_thread_can_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    start, close, closed = threading.Thread.start, Pipeline.close, list[Pipeline]()
+
+    def full(thread: threading.Thread) -> None:
+        if thread.name == "latentrt batcher":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", full)
+    monkeypatch.setattr(Pipeline, "close", lambda pipe: (closed.append(pipe), close(pipe)))
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        Batcher(ensure_bundle(), slots=1, backend="onnxruntime-cpu", threads=1)
+    assert len(closed) == 1
 
 
 def test_a_batcher_is_closed_while_it_warms_up(pipe: Pipeline) -> None:

@@ -299,3 +299,23 @@ def test_a_batcher_that_was_closed_leaves_no_thread(room: int) -> None:
         for name in ("two", "one", "two"):
             assert generate(http, model=name).status_code == 200
         assert sum(thread.name == "latentrt batcher" for thread in threading.enumerate()) == before
+
+
+def test_all_bundles_are_closed_on_a_device_that_is_lost(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    close = Batcher.close
+
+    def lost(batcher: Batcher, *, cancel: bool = False) -> None:
+        close(batcher, cancel=cancel)
+        raise EngineError("the device is lost")
+
+    monkeypatch.setattr(Batcher, "close", lost)
+    with Served(bundles("one", "two")) as served, served.http() as http:
+        assert [generate(http, model=name).status_code for name in ("one", "two")] == [200, 200]
+        served.service.close()
+        assert states(served) == {"one": "cold", "two": "cold"}
+        assert all(model.counted["admissions"] == 1 for model in served.service.models)
+    assert [record.getMessage() for record in caplog.records if "not closed" in record.message] == [
+        f"bundle {name} was not closed whole: the device is lost" for name in ("one", "two")
+    ]
