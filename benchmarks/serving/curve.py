@@ -30,6 +30,7 @@ class _File(BaseModel):
     step_seconds: dict[Annotated[int, Field(ge=1, le=4096)], Seconds] = Field(min_length=2, max_length=256)
     encode_seconds: Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)] = 0.0
     decode_seconds: Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)] = 0.0
+    dynamic: bool = True
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,8 @@ class Curve:
     decode: float = 0.0
     scale: float = 1.0
     """What its times were multiplied by, so that a run takes minutes instead of hours."""
+    dynamic: bool = True
+    """Whether its engines take any number of rows, or each is for one: a batcher's steps then have fewer widths."""
 
     def step(self, rows: int) -> float:
         """Return the seconds of a step: on straight lines between the known points and beyond the last two."""
@@ -96,7 +99,8 @@ def curve(given: str) -> Curve:
     """Return a curve by its name, or from a JSON file of your own.
 
     The file has `title`, `kind` (measured, published or model), `source`, `step_seconds` (seconds by rows, two or more)
-    and, where known, `encode_seconds` and `decode_seconds` of an image. Raises `RequestError` for what is no curve.
+    and, where known, `encode_seconds` and `decode_seconds` of an image; `dynamic` is false of engines for fixed shapes.
+    Raises `RequestError` for what is no curve.
     """
     path = FOLDER / f"{given}.json" if given in names() else Path(given)
     try:
@@ -117,7 +121,8 @@ def parse(name: str, text: str) -> Curve:
     except ValueError as error:
         raise RequestError(f"curve {name} is no JSON ({error}): see the files in {FOLDER}") from error
     known = dict(sorted(found.step_seconds.items()))
-    read = Curve(name, found.title, found.kind, found.source, known, found.encode_seconds, found.decode_seconds)
+    about = (name, found.title, found.kind, found.source)
+    read = Curve(*about, known, found.encode_seconds, found.decode_seconds, dynamic=found.dynamic)
     values = list(known.values())
     if any(later < earlier for earlier, later in itertools.pairwise(values)) or read.step(1) <= 0:
         raise RequestError(f"curve {name}: step_seconds must not fall with more rows, nor reach 0 at one row: {known}")

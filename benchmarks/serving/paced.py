@@ -130,13 +130,12 @@ class PacedBackend:
     """
 
     name = "paced"
-    dynamic = True
     compiles_shapes = False
     can_capture = True
 
     def __init__(self, curve: Curve, clock: Clock | None = None) -> None:
         """Open a device of its own."""
-        self.curve = curve
+        self.curve, self.dynamic = curve, curve.dynamic
         self.device = PacedDevice(clock or Clock())
         self.lock = threading.RLock()
 

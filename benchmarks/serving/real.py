@@ -50,7 +50,7 @@ def measure(bundle: str | Path | None, backend: str, threads: int | None, rows: 
                     wide.setdefault(bucket, []).append(step)
         known = {1 + guided: each.step for guided, each in calls.items()}
         known |= {bucket: fmean(steps) for bucket, steps in wide.items() if bucket > max(known)}
-        latent = opened.manifest.latent
+        latent, dynamic = opened.manifest.latent, pipe.backend.dynamic
         size = f"{latent.default_width}×{latent.default_height}"
         ran = f"{pipe.backend.name}, {getattr(pipe.backend, 'threads', None) or 'all'} threads"
     for smaller, larger in itertools.pairwise(sorted(known)):
@@ -65,6 +65,7 @@ def measure(bundle: str | Path | None, backend: str, threads: int | None, rows: 
         "step_seconds": dict(sorted(known.items())),
         "encode_seconds": max(0.0, calls[True].rest - decode),
         "decode_seconds": decode,
+        "dynamic": dynamic,
     }
     return parse(name, json.dumps(found))
 
@@ -112,6 +113,7 @@ def save(curve: Curve, path: Path) -> Path:
         "step_seconds": {str(rows): float(f"{seconds:.4g}") for rows, seconds in curve.known.items()},
         "encode_seconds": float(f"{curve.encode:.4g}"),
         "decode_seconds": float(f"{curve.decode:.4g}"),
+        "dynamic": curve.dynamic,
     }
     write_atomically(path, (json.dumps(found, indent=2, ensure_ascii=False) + "\n").encode())
     return path

@@ -40,8 +40,8 @@ class Setup:
 
     @property
     def buckets(self) -> tuple[int, ...]:
-        """The row counts of a batcher that is opened so, on a backend whose engines take any number of rows."""
-        return buckets_of(self.rows, dynamic=True)
+        """The row counts of a batcher that is opened so, on the engines of the curve."""
+        return buckets_of(self.rows, dynamic=self.curve.dynamic)
 
     def options(self, mix: Mix) -> tuple[str, ...]:
         """Return the options of `latentrt serve` that make it such a server, and let it take a mix."""

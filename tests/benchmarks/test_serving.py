@@ -6,12 +6,13 @@ import json
 import math
 from collections.abc import Iterator
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from latentrt.benchmarks.serving import load, mixes, servers, simulate
+from latentrt.benchmarks.serving import load, mixes, real, servers, simulate
 from latentrt.benchmarks.serving.arrivals import Arrivals, Entry
 from latentrt.benchmarks.serving.curve import curve, names, parse
 from latentrt.benchmarks.serving.mixes import EVEN, MIXES, Work
@@ -135,10 +136,10 @@ class VirtualTime:
         self.seconds += seconds
 
 
-@pytest.fixture
-def paced() -> Iterator[tuple[Pipeline, VirtualTime]]:
+@pytest.fixture(params=[True])
+def paced(request: pytest.FixtureRequest) -> Iterator[tuple[Pipeline, VirtualTime]]:
     times = VirtualTime()
-    backend = PacedBackend(curve("cpu-embedded"), times.clock)
+    backend = PacedBackend(replace(curve("cpu-embedded"), dynamic=request.param), times.clock)
     with Pipeline(Bundle.open(ensure_bundle()), backend) as pipe:
         yield pipe, times
 
@@ -153,11 +154,14 @@ def test_a_request_takes_what_the_curve_says(paced: tuple[Pipeline, VirtualTime]
     assert np.asarray(result.images[0]).max() == 0
 
 
-def test_a_batcher_over_it_takes_steps_of_its_buckets(paced: tuple[Pipeline, VirtualTime]) -> None:
+@pytest.mark.parametrize(("paced", "buckets"), [(True, (1, 2, 3, 4)), (False, (1, 2, 4))], indirect=["paced"])
+def test_a_batcher_over_it_takes_steps_of_its_buckets(
+    paced: tuple[Pipeline, VirtualTime], buckets: tuple[int, ...]
+) -> None:
     pipe, _ = paced
     with Batcher(pipe, slots=2, rows=4) as batcher:
         batcher.warm_up([(64, 64)], pictures=False)
-        assert batcher.stats().curve == pytest.approx({rows: curve("cpu-embedded").step(rows) for rows in (1, 2, 3, 4)})
+        assert batcher.stats().curve == pytest.approx({rows: curve("cpu-embedded").step(rows) for rows in buckets})
         before = batcher.stats().steps
         futures = [batcher.submit("a star", num_inference_steps=6, seed=seed, height=64, width=64) for seed in range(2)]
         assert all(len(future.result(60).images) == 1 for future in futures)
@@ -174,6 +178,18 @@ def test_a_batcher_over_it_takes_steps_of_its_buckets(paced: tuple[Pipeline, Vir
 def quick() -> Iterator[Pipeline]:
     with Pipeline(Bundle.open(ensure_bundle()), PacedBackend(QUICK), max_batch=16) as pipe:
         yield pipe
+
+
+def test_a_measured_curve_says_what_its_engines_take(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    static = replace(curve("a100-sd15").scaled(0.01), dynamic=False)
+    monkeypatch.setattr(real, "open_backend", lambda *_: PacedBackend(static))
+    monkeypatch.setattr(real, "ROUNDS", 1)
+    monkeypatch.setattr(real, "CALLS", 1)
+    monkeypatch.setattr(real._Calls, "step", 1e-3)  # whatever the clock says
+    found = real.measure(None, "auto", None, 5, name="mine")
+    read = curve(str(real.save(found, tmp_path / "mine.json")))
+    assert not found.dynamic and not read.dynamic and curve("a100-sd15").dynamic
+    assert tuple(read.known) == Setup(read, slots=2, rows=5).buckets == (1, 2, 4, 5)
 
 
 SETUP = Setup(QUICK, slots=8, rows=8, queue=32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 from statistics import mean, median
 
@@ -88,6 +89,16 @@ def test_saturation_by_equal_requests_is_that_of_full_steps(policy: simulate.Pol
     setup = Setup(A100, slots=rows // 2, rows=rows) if policy == "in-flight" else Setup(A100)
     outcome = simulate.saturation(policy, setup, EQUAL, requests=2000)
     assert outcome.throughput() == pytest.approx(rows / 2 / (20 * A100.step(rows)), rel=0.02)
+
+
+@pytest.mark.parametrize(("dynamic", "run"), [(True, 3), (False, 4)])
+def test_engines_for_fixed_shapes_compute_rows_for_nobody(dynamic: bool, run: int) -> None:
+    """Three images without guidance share a step of three rows, or of four where there is no engine for three."""
+    mix = Mix(name="few", steps={20: 1}, guided=0)
+    setup = Setup(replace(A100, dynamic=dynamic), slots=3, rows=8)
+    outcome = simulate.saturation("in-flight", setup, mix, requests=300)
+    assert outcome.throughput() == pytest.approx(3 / (20 * A100.step(run)), rel=0.02)
+    assert outcome.rows_used / outcome.rows_run == pytest.approx(3 / run, rel=0.01)
 
 
 def test_rates_in_bounds_lie_where_the_bound_is_met() -> None:
