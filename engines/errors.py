@@ -115,7 +115,7 @@ class ShapeError(EngineError, ValueError):
 
 
 class QueueFullError(LatentRTError):
-    """More work than a batcher lets wait; `seconds` is how long what waits will take, None where nothing was timed."""
+    """More work than a batcher lets wait; `seconds` is about when there will be room, None where nothing was timed."""
 
     def __init__(self, message: str, seconds: float | None = None) -> None:
         super().__init__(message)
