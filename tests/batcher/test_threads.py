@@ -160,8 +160,12 @@ def test_a_bundle_is_closed_where_no_thread_can_be_started(monkeypatch: pytest.M
             raise RuntimeError("can't start new thread")
         start(thread)
 
+    def closing(pipe: Pipeline) -> None:
+        closed.append(pipe)
+        close(pipe)
+
     monkeypatch.setattr(threading.Thread, "start", full)
-    monkeypatch.setattr(Pipeline, "close", lambda pipe: (closed.append(pipe), close(pipe)))
+    monkeypatch.setattr(Pipeline, "close", closing)
     with pytest.raises(RuntimeError, match="can't start new thread"):
         Batcher(ensure_bundle(), slots=1, backend="onnxruntime-cpu", threads=1)
     assert len(closed) == 1

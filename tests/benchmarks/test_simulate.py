@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 from itertools import pairwise
 from statistics import mean, median
+from typing import Any
 
 import pytest
 from latentrt.benchmarks.serving import planner, process, simulate
@@ -160,7 +161,7 @@ def test_a_plan_meets_its_latency_and_one_device_less_does_not() -> None:
         ({"queue": 0}, "max_waiting is 0"),
     ],
 )
-def test_numbers_that_no_batcher_takes_are_refused(numbers: dict[str, int], message: str) -> None:
+def test_numbers_that_no_batcher_takes_are_refused(numbers: dict[str, Any], message: str) -> None:
     with pytest.raises(RequestError, match=message):
         Setup(A100, **numbers)
     with pytest.raises(RequestError, match=message):
