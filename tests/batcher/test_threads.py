@@ -120,7 +120,8 @@ def test_a_batcher_is_closed_while_threads_submit(pipe: Pipeline, cancel: bool) 
     for thread in users:
         thread.start()
     started.wait(60)
-    time.sleep(0.05)
+    while not futures and all(thread.is_alive() for thread in users):
+        time.sleep(0.01)
     for thread in (*closers, *users):
         if thread in closers:
             thread.start()
