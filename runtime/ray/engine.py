@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import os
 import socket
 import time
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, NoReturn
 
 from ...engines.errors import EngineError
 from ..service import Ended, Event, Job, Models, Pictured, Previewed, Service, Stepped, Work
+from ..service.errors import UnavailableError
 from ..service.names import named_bundles
 from .settings import RaySettings
 from .wire import Done, Failed, Message, Progress, Taken, Told
@@ -42,6 +44,8 @@ class Engine:
     async def draw(self, work: Work) -> AsyncIterator[Message]:
         """Yield what happens to a request, `Done` or `Failed` at the end; whoever stops listening cancels it."""
         loop, heard = asyncio.get_running_loop(), asyncio.Queue[Event]()
+        with contextlib.suppress(EngineError):  # the service then refuses it: Ray itself asks every few seconds
+            self.check_health()
         submitted = loop.run_in_executor(self.service.requests, self.service.submit, work)
         try:
             job = await asyncio.shield(submitted)
@@ -69,16 +73,21 @@ class Engine:
         return Told(self._name, {model.name: model.figures for model in self.service.models})
 
     def check_health(self) -> None:
-        """Raise when the replica is no good any more: Ray starts another in its place."""
+        """Raise when the replica is no good any more, and take nothing more: Ray starts another in its place."""
         if self.service.state == "failed":
             raise EngineError("the device has failed")
         for model in self.service.models:
             if (batcher := model.batcher) is None:
                 continue
             if batcher.stuck_seconds > self._settings.step_timeout:
-                raise EngineError(f"a step of model {model.name} has hung for {batcher.stuck_seconds:.0f} s")
+                self._fail(f"a step of model {model.name} has hung for {batcher.stuck_seconds:.0f} s")
             if batcher.failures_in_a_row >= MAX_FAILURES:
-                raise EngineError(f"{batcher.failures_in_a_row} steps of model {model.name} failed in a row")
+                self._fail(f"{batcher.failures_in_a_row} steps of model {model.name} failed in a row")
+
+    def _fail(self, what: str) -> NoReturn:
+        """Have the ingress draw elsewhere what is here: this replica is the emptiest until Ray has ended it."""
+        self.service.fail(UnavailableError("the device fails: try again", "replica_lost"))
+        raise EngineError(what)
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """Return the seconds of work that everything taken still needs."""

@@ -25,7 +25,7 @@ TRIES = 2
 RETRY_SECONDS = 5.0
 """When a client is to try again that was told of a lost replica."""
 BUSY_SECONDS = 0.5
-"""After which it is tried again to place a request that was taken once."""
+"""After which it is tried again to place a request that was taken once, or refused by a replica that has failed."""
 CLOSE_SECONDS = 5.0
 SILENT_SECONDS = 10.0
 """After which a replica that said nothing has no work: one that has tells every second."""
@@ -187,7 +187,9 @@ class RemoteService(Service):
             if job.is_over:
                 return None
             taken = tries or job.state != "loading"  # once: no reason to send it away
-            if isinstance(error, QueueFullError) and taken:
+            # A replica that has failed takes nothing until Ray has ended it: no device was tried.
+            failed = isinstance(error, UnavailableError) and error.code == "failed"
+            if failed or (isinstance(error, QueueFullError) and taken):
                 await asyncio.sleep(BUSY_SECONDS)
             elif isinstance(error, UnavailableError):
                 tries += 1

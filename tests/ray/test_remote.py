@@ -153,8 +153,10 @@ def test_a_request_that_is_lost_twice_is_answered_in_shape(remote: Remote) -> No
     assert image_of(remote.ask()).shape == (64, 64, 3)
 
 
-def test_an_engine_that_has_failed_is_as_good_as_lost(remote: Remote, monkeypatch: pytest.MonkeyPatch) -> None:
-    check, states = remote.engines.engine.service.check_ready, [UnavailableError("x", "failed")]
+def test_an_engine_that_has_failed_costs_no_try(remote: Remote, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is the emptiest until Ray has ended it, and gets most requests."""
+    monkeypatch.setattr("latentrt.runtime.ray.service.BUSY_SECONDS", 0.001)
+    check, states = remote.engines.engine.service.check_ready, [UnavailableError("x", "failed")] * 3
 
     def failed() -> None:
         if states:
@@ -162,7 +164,7 @@ def test_an_engine_that_has_failed_is_as_good_as_lost(remote: Remote, monkeypatc
         check()
 
     monkeypatch.setattr(remote.engines.engine.service, "check_ready", failed)
-    assert image_of(remote.ask()).shape == (64, 64, 3) and len(remote.engines.calls) == 2
+    assert image_of(remote.ask()).shape == (64, 64, 3) and len(remote.engines.calls) == 4
 
 
 def test_too_many_requests_are_told_when_to_come_again(remote: Remote) -> None:
@@ -315,13 +317,46 @@ def test_health_is_that_of_the_batcher(engine: Engine, monkeypatch: pytest.Monke
     engine.check_health()
     (model,) = engine.service.models
     assert model.batcher is not None
+    monkeypatch.setattr(engine.service, "state", "ready")
     monkeypatch.setattr(model.batcher._tally, "failures_in_a_row", 3)
     with pytest.raises(EngineError, match="3 steps of model embedded failed in a row"):
         engine.check_health()
+    monkeypatch.setattr(engine.service, "state", "ready")
     monkeypatch.setattr(model.batcher._tally, "failures_in_a_row", 0)
     monkeypatch.setattr(model.batcher, "_turn_began", time.monotonic() - 121)
     with pytest.raises(EngineError, match="a step of model embedded has hung for 121 s"):
         engine.check_health()
+    assert engine.service.state == "failed"
+    with pytest.raises(EngineError, match="the device has failed"):
+        engine.check_health()
+
+
+@pytest.mark.parametrize("asked", ["by Ray", "by a request"])
+def test_an_engine_that_is_no_good_gives_its_work_away(
+    engine: Engine, held: threading.Event, monkeypatch: pytest.MonkeyPatch, asked: str
+) -> None:
+    work = Work({"prompt": "x", "num_inference_steps": 3, "width": 64, "height": 64})
+    (model,) = engine.service.models
+    assert model.batcher is not None
+    monkeypatch.setattr(engine.service, "state", "ready")
+    tally = model.batcher._tally
+
+    async def drawn() -> list[Any]:
+        taken = engine.draw(work)
+        assert isinstance(await anext(taken), Taken)  # type: ignore[arg-type]
+        monkeypatch.setattr(tally, "failures_in_a_row", 3)
+        if asked == "by Ray":
+            with pytest.raises(EngineError):
+                engine.check_health()
+        late = [message async for message in engine.draw(work)]
+        return [*late, [message async for message in taken][-1]]
+
+    refused, ended = (message.error for message in asyncio.run(drawn()))
+    assert engine.service.state == "failed"
+    assert isinstance(refused, UnavailableError) and refused.code == "failed"
+    assert isinstance(ended, UnavailableError) and ended.code == "replica_lost"
+    held.set()
+    until(lambda: not engine.service.unfinished)
 
 
 @pytest.mark.parametrize(
