@@ -12,11 +12,10 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from ...engines.errors import LatentRTError, QueueFullError
+from ...engines.errors import DeadlineError, LatentRTError, QueueFullError
 from ..batcher import JobProgress
 from ..service import Ended, Event, Job, Limits, Model, Models, Pictured, Previewed, Service, Work
 from ..service.counts import Figures
-from ..service.deadlines import too_late
 from ..service.errors import UnavailableError
 from .wire import Done, Failed, Message, Progress, Taken, Told
 
@@ -153,12 +152,15 @@ class RemoteService(Service):
         asyncio.run_coroutine_threadsafe(self._follow(job, model), self._loop)
 
     async def _follow(self, job: Job, model: Model) -> None:
-        """Have a job drawn, and see it to its end."""
+        """Have a job drawn, and see it to its end, at its deadline wherever it is then."""
+        loop = asyncio.get_running_loop()
+        late = loop.call_later(job.left, lambda: self._end(job, model, _too_late(job)))
         try:
             error = await self._drawn(job)
         except Exception as failure:  # a bug here, or in an engine
             log.exception("job %s failed", job.id)
             error = failure
+        late.cancel()
         if error is None:
             self._over(job, model)
         else:
@@ -172,7 +174,7 @@ class RemoteService(Service):
         tries = 0
         while not job.is_over:
             if (left := job.left) <= 0:
-                return too_late(job)
+                return _too_late(job)
             error: BaseException | None = None
             try:
                 error = await self._once(job, replace(work, timeout=left))
@@ -257,3 +259,10 @@ class RemoteService(Service):
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+
+
+def _too_late(job: Job) -> DeadlineError:
+    """Return what ends a job that has no time left."""
+    return DeadlineError(
+        f"the result was not there in time, {job.timeout:g} s after its request: give more timeout, or try later"
+    )

@@ -390,15 +390,28 @@ def test_replicas_follow_the_work_there_is(engine: Engine, held: threading.Event
     assert policy(SimpleNamespace(aggregated_metrics=None, capacity_adjusted_min_replicas=0)) == (0, {})
 
 
-def test_a_deadline_passes_while_no_engine_takes_a_request(remote: Remote, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def waits(engine: Engine, work: Work) -> AsyncIterator[Any]:
-        await asyncio.sleep(60)
-        yield None
+@pytest.mark.parametrize("calls", ["waits", "taken", "lost waits", "busy"])
+def test_a_deadline_passes_wherever_a_request_is(remote: Remote, monkeypatch: pytest.MonkeyPatch, calls: str) -> None:
+    """In Ray's queue, at an engine that counts from when it was asked, in the queue again, and between tries."""
+    left, asked = calls.split(), list[float]()
 
-    monkeypatch.setattr(Engine, "draw", waits)
+    async def draw(engine: Engine, work: Work) -> AsyncIterator[Any]:
+        assert work.timeout is not None
+        asked.append(work.timeout)
+        what = left.pop(0)
+        if what != "waits":
+            yield Taken((64, 64))
+        if what == "lost":
+            raise fake.LostError
+        if what == "busy":
+            yield Failed.of(QueueFullError("x"))
+        await asyncio.sleep(60)
+
+    monkeypatch.setattr(Engine, "draw", draw)
     answer = remote.ask(timeout=0.2)
     assert (answer.status_code, answer.json()["error"]["code"]) == (504, "deadline_exceeded")
     until(lambda: all(call.closed for call in remote.engines.calls) and not remote.service.unfinished)
+    assert not left and sorted(asked, reverse=True) == asked and asked[0] <= 0.2
 
 
 @pytest.mark.parametrize(
