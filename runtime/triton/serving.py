@@ -20,17 +20,11 @@ import numpy as np
 
 from ...engines.bundle import Bundle
 from ...engines.device import Array
-from ...engines.errors import (
-    DeadlineError,
-    LatentRTError,
-    QueueFullError,
-    RequestError,
-    StorageError,
-    is_out_of_memory,
-)
+from ...engines.errors import LatentRTError, is_out_of_memory
 from ..service import Ended, Event, Job, Models, Pictured, Previewed, Service, Stepped
-from ..service.errors import BusyError, NotFoundError, UnavailableError, told
+from ..service.errors import UnavailableError, told
 from ..service.pictures import Picture
+from .errors import code_of, reason_of
 from .fields import DTYPES, INPUTS, OUTPUTS, Wanted, pixels_of, wanted_of
 from .metrics import TritonMetrics
 from .settings import settings_of
@@ -102,7 +96,8 @@ class Serving:
             try:
                 self._begin(request, sender)
             except Exception as error:
-                self.metrics.rejected(code_of(error).lower())
+                if (reason := reason_of(error)) is not None:
+                    self.metrics.rejected(reason)
                 self._fail(sender, error)
 
     def _begin(self, request: Any, sender: Any) -> None:
@@ -124,7 +119,11 @@ class Serving:
 
     def _probed(self, sender: Any) -> None:
         """Answer at once whether requests are taken: that this process is dead, Triton tells nobody but who asks it."""
-        self.service.check_ready()
+        try:
+            self.service.check_ready()
+        except UnavailableError as error:
+            self._fail(sender, error)
+            return
         (model,) = self.service.models
         assert model.batcher is not None
         said = {"state": self.service.state, "waiting": model.batcher.waiting, "running": model.batcher.running}
@@ -149,9 +148,14 @@ class Serving:
             exchange, event = item
             try:
                 self._say(exchange, event)
-            except Exception:
+            except Exception:  # such as shared memory that is full
                 log.exception("a response could not be sent")
-                exchange.job.cancel()
+                if isinstance(event, Ended):
+                    self._fail(
+                        exchange.sender, LatentRTError("the result could not be sent: the server's log says why")
+                    )
+                else:
+                    exchange.job.cancel()
 
     def _say(self, exchange: Exchange, event: Event) -> None:
         if isinstance(event, Stepped):
@@ -177,10 +181,10 @@ class Serving:
                 self._picture(exchange, index, job.pictures[index], final=final, facts=facts)
 
     def _picture(self, exchange: Exchange, index: int, picture: Picture, **more: Any) -> None:
-        exchange.sent.add(index)
         wanted = exchange.wanted
         shown: Any = {"pixels": pixels_of(picture.data)} if wanted.raw else {"image": _file(picture, wanted)}
         self._respond(exchange, index=index, seed=picture.seed, **shown, **more)
+        exchange.sent.add(index)
 
     def _respond(self, exchange: Exchange, *, final: bool = False, **values: Any) -> None:
         backend = self._backend
@@ -205,34 +209,51 @@ class Serving:
             message = "out of memory: ask for a smaller size or fewer pictures"
         elif not known:
             message = "the model failed, which is a bug: the server's log has the traceback"
-        failure = backend.TritonError(
-            message, getattr(backend.TritonError, code_of(error), backend.TritonError.UNKNOWN)
-        )
-        response = backend.InferenceResponse(output_tensors=[], error=failure)
+        code = getattr(backend.TritonError, code_of(error), backend.TritonError.UNKNOWN)
         try:
+            response = backend.InferenceResponse(output_tensors=[], error=backend.TritonError(message, code))
             sender.send(response, flags=backend.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
-        except Exception as second:  # of a client that is gone
-            log.debug("an error could not be sent: %s", second)
+        except Exception as second:
+            log.warning("an error could not be sent: %s", second)
 
     def _watch(self) -> None:
         """Cancel jobs whose clients are gone, read metrics, end the server when the device hangs or keeps failing."""
         for poll in itertools.count():
             if self._closing.wait(POLL_SECONDS):
                 return
-            with self._lock:
-                exchanges = list(self._exchanges)
-            for exchange in exchanges:
-                if exchange.sender.is_cancelled():
-                    exchange.job.cancel()
-            for model in self.service.models:
-                if (batcher := model.batcher) is None:
-                    continue
-                if poll % READ_POLLS == 0:
-                    self.metrics.read(batcher)
-                if batcher.stuck_seconds > self.settings.step_timeout:
-                    self._end(f"a step has hung for {batcher.stuck_seconds:.0f} s")
-                elif batcher.failures_in_a_row >= MAX_FAILURES:
-                    self._end(f"{batcher.failures_in_a_row} steps have failed in a row")
+            for look in (self._check, self._drop, *([self._read] if poll % READ_POLLS == 0 else [])):
+                try:
+                    look()
+                except Exception:  # all others are looked at, and again
+                    log.exception("a look at requests or their batcher failed")
+
+    def _check(self) -> None:
+        for model in self.service.models:
+            if (batcher := model.batcher) is None:
+                continue
+            if batcher.stuck_seconds > self.settings.step_timeout:
+                self._end(f"a step has hung for {batcher.stuck_seconds:.0f} s")
+            elif batcher.failures_in_a_row >= MAX_FAILURES:
+                self._end(f"{batcher.failures_in_a_row} steps have failed in a row")
+
+    def _drop(self) -> None:
+        with self._lock:
+            exchanges = list(self._exchanges)
+        for exchange in exchanges:
+            try:
+                gone = exchange.sender.is_cancelled()
+            except Exception:
+                log.exception("a request cannot be asked whether its client is gone, and is not asked again")
+                with self._lock:
+                    self._exchanges.discard(exchange)
+                continue
+            if gone:
+                exchange.job.cancel()
+
+    def _read(self) -> None:
+        for model in self.service.models:
+            if (batcher := model.batcher) is not None:
+                self.metrics.read(batcher)
 
     def _end(self, what: str) -> None:
         """End the server, after clients have got their answers: whoever runs it is to start another.
@@ -257,17 +278,6 @@ class Serving:
         self._events.put(None)
         for thread in self._threads:
             thread.join()
-
-
-def code_of(error: BaseException) -> str:
-    """Return the name of Triton's code for an exception."""
-    if isinstance(error, RequestError):
-        return "INVALID_ARG"
-    if isinstance(error, NotFoundError):
-        return "NOT_FOUND"
-    if isinstance(error, QueueFullError | BusyError | UnavailableError | DeadlineError | StorageError):
-        return "UNAVAILABLE"
-    return "CANCELLED" if isinstance(error, CancelledError) else "INTERNAL"
 
 
 def _file(picture: Picture, wanted: Wanted) -> bytes:

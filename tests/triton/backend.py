@@ -45,13 +45,13 @@ class Sender:
         self.responses: list[InferenceResponse] = []
         self.answered = threading.Event()
         self.cancelled = False
-        self.on_send: Callable[[], None] = lambda: None
+        self.on_send: Callable[[InferenceResponse | None], object] = lambda response: None
 
     def send(self, response: InferenceResponse | None = None, flags: int = 0) -> None:
         assert not self.answered.is_set(), "a response after the last one"
+        self.on_send(response)
         if response is not None:
             self.responses.append(response)
-        self.on_send()
         if flags & TRITONSERVER_RESPONSE_COMPLETE_FINAL:
             self.answered.set()
 

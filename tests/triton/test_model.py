@@ -30,10 +30,10 @@ from latentrt.engines.errors import (
 )
 from latentrt.export.embedded import ensure_bundle
 from latentrt.runtime import Pipeline
-from latentrt.runtime.service.errors import UnavailableError
+from latentrt.runtime.service.errors import BusyError, NotFoundError, RefusedError, UnavailableError
+from latentrt.runtime.triton.errors import code_of, reason_of
 from latentrt.runtime.triton.fields import DTYPES, INPUTS, OUTPUTS
 from latentrt.runtime.triton.repository import write_repository
-from latentrt.runtime.triton.serving import code_of
 from latentrt.runtime.triton.settings import TritonSettings
 from PIL import Image
 
@@ -57,10 +57,18 @@ class Loaded:
     model: Any
     utils: Any
 
-    def ask(self, *, outputs: list[str] | None = None, microseconds: int = 0, **values: Any) -> backend.Sender:
+    def ask(
+        self,
+        *,
+        outputs: list[str] | None = None,
+        microseconds: int = 0,
+        sender: backend.Sender | None = None,
+        **values: Any,
+    ) -> backend.Sender:
         """Queue one request with inputs of the configuration's types."""
         arrays = {name: array_of(name, value) for name, value in values.items()}
         request = backend.Request(NAMES if outputs is None else outputs, microseconds, **arrays)
+        request.sender = sender or request.sender
         assert self.model.execute([request]) is None
         return request.sender
 
@@ -190,17 +198,47 @@ def test_progress_and_previews_come_before_the_picture(loaded: Loaded) -> None:
 def test_a_slow_client_misses_steps_and_nothing_else(loaded: Loaded) -> None:
     free = threading.Event()
     sender = backend.Sender()
-    sender.on_send = lambda: free.wait(60) and None
-    request = backend.Request(NAMES, **{n: array_of(n, v) for n, v in {**FEW, "progress": True}.items()})
-    request.sender = sender
-    request.inputs["num_inference_steps"][:] = 20
-    loaded.model.execute([request])
+    sender.on_send = lambda response: free.wait(60)
+    loaded.ask(**{**FEW, "num_inference_steps": 20}, progress=True, sender=sender)
     job = next(iter(loaded.model._serving.service.unfinished))
     assert job.wait(60)
     free.set()
     assert sender.answered.wait(60)
     steps = [each.tensors["step"][0] for each in sender.responses if "step" in each.tensors]
     assert len(steps) <= 3 and steps[-1] == 20 and "image" in sender.responses[-1].tensors
+
+
+def full_once(sender: backend.Sender, free: threading.Event) -> None:
+    """Let no response be sent before it is free, and then the first picture be the one too many."""
+    left = [RuntimeError("no room in shared memory")]
+
+    def on_send(response: backend.InferenceResponse | None) -> None:
+        assert free.wait(60)
+        if response is not None and "image" in response.tensors and left:
+            raise left.pop()
+
+    sender.on_send = on_send
+
+
+def test_a_last_response_that_cannot_be_sent_is_an_error(loaded: Loaded, caplog: pytest.LogCaptureFixture) -> None:
+    free = threading.Event()
+    free.set()
+    full_once(sender := backend.Sender(), free)
+    assert loaded.ask(**FEW, sender=sender).answered.wait(60)
+    (response,) = sender.responses
+    assert response.error is not None and response.error.code == backend.TritonError.INTERNAL
+    assert response.error.message == "the result could not be sent: the server's log says why"
+    assert "no room in shared memory" in caplog.text
+
+
+def test_a_picture_that_could_not_be_sent_comes_with_the_last_one(loaded: Loaded) -> None:
+    full_once(sender := backend.Sender(), free := threading.Event())
+    loaded.ask(**FEW, n=2, progress=True, sender=sender)
+    job = next(iter(loaded.model._serving.service.unfinished))
+    assert job.wait(60)
+    free.set()
+    assert sender.answered.wait(60)
+    assert sorted(each.tensors["index"][0] for each in sender.responses if "image" in each.tensors) == [0, 1]
 
 
 def test_formats(loaded: Loaded) -> None:
@@ -240,12 +278,15 @@ def test_only_outputs_that_were_asked_for_are_sent(loaded: Loaded) -> None:
     ],
 )
 def test_what_is_wrong_is_one_response_of_one_line(loaded: Loaded, values: dict[str, Any], said: str) -> None:
-    before = loaded.counted("latentrt_rejections_total").get(("invalid_arg",), 0.0)
+    before = loaded.counted("latentrt_rejections_total")
     sender = loaded.ask(**{**FEW, **values})
     assert sender.answered.is_set() and len(sender.responses) == 1
     error = sender.responses[0].error
     assert error is not None and error.message.startswith(said) and error.code == backend.TritonError.INVALID_ARG
-    assert loaded.counted("latentrt_rejections_total")[("invalid_arg",)] == before + 1
+    counted = loaded.counted("latentrt_rejections_total")
+    reasons = [(*labels, count - before.get(labels, 0)) for labels, count in counted.items()]
+    code = "unsupported_size" if values.get("size") == "63x64" else "invalid_request"
+    assert [each for each in reasons if each[-1]] == [(code, 1)]
 
 
 def test_a_bad_request_harms_none_of_those_that_come_with_it(loaded: Loaded) -> None:
@@ -273,6 +314,34 @@ def test_every_kind_of_error_has_a_code() -> None:
     assert code_of(ZeroDivisionError()) == "INTERNAL"
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        RequestError("x"),
+        RefusedError("x", "size", "unsupported_size"),
+        NotFoundError("x", "model", "model_not_found"),
+        QueueFullError("x", 1.0),
+        BusyError("x", "key_busy"),
+        BusyError("x", "model_not_loaded"),
+        DeadlineError("x", 3.0),
+        DeadlineError("x"),
+        UnavailableError("x", "draining"),
+        StorageError("x"),
+        BundleError("x"),
+        EngineError("x"),
+        ZeroDivisionError(),
+    ],
+    ids=repr,
+)
+def test_rejections_have_the_servers_reasons(error: Exception) -> None:
+    metrics = pytest.importorskip("latentrt.runtime.server.metrics", reason="needs the serve extra").Metrics()
+    answer = importlib.import_module("latentrt.runtime.server.errors").api_error(error)
+    metrics.answered("POST", "/v1/images/generations", answer.status, 0.0, answer.code)
+    (family,) = (each for each in metrics.registry.collect() if each.name == "latentrt_rejections")
+    counted = [sample.labels["reason"] for sample in family.samples if sample.name.endswith("_total")]
+    assert [reason for reason in [reason_of(error)] if reason] == counted
+
+
 def test_folders_of_the_server_are_not_for_clients(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
     for error, code in (
         (StorageError("cannot write /srv/a"), "UNAVAILABLE"),
@@ -298,12 +367,36 @@ def test_a_client_that_is_gone_frees_its_place(loaded: Loaded, held: threading.E
     assert loaded.counted("latentrt_requests_total")[("cancelled",)] == before + 1
 
 
+def test_a_look_at_requests_that_fails_is_not_the_last_one(
+    loaded: Loaded, held: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, read, serving = threading.Event(), threading.Event(), loaded.model._serving
+
+    def fails(event: threading.Event) -> Any:
+        event.set()
+        raise RuntimeError("the pipe is broken")
+
+    monkeypatch.setattr("latentrt.runtime.triton.serving.READ_POLLS", 1)
+    monkeypatch.setattr(serving.metrics, "read", lambda batcher: fails(read))
+    broken, gone = backend.Sender(), backend.Sender()
+    monkeypatch.setattr(broken, "is_cancelled", lambda: fails(asked))
+    for sender in (broken, gone):
+        loaded.ask(**FEW, sender=sender)
+    assert asked.wait(60) and read.wait(60)
+    gone.cancelled = True
+    assert gone.answered.wait(60) and not broken.answered.is_set()
+    held.set()
+    assert broken.answered.wait(60) and "image" in broken.responses[-1].tensors
+
+
 def test_a_full_queue_and_a_deadline_are_said(loaded: Loaded, held: threading.Event) -> None:
+    before = loaded.counted("latentrt_rejections_total").get(("queue_full",), 0.0)
     taken = [loaded.ask(**FEW, n=6), loaded.ask(**FEW, n=6)]
     full, late = loaded.ask(**FEW), taken[0]
     assert full.answered.is_set() and full.responses[0].error
     assert full.responses[0].error.code == backend.TritonError.UNAVAILABLE
     assert "at most 12 may; try later" in full.responses[0].error.message
+    assert loaded.counted("latentrt_rejections_total")[("queue_full",)] == before + 1
     held.set()
     assert all(sender.answered.wait(120) for sender in taken) and late.responses[0].error is None
     late = loaded.ask(**{**FEW, "num_inference_steps": 60}, microseconds=1)  # by Triton's own parameter
@@ -339,8 +432,9 @@ def test_a_model_that_is_unloaded_finishes_what_it_has(tmp_path: Path) -> None:
     sender = found.ask(**{**FEW, "num_inference_steps": 20})
     found.model.finalize()
     assert sender.answered.is_set() and "image" in sender.responses[-1].tensors
-    late = found.ask(**FEW)
-    assert late.responses[0].error and late.responses[0].error.code == backend.TritonError.UNAVAILABLE
+    for late in (found.ask(**FEW), found.ask(prompt="", probe=True)):
+        assert late.responses[0].error and late.responses[0].error.code == backend.TritonError.UNAVAILABLE
+    assert found.counted("latentrt_rejections_total") == {("draining",): 1.0}, "a probe is no request"
 
 
 def test_a_device_that_keeps_failing_ends_the_server(
