@@ -154,7 +154,7 @@ class RemoteService(Service):
     async def _follow(self, job: Job, model: Model) -> None:
         """Have a job drawn, and see it to its end, at its deadline wherever it is then."""
         loop = asyncio.get_running_loop()
-        late = loop.call_later(job.left, lambda: self._end(job, model, _too_late(job)))
+        late = loop.call_later(job.left, self._late, job, model)
         try:
             error = await self._drawn(job)
         except Exception as failure:  # a bug here, or in an engine
@@ -165,6 +165,12 @@ class RemoteService(Service):
             self._over(job, model)
         else:
             self._end(job, model, error)
+
+    def _late(self, job: Job, model: Model) -> None:
+        """End a job at its deadline, and count it: the engine that has it counts a request that was cancelled."""
+        if not job.is_over:
+            model.counted["deadlines_missed"] = model.counted.get("deadlines_missed", 0) + 1
+            self._end(job, model, _too_late(job))
 
     async def _drawn(self, job: Job) -> BaseException | None:
         """Return None for a job that is over, and otherwise what ends it."""
