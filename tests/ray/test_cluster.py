@@ -248,6 +248,37 @@ def test_a_replica_that_is_killed_costs_no_request(client: Any) -> None:
     assert [outcome(client, seed)[0] for seed in range(4)] == [200] * 4
 
 
+def test_a_replica_whose_device_fails_costs_no_request(client: Any) -> None:
+    """Until Ray has ended it, it is the emptiest, and refuses what comes."""
+    alone = {seed: draw(client, seed) for seed in range(10)}
+
+    def names() -> set[str]:
+        actors = ray.util.list_named_actors(all_namespaces=True)
+        return {actor["name"] for actor in actors if "latentrt#Engine#" in actor["name"]}
+
+    def fails(_: Any) -> None:
+        """Let the engine of this process see that its device fails."""
+        import contextlib
+        import gc
+
+        from latentrt.runtime.ray.engine import Engine
+
+        (engine,) = (each for each in gc.get_objects() if issubclass(type(each), Engine))
+        with contextlib.suppress(Exception):
+            engine._fail("as a test wants it")
+
+    name = min(names())
+    failing = ray.get_actor(name, "serve").__ray_call__
+    began = time.perf_counter()
+    found = burst(client, 10, lambda: ray.get(failing.remote(fails)), every=0.03)
+    outcomes = Counter(each[:2] for each in found)
+    say(f"a device that fails with 10 in flight: {outcomes} in {time.perf_counter() - began:.1f} s")
+    assert [status for status, _, _ in found] == [200] * 10
+    assert all((picture == alone[seed]).all() for seed, (_, _, picture) in enumerate(found))
+    until(lambda: len(names() - {name}) == 2)
+    say(f"two good replicas again after {time.perf_counter() - began:.1f} s")
+
+
 def test_all_replicas_killed_at_once(client: Any) -> None:
     def kill() -> None:
         time.sleep(0.4)
