@@ -343,7 +343,7 @@ def test_an_engine_that_is_no_good_gives_its_work_away(
 
     async def drawn() -> list[Any]:
         taken = engine.draw(work)
-        assert isinstance(await anext(taken), Taken)  # type: ignore[arg-type]
+        assert isinstance(await anext(taken), Taken)
         monkeypatch.setattr(tally, "failures_in_a_row", 3)
         if asked == "by Ray":
             with pytest.raises(EngineError):
