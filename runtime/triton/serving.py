@@ -240,13 +240,15 @@ class Serving:
         with self._lock:
             exchanges = list(self._exchanges)
         for exchange in exchanges:
-            try:
-                gone = exchange.sender.is_cancelled()
-            except Exception:
-                log.exception("a request cannot be asked whether its client is gone, and is not asked again")
-                with self._lock:
+            with (
+                self._lock
+            ):  # not once its last response is sent: the server would look at what it has freed, and crash
+                try:
+                    gone = exchange in self._exchanges and exchange.sender.is_cancelled()
+                except Exception:
+                    log.exception("a request cannot be asked whether its client is gone, and is not asked again")
                     self._exchanges.discard(exchange)
-                continue
+                    continue
             if gone:
                 exchange.job.cancel()
 

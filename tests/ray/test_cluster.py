@@ -9,6 +9,7 @@ In a virtual environment of its own (700 MB):
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import os
 import re
@@ -256,16 +257,10 @@ def test_a_replica_whose_device_fails_costs_no_request(client: Any) -> None:
         actors = ray.util.list_named_actors(all_namespaces=True)
         return {actor["name"] for actor in actors if "latentrt#Engine#" in actor["name"]}
 
-    def fails(_: Any) -> None:
-        """Let the engine of this process see that its device fails."""
-        import contextlib
-        import gc
-
-        from latentrt.runtime.ray.engine import Engine
-
-        (engine,) = (each for each in gc.get_objects() if issubclass(type(each), Engine))
+    def fails(replica: Any) -> None:
+        """Let the engine of a replica see that its device fails."""
         with contextlib.suppress(Exception):
-            engine._fail("as a test wants it")
+            replica._replica_impl._user_callable_wrapper.user_callable._fail("as a test wants it")
 
     name = min(names())
     failing = ray.get_actor(name, "serve").__ray_call__

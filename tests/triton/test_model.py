@@ -367,6 +367,25 @@ def test_a_client_that_is_gone_frees_its_place(loaded: Loaded, held: threading.E
     assert loaded.counted("latentrt_requests_total")[("cancelled",)] == before + 1
 
 
+def test_no_request_is_asked_once_its_last_response_is_sent(loaded: Loaded, held: threading.Event) -> None:
+    """Triton's server crashes then."""
+    sender, asked, found = backend.Sender(), threading.Event(), list[bool]()
+
+    def is_cancelled() -> bool:
+        if not asked.is_set():
+            (job,) = loaded.model._serving.service.unfinished
+            asked.set()
+            assert job.wait(60)
+            found.append(sender.answered.wait(0.3))
+        return False
+
+    sender.is_cancelled = is_cancelled  # type: ignore[method-assign]
+    loaded.ask(**FEW, sender=sender)
+    assert asked.wait(60)
+    held.set()
+    assert sender.answered.wait(60) and found == [False]
+
+
 def test_a_look_at_requests_that_fails_is_not_the_last_one(
     loaded: Loaded, held: threading.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
