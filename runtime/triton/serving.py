@@ -240,9 +240,7 @@ class Serving:
         with self._lock:
             exchanges = list(self._exchanges)
         for exchange in exchanges:
-            with (
-                self._lock
-            ):  # not once its last response is sent: the server would look at what it has freed, and crash
+            with self._lock:  # not once its last response is sent: the server would look at what it has freed
                 try:
                     gone = exchange in self._exchanges and exchange.sender.is_cancelled()
                 except Exception:
