@@ -408,12 +408,13 @@ def test_a_deadline_passes_wherever_a_request_is(remote: Remote, monkeypatch: py
         await asyncio.sleep(60)
 
     monkeypatch.setattr(Engine, "draw", draw)
-    answer = remote.ask(timeout=0.2)
+    monkeypatch.setattr(remote.service._deadlines, "watch", lambda job: None)  # which knows those alone that load
+    answer = remote.ask(timeout=0.5)
     assert (answer.status_code, answer.json()["error"]["code"]) == (504, "deadline_exceeded")
     until(lambda: all(call.closed for call in remote.engines.calls) and not remote.service.unfinished)
-    assert not left and sorted(asked, reverse=True) == asked and asked[0] <= 0.2
+    assert not left and sorted(asked, reverse=True) == asked and asked[0] <= 0.5
     (model,) = remote.service.models
-    assert calls == "waits" or model.figures.counts["deadlines_missed"] == 1
+    assert model.figures.counts["deadlines_missed"] == 1
 
 
 @pytest.mark.parametrize(
