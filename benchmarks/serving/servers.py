@@ -132,7 +132,7 @@ class Grouped:
             oldest_waiting_seconds=0.0,
             slots=setup.slots,
             rows=setup.rows,
-            waiting_seconds=0.0,
+            work_seconds=0.0,
             curve={},
             sizes=(),
             **Tally().snapshot(),

@@ -207,7 +207,7 @@ class Queue:
             oldest_waiting_seconds=now - min(arrivals, default=now),
             slots=self.shared.slots,
             rows=self.shared.buckets[-1],
-            waiting_seconds=sum(size.seconds or 0.0 for size in sizes),
+            work_seconds=sum(size.seconds or 0.0 for size in sizes),
             curve={} if most is None else dict(most.times.seconds),
             sizes=sizes,
             **self.shared.tally.snapshot(),

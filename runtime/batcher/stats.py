@@ -82,7 +82,7 @@ class Stats:
     admitted, swapped        images that got a slot for the first time, and that left it for others
     retried                  steps that were run again
     failures_in_a_row        turns of the loop that have failed since a step worked
-    waiting_seconds          the work that is left of all that was taken, in seconds of steps
+    work_seconds             the work that is left of all that was taken, in seconds of steps
     curve                    seconds of a step by its rows, of the size that has had most steps
     sizes                    each size that has buffers or work
     """
@@ -106,7 +106,7 @@ class Stats:
     rejected: int
     retried: int
     failures_in_a_row: int
-    waiting_seconds: float
+    work_seconds: float
     curve: Mapping[int, float]
     sizes: tuple[SizeStats, ...]
 

@@ -92,7 +92,7 @@ class Engine:
     def record_autoscaling_stats(self) -> dict[str, float]:
         """Return the seconds of work that everything taken still needs."""
         batchers = [model.batcher for model in self.service.models if model.batcher is not None]
-        return {"queue_seconds": float(sum(batcher.stats().waiting_seconds for batcher in batchers))}
+        return {"queue_seconds": float(sum(batcher.stats().work_seconds for batcher in batchers))}
 
     def __del__(self) -> None:
         """Close what was opened, if it was."""

@@ -31,7 +31,7 @@ def figures_of(batcher: Batcher | None, closed: Mapping[str, float]) -> Figures:
     gauges = {
         "queue_images": stats.waiting,
         "queue_oldest_seconds": stats.oldest_waiting_seconds,
-        "queue_work_seconds": stats.waiting_seconds,
+        "queue_work_seconds": stats.work_seconds,
         "running_images": stats.running,
         "slots": stats.slots,
         "rows": stats.rows,

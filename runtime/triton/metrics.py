@@ -59,7 +59,7 @@ class TritonMetrics(ServiceObserver):
         """Note what there is at this moment."""
         stats = batcher.stats()
         self._gauges["queue_images"].set(stats.waiting)
-        self._gauges["queue_work_seconds"].set(stats.waiting_seconds)
+        self._gauges["queue_work_seconds"].set(stats.work_seconds)
         self._gauges["running_images"].set(stats.running)
 
     def _add(self, name: str, value: float = 1, **labels: str) -> None:

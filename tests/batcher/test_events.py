@@ -469,9 +469,9 @@ def test_too_much_work_in_the_queue_is_refused_in_seconds(pipe: Pipeline, gate: 
         running = batcher.submit(**{**SMALL, "num_inference_steps": 30})
         gate.run(12)
         step = batcher.stats().curve[2]
-        assert batcher.stats().waiting_seconds == pytest.approx(18 * step), "work is left, though nothing waits"
+        assert batcher.stats().work_seconds == pytest.approx(18 * step), "work is left, though nothing waits"
         waiting = batcher.submit(**{**SMALL, "num_inference_steps": 30})  # nothing waits before it
-        assert batcher.stats().waiting_seconds == pytest.approx(48 * step)
+        assert batcher.stats().work_seconds == pytest.approx(48 * step)
         with pytest.raises(QueueFullError, match=r"what waits takes about .* s: at most 1e-06 s may") as full:
             batcher.submit(**SMALL)
         assert full.value.seconds == pytest.approx(30 * step - 1e-6)  # until no more waits than may
