@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 from ...engines.errors import EngineError
 from ..service import Ended, Event, Job, Models, Pictured, Previewed, Service, Stepped, Work
+from ..service.counts import fault_of
 from ..service.errors import UnavailableError
 from ..service.names import named_bundles
 from .settings import RaySettings
@@ -22,8 +23,6 @@ STEP_SECONDS = 0.1
 """Between steps that are told: a message costs about as much as a step of a small model."""
 TELL_SECONDS = 1.0
 """After which it is told where in the queue a request is, and what the batchers are at."""
-MAX_FAILURES = 3
-"""Turns of the loop that fail in a row, after which the replica is no good."""
 
 
 class Engine:
@@ -77,12 +76,8 @@ class Engine:
         if self.service.state == "failed":
             raise EngineError("the device has failed")
         for model in self.service.models:
-            if (batcher := model.batcher) is None:
-                continue
-            if batcher.stuck_seconds > self._settings.step_timeout:
-                self._fail(f"a step of model {model.name} has hung for {batcher.stuck_seconds:.0f} s")
-            if batcher.failures_in_a_row >= MAX_FAILURES:
-                self._fail(f"{batcher.failures_in_a_row} steps of model {model.name} failed in a row")
+            if (fault := fault_of(model.name, model.batcher, self._settings.step_timeout)) is not None:
+                self._fail(fault)
 
     def _fail(self, what: str) -> NoReturn:
         """Have the ingress draw elsewhere what is here: this replica is the emptiest until Ray has ended it."""

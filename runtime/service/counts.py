@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from ..batcher import Batcher
     from .job import Job
 
+MAX_FAILURES = 3
+"""Turns of the loop that fail in a row, after which a device is no good."""
+
 
 @dataclass(frozen=True)
 class Figures:
@@ -75,6 +78,16 @@ def counts_of(stats: Stats) -> dict[str, float]:
 def summed(*counts: Mapping[str, float]) -> dict[str, float]:
     """Return the sums of counts by name."""
     return {name: sum(each.get(name, 0) for each in counts) for name in dict.fromkeys(chain.from_iterable(counts))}
+
+
+def fault_of(name: str, batcher: Batcher | None, step_timeout: float) -> str | None:
+    """Return why a model's device is no good any more, a step that hangs or turns that fail; None while it is good."""
+    if batcher is None:
+        return None
+    if (stuck := batcher.stuck_seconds) > step_timeout:
+        return f"a step of model {name} has hung for {stuck:.0f} s"
+    failures = batcher.failures_in_a_row
+    return f"{failures} steps of model {name} failed in a row" if failures >= MAX_FAILURES else None
 
 
 class ServiceObserver:

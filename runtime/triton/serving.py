@@ -22,6 +22,7 @@ from ...engines.bundle import Bundle
 from ...engines.device import Array
 from ...engines.errors import LatentRTError, is_out_of_memory
 from ..service import Ended, Event, Job, Models, Pictured, Previewed, Service, Stepped
+from ..service.counts import fault_of
 from ..service.errors import UnavailableError, told
 from ..service.pictures import Picture
 from .errors import code_of, reason_of
@@ -37,8 +38,6 @@ ANSWER_SECONDS, END_SECONDS = 1.0, 10.0
 """Time for answers to reach clients, and for the server to end, before it is killed."""
 HUNG = 70
 """The exit code of a process whose device hangs; the system's own for a software error."""
-MAX_FAILURES = 3
-"""Turns of the loop that fail in a row, after which the server ends, to be started again."""
 
 log = logging.getLogger(__name__)
 
@@ -229,12 +228,8 @@ class Serving:
 
     def _check(self) -> None:
         for model in self.service.models:
-            if (batcher := model.batcher) is None:
-                continue
-            if batcher.stuck_seconds > self.settings.step_timeout:
-                self._end(f"a step has hung for {batcher.stuck_seconds:.0f} s")
-            elif batcher.failures_in_a_row >= MAX_FAILURES:
-                self._end(f"{batcher.failures_in_a_row} steps have failed in a row")
+            if (fault := fault_of(model.name, model.batcher, self.settings.step_timeout)) is not None:
+                self._end(fault)
 
     def _drop(self) -> None:
         with self._lock:
