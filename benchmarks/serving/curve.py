@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ...engines.errors import RequestError
-from ...runtime.batcher.policy import StepTimes
+from ...runtime.batcher.times import StepTimes
 
 FOLDER = Path(__file__).parent / "curves"
 

@@ -1,8 +1,7 @@
 """In-flight batching: images of unlike requests share every call of the network, and come and go between steps."""
 
 from .batcher import Batcher
-from .events import Admitted, Drawn, Event, Previewed, Stepped
-from .future import BatchFuture, JobProgress
+from .events import Admitted, BatchFuture, Drawn, Event, JobProgress, Previewed, Stepped
 from .stats import Observer, SizeStats, Stats
 
 __all__ = [

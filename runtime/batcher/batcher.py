@@ -21,10 +21,9 @@ from ..loop.widths import SLOTS, buckets_of, check_numbers
 from ..pipeline import Pipeline
 from ..sizes import checked_sizes
 from .deliver import Deliverer
-from .events import Listener
+from .events import BatchFuture, JobProgress, Listener
 from .finish import settle
 from .flight import Shared
-from .future import BatchFuture, JobProgress
 from .job import Job
 from .pool import Pool
 from .prepared import table_names

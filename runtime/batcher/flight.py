@@ -25,10 +25,10 @@ from .encode import Encoder
 from .events import Admitted, Stepped
 from .finish import draw, hear, output_of, preview
 from .job import Image, Job
-from .policy import StepTimes
 from .prepared import Fit, Parked
 from .slots import Slots
 from .stats import Tally
+from .times import StepTimes
 
 RUN_AHEAD = 2
 """Steps that are enqueued before the first of them must be done: what is admitted waits behind them."""
@@ -258,18 +258,14 @@ class Flight:
             job.finished.timings.denoise = time.monotonic() - (job.began or 0.0) - job.finished.timings.decode
             shared.end(job)
 
-    def time_bucket(self, bucket: int, settling: int, timed: int) -> None:
-        """Run steps of a bucket while nothing is in flight: some until it is captured, and some more to be timed."""
-        stream = self._shared.session.stream
-        for _ in range(settling):
+    def seconds_of(self, bucket: int, steps: int) -> float:
+        """Run steps of a bucket while nothing is in flight, and return how long each took."""
+        before = self._shared.session.stream.record()
+        for _ in range(steps):
             self.slots.step(bucket)
-        stream.synchronize()
-        before = stream.record()
-        for _ in range(timed):
-            self.slots.step(bucket)
-        after = stream.record()
+        after = self._shared.session.stream.record()
         after.synchronize()
-        self._times.set(bucket, after.milliseconds_since(before) / 1e3 / timed)
+        return after.milliseconds_since(before) / 1e3 / steps
 
     def close(self) -> None:
         """Free the buffers; calling it again does nothing."""

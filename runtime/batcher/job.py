@@ -28,8 +28,7 @@ from ..result import GenerationResult
 from ..sampling import clean_factors
 from ..sampling.step_table import Guided
 from .deliver import Box
-from .events import Event, Listener
-from .future import BatchFuture, JobProgress
+from .events import BatchFuture, Event, JobProgress, Listener
 from .policy import Candidate
 from .prepared import Fit, Parked, Prepared, StepNoise, fit_of, prepared, region, table_names, without_draws
 

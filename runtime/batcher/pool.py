@@ -16,8 +16,9 @@ from ...engines.errors import (
 )
 from .flight import Flight, Shared, StepFailed
 from .job import Image, Job
-from .policy import StepTimes, decide
+from .policy import decide
 from .prepared import Fit
+from .times import StepTimes
 
 log = logging.getLogger(__name__)
 

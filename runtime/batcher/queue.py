@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from ...engines.errors import DeadlineError, QueueFullError, RequestError
+from .events import JobProgress, State
 from .flight import Shared
-from .future import JobProgress, State
 from .job import Image, Job
 from .policy import due, outlook, shared, until_done
 from .pool import Pool

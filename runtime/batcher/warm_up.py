@@ -19,12 +19,14 @@ from ..pipeline import Pipeline
 from ..warm_up import blank_request
 from .flight import Shared, slot_shapes
 from .job import Job
-from .policy import UNSETTLED
 from .pool import Pool
 from .prepared import Fit
+from .times import UNSETTLED
 
-TIMED = 4
-"""Steps of each bucket that are timed, half of them on each of the two sets of buffers."""
+ROUNDS = 3
+"""Times that every bucket is timed, by turns: a device may change its speed. The fastest time counts."""
+TIMED = 2
+"""Steps of a bucket in each of them, one on each of the two sets of buffers."""
 
 
 def jobs_for(
@@ -52,7 +54,7 @@ def warm_up(pool: Pool, job: Job, pictures: bool, progress: Progress) -> frozens
     """
     session, request, buckets = job.pipe.session, job.call.request, pool.times.buckets
     what = f"{request.width}x{request.height}" + (" with skipped layers" if job.table.skips else "")
-    report = partial(_report, progress, what, 2 + len(buckets))
+    report = partial(_report, progress, what, 3 + len(buckets))
     report("prompt and decoder", 0)
     flight, opened = pool.at_rest(), job.needs
     decodings = {job.decoding, shown_by(session.bundle, job.decoding)} if pictures else {job.decoding}
@@ -72,8 +74,12 @@ def warm_up(pool: Pool, job: Job, pictures: bool, progress: Progress) -> frozens
         flight.keep()
         for number, bucket in enumerate(reversed(buckets)):  # the largest first: memory that it needs serves all
             report(f"steps of {bucket} rows", 2 + number)
-            flight.time_bucket(bucket, UNSETTLED, TIMED)
-        report("ready", 2 + len(buckets))
+            flight.seconds_of(bucket, UNSETTLED)
+        report("times of steps", 2 + len(buckets))
+        rounds = [[flight.seconds_of(bucket, TIMED) for bucket in buckets] for _ in range(ROUNDS)]
+        for bucket, times in zip(buckets, zip(*rounds, strict=True), strict=True):
+            pool.times.set(bucket, min(times))
+        report("ready", 3 + len(buckets))
     except BaseException:
         pool.close()  # nothing is in flight
         raise

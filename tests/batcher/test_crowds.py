@@ -19,9 +19,10 @@ from latentrt.engines.errors import EngineError
 from latentrt.export.embedded import ensure_bundle
 from latentrt.runtime import Pipeline
 from latentrt.runtime.batcher import Batcher, pool
-from latentrt.runtime.batcher.policy import Candidate, Decision, StepTimes, decide
+from latentrt.runtime.batcher.policy import Candidate, Decision, decide
 from latentrt.runtime.batcher.prepared import Prepared
 from latentrt.runtime.batcher.slots import Slots
+from latentrt.runtime.batcher.times import StepTimes
 
 from .requests import SMALL, alone, mixed
 

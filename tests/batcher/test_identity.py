@@ -15,8 +15,8 @@ from latentrt.engines.errors import EngineError
 from latentrt.engines.onnxruntime.session import OnnxRuntimeEngine
 from latentrt.runtime import Pipeline
 from latentrt.runtime.batcher import Batcher
-from latentrt.runtime.batcher.policy import StepTimes
 from latentrt.runtime.batcher.slots import Slots
+from latentrt.runtime.batcher.times import StepTimes
 from latentrt.runtime.sampling.noise import Generator
 from PIL import Image
 

@@ -12,16 +12,15 @@ from latentrt.runtime.batcher.policy import (
     PATIENCE,
     SLACK,
     SPARED,
-    UNSETTLED,
     Candidate,
     Decision,
-    StepTimes,
     decide,
     due,
     outlook,
     until_done,
 )
 from latentrt.runtime.batcher.queue import Turns
+from latentrt.runtime.batcher.times import LEARNT, STALL, UNSETTLED, StepTimes
 from latentrt.runtime.loop.widths import rows_of
 
 FLAT = StepTimes((2, 4, 8), {2: 1.0, 4: 1.1, 8: 1.2})
@@ -44,14 +43,65 @@ def test_a_bucket_is_the_smallest_that_holds_the_rows() -> None:
     assert [FLAT.bucket(rows) for rows in (1, 2, 3, 4, 5, 8)] == [2, 2, 4, 4, 8, 8]
 
 
-def test_first_runs_of_a_bucket_are_not_timed_and_later_ones_are_averaged() -> None:
+def test_first_runs_of_a_bucket_are_not_timed_and_those_after_them_are_averaged() -> None:
     times = StepTimes((2,))
     for _ in range(UNSETTLED):
         times.add(2, 100.0)
     assert times.seconds == {}
-    times.add(2, 1.0)
-    times.add(2, 2.0)
-    assert times.seconds[2] == pytest.approx(1.2)
+    for number in range(1, LEARNT + 1):
+        times.add(2, float(number))
+        assert times.seconds[2] == pytest.approx((number + 1) / 2)
+
+
+def settled(seconds: dict[int, float]) -> StepTimes:
+    """Return times whose next steps count."""
+    times = StepTimes(tuple(seconds))
+    for bucket, each in seconds.items():
+        times.set(bucket, each)
+    return times
+
+
+@pytest.mark.parametrize("speed", [1 / 1.5, 1.5, 2.5])
+@pytest.mark.parametrize("used", [2, 8])
+def test_a_device_that_changes_its_speed_does_so_at_every_width(used: int, speed: float) -> None:
+    """Also at widths that are not in use: old times of theirs would make those look good, or bad for ever."""
+    curve = {2: 1.0, 4: 1.8, 8: 3.7}
+    times = settled(curve)
+    for _ in range(60):
+        times.add(used, curve[used] / speed)
+    assert [times.seconds[bucket] * speed for bucket in curve] == pytest.approx(list(curve.values()), rel=0.01)
+    assert times.knee() == 4
+
+
+def test_a_stall_changes_no_width_and_is_soon_forgotten() -> None:
+    curve = {2: 1.0, 4: 1.8, 8: 3.7}
+    times = settled(curve)
+    times.add(4, 100.0)
+    assert times.knee() == 4 and times.seconds[2] == pytest.approx(1 + 0.2 * (STALL - 1))
+    for _ in range(20):
+        times.add(4, 1.8)
+    assert list(times.seconds.values()) == pytest.approx(list(curve.values()), rel=0.01)
+
+
+def test_noise_changes_no_width() -> None:
+    generator, curve = (
+        random.Random(0),
+        {2: 1.0, 4: 1.84, 8: 3.62},
+    )  # 4 rows are 8.7 % better than 2, and 8 are 1.7 % better
+    times, knees = settled(curve), set[int]()
+    for _ in range(2000):
+        bucket = generator.choice((2, 4))
+        times.add(bucket, curve[bucket] * generator.lognormvariate(0, 0.06))
+        knees.add(times.knee())
+    assert knees == {4}
+
+
+def test_a_place_on_the_curve_that_is_wrong_is_mended_while_it_is_used() -> None:
+    times = settled({2: 1.0, 4: 1.2})  # a step of 4 rows takes 1.9
+    for _ in range(3000):
+        times.add(2, 1.0)
+        times.add(4, 1.9)
+    assert times.seconds[4] / times.seconds[2] == pytest.approx(1.9, rel=0.02)
 
 
 def test_a_bucket_without_a_time_is_guessed_from_its_neighbour() -> None:

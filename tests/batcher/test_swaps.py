@@ -12,8 +12,9 @@ from latentrt.engines.device import Array
 from latentrt.engines.errors import EngineError
 from latentrt.runtime import Pipeline
 from latentrt.runtime.batcher import Batcher, pool
-from latentrt.runtime.batcher.policy import Candidate, Decision, StepTimes
+from latentrt.runtime.batcher.policy import Candidate, Decision
 from latentrt.runtime.batcher.slots import Slots
+from latentrt.runtime.batcher.times import StepTimes
 
 from .conftest import Gate
 from .requests import SMALL, alone, mixed

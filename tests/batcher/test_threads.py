@@ -203,9 +203,9 @@ def test_warm_up_leaves_a_first_request_nothing_to_open_or_bind(
         picture = np.full((32, 32, 3), 0.5, np.float32)
         futures = [batcher.submit(**TINY, num_inference_steps=3, image=image) for image in (None, picture, picture)]
         assert all(len(future.result(300).images) == 1 for future in futures)
-    assert [done for _, done, _ in told] == list(range(7)) and {total for *_, total in told} == {6}
+    assert [done for _, done, _ in told] == list(range(8)) and {total for *_, total in told} == {7}
     steps = [f"steps of {rows} rows" for rows in (4, 3, 2, 1)]
-    stages = ("prompt and decoder", "encoder of pictures", *steps, "ready")
+    stages = ("prompt and decoder", "encoder of pictures", *steps, "times of steps", "ready")
     assert [what for what, *_ in told] == [f"32x32: {what}" for what in stages]
 
 
