@@ -270,9 +270,11 @@ def test_the_server_that_is_planned_can_be_started() -> None:
     from latentrt.benchmarks.serving.simulate import Setup
 
     setup = Setup(curve("a100-sd15"), slots=12, rows=24, queue=32)
-    for mix, most in ((MIXES["typical"], 150), (Mix(name="long", steps={4: 1, 151: 1}), 151)):
-        given = parsed(["serve", *setup.options(mix)])
-        assert [given[name] for name in ("slots", "rows", "max_waiting", "max_steps")] == [12, 24, 32, most]
+    long = Mix(name="long", steps={4: 1, 151: 1})
+    for mix, seconds, expected in ((MIXES["typical"], 600, (150, 600)), (long, 600.5, (151, 601))):
+        given = parsed(["serve", *setup.options(mix, seconds)])
+        names = ("slots", "rows", "max_waiting", "max_steps", "timeout")
+        assert tuple(given[name] for name in names) == (12, 24, 32, *expected)
 
 
 def test_bases_have_versions_and_nothing_is_secret() -> None:

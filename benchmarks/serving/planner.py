@@ -35,6 +35,8 @@ class Plan:
     """Median and 99th percentile of what requests take on an idle device."""
     others: dict[Policy, int | None]
     """Devices that other policies need; None: no number is enough."""
+    options: tuple[str, ...]
+    """Of `latentrt serve` for each device."""
 
     def as_record(self) -> dict[str, Any]:
         """Return the plan as JSON has it."""
@@ -48,6 +50,7 @@ class Plan:
             "alone_seconds": {"p50": self.alone[0], "p99": self.alone[1]},
             **outcome.figures(),
             "other_policies": self.others,
+            "serve": self.options,
         }
 
     @property
@@ -92,7 +95,9 @@ def plan(setup: Setup, mix: Mix, rate: float, p99: float, *, requests: int | Non
     others: dict[Policy, int | None] = {}
     for policy in POLICIES[1:]:
         others[policy] = fewest(lambda count, policy=policy: met(count, policy), math.ceil(rate / most[policy]))  # type: ignore[misc]
-    return Plan(devices, for_rate, rate / devices, most["in-flight"], outcomes[devices], (typical, slowest), others)
+    found, each = outcomes[devices], rate / devices
+    options = setup.options(mix, max(p99, *(entry.latency for entry in found.counted if math.isfinite(entry.latency))))
+    return Plan(devices, for_rate, each, most["in-flight"], found, (typical, slowest), others, options)
 
 
 def fewest(met: Callable[[int], bool], least: int) -> int | None:
@@ -137,7 +142,7 @@ def text(found: Plan, setup: Setup, mix: Mix, rate: float, p99: float) -> str:
             f"{len(outcome.entries)} requests of the mix {mix.name} on each device, Poisson arrivals of "
             f"{rate:g} images/s spread at random; {setup.slots} slots, {setup.rows} rows, {setup.queue} may wait",
         ),
-        ("serve", f"latentrt serve {' '.join(setup.options(mix))}"),
+        ("serve", f"latentrt serve {' '.join(found.options)}"),
         ("left out", "HTTP, PNG and network; devices that fail; load that is not steady"),
     ]
     return "\n".join(f"{name:<10} {said}".rstrip() for name, said in lines)

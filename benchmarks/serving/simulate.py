@@ -43,10 +43,12 @@ class Setup:
         """The row counts of a batcher that is opened so, on the engines of the curve."""
         return buckets_of(self.rows, dynamic=self.curve.dynamic)
 
-    def options(self, mix: Mix) -> tuple[str, ...]:
-        """Return the options of `latentrt serve` that make it such a server, and let it take a mix."""
+    def options(self, mix: Mix, seconds: float) -> tuple[str, ...]:
+        """Return the options of `latentrt serve` for such a server, on which requests of a mix may take so long."""
         steps = ("--max-steps", str(most)) if (most := max(mix.steps)) > Limits.steps else ()
-        return ("--slots", str(self.slots), "--rows", str(self.rows), "--max-waiting", str(self.queue), *steps)
+        timeout = ("--timeout", str(math.ceil(seconds))) if seconds > Limits.timeout else ()
+        own = ("--slots", str(self.slots), "--rows", str(self.rows), "--max-waiting", str(self.queue))
+        return (*own, *steps, *timeout)
 
     @cached_property
     def knee(self) -> int:

@@ -50,7 +50,7 @@ def plan(
     setup, asked = Setup(named(curve), slots or min(16, rows), rows, queue), mixes.mix(mix)
     found = planner.plan(setup, asked, rate, p99, seed=seed)
     if as_json:
-        about = {"curve": setup.curve.as_record(rows), "mix": asked.name, "serve": setup.options(asked)}
+        about = {"curve": setup.curve.as_record(rows), "mix": asked.name}
         typer.echo(json.dumps(found.as_record() | about, indent=2))
     else:
         typer.echo(planner.text(found, setup, asked, rate, p99))

@@ -10,7 +10,9 @@ LatentRTError
 
 from __future__ import annotations
 
-from ...engines.errors import BundleError, LatentRTError, RequestError, StorageError
+from concurrent.futures import CancelledError
+
+from ...engines.errors import BundleError, DeadlineError, LatentRTError, QueueFullError, RequestError, StorageError
 
 
 class RefusedError(RequestError):
@@ -52,3 +54,13 @@ def told(error: BaseException) -> str | None:
     if isinstance(error, BundleError):
         return "a file of this model is missing or was changed on the server: its log says which"
     return None
+
+
+def outcome_of(error: BaseException | None) -> str:
+    """Return what it is that an error ends: a job that is cancelled, late, refused, or has failed."""
+    if isinstance(error, CancelledError):
+        return "cancelled"
+    if isinstance(error, DeadlineError):
+        return "late" if error.seconds is None else "refused"
+    draining = isinstance(error, UnavailableError) and error.code == "draining"
+    return "refused" if draining or isinstance(error, (RequestError, QueueFullError, BusyError)) else "failed"

@@ -10,9 +10,8 @@ from concurrent.futures import CancelledError
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from ...engines.errors import DeadlineError, QueueFullError, RequestError
 from ..result import GenerationResult
-from .errors import BusyError, UnavailableError
+from .errors import outcome_of
 from .pictures import Picture
 from .work import Size, Work
 
@@ -92,8 +91,6 @@ class Job:
         self.state: State = "loading"
         self.error: BaseException | None = None
         self.pictures: dict[int, Picture] = {}
-        self.preview: Picture | None = None
-        """The latest preview."""
         self.facts: dict[str, Any] = {}
         """What is said with the result: timings, warnings, the digest of the bundle, every parameter."""
         self.ignored: list[str] = []
@@ -105,7 +102,8 @@ class Job:
         self.asked = self.arrived
         """When somebody last asked for it, or heard of it (`time.monotonic`)."""
         self._steps: dict[int, tuple[int, int]] = {}
-        self._previewed: dict[int, int] = {}
+        self._previews: dict[int, tuple[int, Picture]] = {}
+        """The latest one of each image on its way by its number, the newest last."""
         self._future: Any = None
         self._let_go: Callable[[], Any] | None = None
         """What ends it where it waits or is drawn."""
@@ -122,6 +120,12 @@ class Job:
     def left(self) -> float:
         """Seconds until nobody wants it."""
         return self.arrived + self.timeout - time.monotonic()
+
+    @property
+    def preview(self) -> Picture | None:
+        """The newest preview of an image that is on its way, or None."""
+        with self._lock:
+            return next((picture for _, picture in reversed(self._previews.values())), None)
 
     @property
     def outcome(self) -> str:
@@ -222,9 +226,11 @@ class Job:
     def previewed(self, index: int, number: int, picture: Picture) -> None:
         """Note a preview, unless a later one of its image is there, or the image: they are encoded side by side."""
         with self._lock:
-            late = index in self.pictures or number <= self._previewed.get(index, -1)
+            before = self._previews.get(index)
+            late = index in self.pictures or (before is not None and number <= before[0])
             if not self.is_over and not late:
-                self.preview, self._previewed[index] = picture, number
+                self._previews.pop(index, None)
+                self._previews[index] = number, picture
                 self._tell(Previewed(index, number, picture))
 
     def pictured(self, index: int, picture: Picture) -> None:
@@ -232,6 +238,7 @@ class Job:
         with self._lock:
             if not self.is_over and index not in self.pictures:
                 self.pictures[index] = picture
+                self._previews.pop(index, None)
                 self._tell(Pictured(index, picture))
 
     def end(self, state: State, error: BaseException | None = None, facts: Mapping[str, Any] | None = None) -> bool:
@@ -241,7 +248,7 @@ class Job:
                 return False
             self.state, self.error, self.finished = state, error, time.time()
             self.facts = dict(facts or {})
-            self.preview = None
+            self._previews.clear()
             if state != "succeeded":
                 self.pictures.clear()
             let_go, self._let_go, self._future = self._let_go, None, None
@@ -260,16 +267,6 @@ class Job:
     def _tell(self, event: Event) -> None:
         for hear in tuple(self._listeners):
             hear(event)
-
-
-def outcome_of(error: BaseException | None) -> str:
-    """Return what it is that an error ends: a job that is cancelled, late, refused, or has failed."""
-    if isinstance(error, CancelledError):
-        return "cancelled"
-    if isinstance(error, DeadlineError):
-        return "late" if error.seconds is None else "refused"
-    draining = isinstance(error, UnavailableError) and error.code == "draining"
-    return "refused" if draining or isinstance(error, (RequestError, QueueFullError, BusyError)) else "failed"
 
 
 def facts_of(job: Job, result: GenerationResult[Any]) -> dict[str, Any]:

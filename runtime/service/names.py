@@ -12,13 +12,15 @@ from ...engines.errors import RequestError
 def named_bundles(given: Sequence[str], opened: Callable[[Path], Bundle] = Bundle.open) -> dict[str, Bundle]:
     """Return bundles of `PATH` or `NAME=PATH` texts by name, that of the folder where none is given.
 
-    Raises `RequestError` for a name twice, and what `opened` raises: `BundleError` for what is no bundle.
+    Raises `RequestError` for a name twice or a part left out, and what `opened` raises: `BundleError` for no bundle.
     """
     bundles: dict[str, Bundle] = {}
     for text in given:
         name, equals, path = text.partition("=")
         if not equals or "/" in name:
             path, name = text, Path(text).absolute().name
+        if not (name and path):
+            raise RequestError(f"bundle is {text!r}: give PATH or NAME=PATH, such as sdxl=bundles/sdxl")
         if name in bundles:
             raise RequestError(f"two bundles are called {name!r}: give NAME=PATH for one of them")
         bundles[name] = opened(Path(path))

@@ -14,8 +14,8 @@ from ...engines.errors import LatentRTError, QueueFullError, RequestError, reaso
 from ..batcher import events
 from .counts import Figures
 from .deadlines import Deadlines, too_late
-from .errors import BusyError, UnavailableError
-from .job import Job, facts_of, outcome_of
+from .errors import BusyError, UnavailableError, outcome_of
+from .job import Job, facts_of
 from .models import Model, Models
 from .pictures import Picture, encoded
 from .store import Store

@@ -193,10 +193,14 @@ def test_previews_come_in_their_order_and_before_their_picture() -> None:
     job.listen(heard.append)
     for index, number in ((0, 1), (0, 0), (1, 0), (0, 2), (0, 2)):
         job.previewed(index, number, Picture(b"%d %d" % (index, number), PREVIEW))
+    assert job.preview is not None and job.preview.data == b"0 2"
     job.pictured(0, Picture(b"0", PREVIEW))
     job.previewed(0, 3, Picture(b"0 3", PREVIEW))
     told = [each.picture.data for each in heard if isinstance(each, Previewed | Pictured)]
-    assert told == [b"0 1", b"1 0", b"0 2", b"0"] and job.preview is not None and job.preview.data == b"0 2"
+    assert told == [b"0 1", b"1 0", b"0 2", b"0"]
+    assert job.preview.data == b"1 0"  # of the image that is still on its way
+    job.pictured(1, Picture(b"1", PREVIEW))
+    assert job.preview is None
 
 
 def events(lines: Iterator[str]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -260,12 +264,13 @@ def test_a_server_that_goes_waits_for_clients_that_ask(monkeypatch: pytest.Monke
     with Served() as served, served.http() as http, ThreadPoolExecutor() as pool:
         fetched, left = submit(http), submit(http)
         until(lambda: not served.service.unfinished)
-        monkeypatch.setattr("latentrt.runtime.service.service.PATIENCE", 0.5)
+        monkeypatch.setattr("latentrt.runtime.service.service.PATIENCE", 60.0)
         drained = pool.submit(served.service.drain, 60.0)
         until(lambda: served.service.state == "draining")
-        assert not drained.done()
         assert http.get(f"/v1/jobs/{fetched['id']}").json()["state"] == "succeeded"
-        assert drained.result() is True  # nobody has asked for the other one for a while
+        assert wait([drained], 0.2).not_done
+        served.service.store.find("", left["id"]).asked -= 100  # nobody has asked for the other one for a while
+        assert drained.result() is True
         assert http.get(f"/v1/jobs/{left['id']}").json()["state"] == "succeeded"
 
 

@@ -244,6 +244,9 @@ def test_names_of_bundles(tmp_path: Path) -> None:
     assert list(named_bundles([f"mine={path}", path])) == ["mine", Path(path).name]
     with pytest.raises(RequestError, match="give NAME=PATH"):
         named_bundles([path, path])
+    for text in ("", f"={path}", "mine="):
+        with pytest.raises(RequestError, match=f"bundle is '{text}': give PATH or NAME=PATH"):
+            named_bundles([text])
     with pytest.raises(BundleError, match="does not exist"):
         named_bundles([str(tmp_path / "a=b")])
 
