@@ -26,11 +26,11 @@ LEARNT = 8
 FADING = 0.2
 """Share of the newest time in a mean."""
 DRIFT = 0.001
-"""The same in the place of a bucket on the curve, once it was learnt: noise would change widths for nothing."""
+"""Share of the newest time in a bucket's place on the curve, once learnt: noise would change widths for nothing."""
 STALL = 2.0
 """A step that takes so many times as long as it should, or longer, is a stall: it tells no more than this."""
 LATELY = 0.02
-"""The same in the mean of what steps of any width took: about the last fifty."""
+"""Share of the newest time in the mean of what steps of any width took: about the last fifty."""
 
 
 class StepTimes:

@@ -84,11 +84,8 @@ def test_a_stall_changes_no_width_and_is_soon_forgotten() -> None:
 
 
 def test_noise_changes_no_width() -> None:
-    generator, curve = (
-        random.Random(0),
-        {2: 1.0, 4: 1.84, 8: 3.62},
-    )  # 4 rows are 8.7 % better than 2, and 8 are 1.7 % better
-    times, knees = settled(curve), set[int]()
+    curve = {2: 1.0, 4: 1.84, 8: 3.62}  # 4 rows are 8.7 % better than 2, and 8 another 1.7 %
+    times, knees, generator = settled(curve), set[int](), random.Random(0)
     for _ in range(2000):
         bucket = generator.choice((2, 4))
         times.add(bucket, curve[bucket] * generator.lognormvariate(0, 0.06))
