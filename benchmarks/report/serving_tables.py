@@ -7,7 +7,7 @@ from typing import Any
 
 from .records import Record, by_machine
 from .table import DASH, Table
-from .tables import Section, command, conditions
+from .tables import Section, command, conditions, threads_of
 
 LOADS = (0.7, 0.9)
 BASELINES = ("one at a time", "static equal")
@@ -45,7 +45,9 @@ def _device(record: Record) -> str:
     curve, engines = record["curve"], record["engines"]
     if engines["paced"]:
         return f"paced by the curve {curve['name']} ({curve['kind']})"
-    return f"{engines['bundle']} on {engines['backend']}"
+    at = f" at {engines['size'].replace('x', '×')}" if engines.get("size") else ""
+    threads = f", {threads_of(record)}" if record["conditions"]["device"] == "cpu" else ""
+    return f"{engines['bundle']}{at} on {engines['backend']}{threads}"
 
 
 def serving_table(found: Found) -> Table:

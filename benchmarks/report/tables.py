@@ -68,9 +68,8 @@ def conditions(record: Record) -> str:
     """Return where, how and when a record was made, in a sentence."""
     machine, state = record["machine"], record["conditions"]
     where = machine["gpu"]["name"] if state["device"] == "cuda" else f"{machine['processor']}, {machine['cores']} cores"
-    threads = "1 thread" if state["threads"] == 1 else f"{state['threads']} threads"
     pinned = " pinned" if record["kind"] in ("latency", "scaling") else ""
-    parts = [f"{where}, {threads}{pinned}, {machine['memory_gib']:g} GiB, {machine['system']}"]
+    parts = [f"{where}, {threads_of(record)}{pinned}, {machine['memory_gib']:g} GiB, {machine['system']}"]
     if "model" in record:
         parts.append(f"weights: {record['model']['weights']}; sampler: {record['model']['sampler']}")
     if "turns" in state:
@@ -79,6 +78,12 @@ def conditions(record: Record) -> str:
     if not state["quiet"]:
         parts.append(f"NOT QUIET: others used {state['others_share']:.0%} of the machine")
     return "; ".join([*parts, f"{record['date'][:10]}; `{command(record)}`"])
+
+
+def threads_of(record: Record) -> str:
+    """Return in words how many threads of the processor were used."""
+    count = record["conditions"]["threads"]
+    return "1 thread" if count == 1 else f"{count} threads"
 
 
 def command(record: Record) -> str:

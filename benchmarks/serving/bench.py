@@ -169,13 +169,13 @@ class _Bench:
         """Open a policy, over HTTP or in this process."""
         place = replace(self.place, policy=policy)
         if self.options.http:
-            with ServerProcess(place) as server, load.OverHttp(server.port) as ask:
+            with ServerProcess(place) as server, load.OverHttp(server.port, place.pixels) as ask:
                 yield ask
         else:
             with place.pipeline() as (pipe, _):
-                opened = open_server(policy, pipe, self.setup)
+                opened = open_server(policy, pipe, self.setup, size=place.pixels)
                 try:
-                    yield load.in_process(opened)
+                    yield load.in_process(opened, place.pixels)
                 finally:
                     opened.close(cancel=True)
 
@@ -213,6 +213,7 @@ class _Bench:
                 "paced": place.paced,
                 "bundle": place.bundle or "embedded",
                 "backend": None if place.paced else place.backend,
+                "size": place.size or None,
             },
             "rate": finite(rate),
             "bound": BOUND,

@@ -39,13 +39,13 @@ class Submits(Protocol):
         """What queues a request."""
 
 
-def in_process(server: Submits) -> Ask:
-    """Return what asks a server of this process."""
+def in_process(server: Submits, size: tuple[int, int] | None = None) -> Ask:
+    """Return what asks a server of this process for pictures of a size (width, height), or of the bundle's own."""
 
     def ask(entry: Entry) -> Future[bool]:
         answer: Future[bool] = Future()
         try:
-            future = server.submit(**arguments(entry.work, entry.index))
+            future = server.submit(**arguments(entry.work, entry.index, size))
         except QueueFullError:
             answer.set_result(False)
             return answer
@@ -66,9 +66,10 @@ def in_process(server: Submits) -> Ask:
 class OverHttp:
     """Asks a server over HTTP, on connections that stay open; a context manager."""
 
-    def __init__(self, port: int) -> None:
-        """Connect when it is needed."""
+    def __init__(self, port: int, size: tuple[int, int] | None = None) -> None:
+        """Connect when it is needed, and ask for pictures of a size (width, height), or of the bundle's own."""
         self._port, self._local = port, threading.local()
+        self._given = {"response_format": "b64_json"} | ({} if size is None else {"size": "{}x{}".format(*size)})
         self._opened: list[http.client.HTTPConnection] = []
         self._pool = ThreadPoolExecutor(CONNECTIONS, "latentrt load")
 
@@ -77,7 +78,7 @@ class OverHttp:
         return self._pool.submit(self._ask, entry)
 
     def _ask(self, entry: Entry) -> bool:
-        body = json.dumps({**arguments(entry.work, entry.index), "response_format": "b64_json"})
+        body = json.dumps({**arguments(entry.work, entry.index), **self._given})
         status, text = self.post("/v1/images/generations", body)
         if status == 429:
             return False

@@ -23,6 +23,7 @@ from ...engines.errors import EngineError
 from ...export.embedded import ensure_bundle
 from ...runtime import Pipeline
 from ...runtime.loop.widths import check_numbers
+from ...runtime.sizes import parse_size
 from ..contenders.process import resident_bytes
 from .curve import curve
 from .mixes import MOST_STEPS
@@ -50,10 +51,17 @@ class Place:
     """None: the embedded model."""
     backend: str = "auto"
     threads: int | None = None
+    size: str = ""
+    """Of pictures, WIDTHxHEIGHT; of no text the bundle's own."""
 
     def __post_init__(self) -> None:
         """Raise `RequestError` for numbers that no batcher takes, before a curve is measured."""
         check_numbers(self.slots, self.rows, self.queue, None)
+
+    @property
+    def pixels(self) -> tuple[int, int] | None:
+        """Width and height of pictures, None where they are the bundle's own; raises `RequestError` for no size."""
+        return parse_size(self.size) if self.size else None
 
     @contextmanager
     def pipeline(self) -> Iterator[tuple[Pipeline, PacedBackend | None]]:
@@ -79,7 +87,7 @@ class ServerProcess:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
-        command = [sys.executable, "-m", __name__, json.dumps(asdict(place)), str(self.port)]
+        command = [sys.executable, "-m", __name__, json.dumps(asdict(place)), str(self.port), str(os.getpid())]
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE)
         self.stats: dict[str, Any] = {}
         end = time.monotonic() + START_SECONDS
@@ -135,11 +143,11 @@ def main(arguments: list[str]) -> None:
     from ...runtime.server.metrics import Metrics
     from ...runtime.service import Limits, Models, ModelSettings, Service
 
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
-    place, port = Place(**json.loads(arguments[0])), int(arguments[1])
+    place, port, parent = Place(**json.loads(arguments[0])), int(arguments[1]), int(arguments[2])
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     with place.pipeline() as (pipe, paced):
         http, metrics = HttpSettings(), Metrics()
-        server = open_server(place.policy, pipe, place.setup, metrics.observer("model"))
+        server = open_server(place.policy, pipe, place.setup, metrics.observer("model"), size=place.pixels)
         models = Models({"model": pipe.bundle}, ModelSettings())
         model = models.find(None)
         model.batcher, model.state = server, "ready"  # type: ignore[assignment]  # a baseline has what is called
@@ -150,7 +158,8 @@ def main(arguments: list[str]) -> None:
         finally:
             server.close(cancel=True)
     said = {"device_seconds": paced.device.clock.spent - before} if paced else {}
-    sys.stdout.write(json.dumps(said) + "\n")
+    with contextlib.suppress(BrokenPipeError):  # nobody reads it
+        os.write(sys.stdout.fileno(), json.dumps(said).encode() + b"\n")
 
 
 if __name__ == "__main__":

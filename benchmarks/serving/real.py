@@ -18,6 +18,7 @@ from ...engines.errors import EngineError, RequestError
 from ...engines.files import write_atomically
 from ...export.embedded import ensure_bundle
 from ...runtime import Batcher, Pipeline
+from ...runtime.sizes import size_of
 from ..measure import machine
 from .curve import Curve, parse
 from .mixes import Work
@@ -30,35 +31,39 @@ ROUNDS, CALLS = 10, 3
 """Times are means over rounds of all widths, each of so many calls: virtual machines change their speed in seconds."""
 
 
-def measure(bundle: str | Path | None, backend: str, threads: int | None, rows: int, *, name: str) -> Curve:
+def measure(
+    bundle: str | Path | None, backend: str, threads: int | None, rows: int, *, name: str, size: str = ""
+) -> Curve:
     """Return the curve of a bundle (None: the embedded model) on a backend, for up to so many rows.
 
+    Pictures are of a size WIDTHxHEIGHT, of no text the bundle's own. Raises `RequestError` for a size that it has not.
     One and two rows are the pipeline's own calls, alone and without what a request needs once; wider steps are timed in
     a batcher. What is left of a call without its steps is encoding and decoding.
     """
     opened = Bundle.open(bundle or ensure_bundle())
+    sides = size_of(size, opened.manifest.latent)
     options = {} if threads is None else {"threads": threads}
     with Pipeline(opened, open_backend(backend, **options), max_batch=rows) as pipe:
-        calls = {guided: _Calls(pipe, guided) for guided in (False, True)}
+        calls = {guided: _Calls(pipe, guided, sides) for guided in (False, True)}
         with Batcher(pipe, slots=max(1, rows // 2), rows=rows) as batcher:
             wide: dict[int, list[float]] = {}
             for _ in range(ROUNDS):
                 for each in calls.values():
                     each.add(CALLS)
-                batcher.warm_up(pictures=False)
+                batcher.warm_up([sides], pictures=False)
                 for bucket, step in batcher.stats().curve.items():
                     wide.setdefault(bucket, []).append(step)
         known = {1 + guided: each.step for guided, each in calls.items()}
         known |= {bucket: fmean(steps) for bucket, steps in wide.items() if bucket > max(known)}
-        latent, dynamic = opened.manifest.latent, pipe.backend.dynamic
-        size = f"{latent.default_width}×{latent.default_height}"
+        dynamic = pipe.backend.dynamic
         ran = f"{pipe.backend.name}, {getattr(pipe.backend, 'threads', None) or 'all'} threads"
     for smaller, larger in itertools.pairwise(sorted(known)):
         known[larger] = max(known[larger], known[smaller])  # noise: a wider step takes no less
     about = machine.describe_machine()
     decode = fmean(calls[True].decode)
+    model, pixels = opened.path.name if bundle else "the embedded model", "{}×{}".format(*sides)
     found = {
-        "title": f"{opened.path.name if bundle else 'the embedded model'}, {size}, {opened.manifest.precision}, {ran}",
+        "title": f"{model}, {pixels}, {opened.manifest.precision}, {ran}",
         "kind": "measured",
         "source": f"latentrt {machine.source_version()} on {about['processor']}, {about['cores']} cores, "
         f"{about['gpu']['name'] if about['gpu'] else 'no GPU'}, {date.today()}; `latentrt bench serve --save-curve`.",
@@ -73,8 +78,8 @@ def measure(bundle: str | Path | None, backend: str, threads: int | None, rows: 
 class _Calls:
     """Seconds of a pipeline's calls with few and with many steps, by turns."""
 
-    def __init__(self, pipe: Pipeline, guided: bool) -> None:
-        self._pipe, self._guided = pipe, guided
+    def __init__(self, pipe: Pipeline, guided: bool, size: tuple[int, int]) -> None:
+        self._pipe, self._guided, self._size = pipe, guided, size
         self._seconds: dict[int, list[float]] = {FEW: [], MANY: []}
         self.decode: list[float] = []
         """Seconds of the decoder."""
@@ -86,7 +91,8 @@ class _Calls:
         """Make so many calls of each kind."""
         for number in range(count):
             for steps, into in self._seconds.items():
-                timings = self._pipe(**arguments(Work(steps, "dpmpp_2m_karras", self._guided), number)).timings
+                given = arguments(Work(steps, "dpmpp_2m_karras", self._guided), number, self._size)
+                timings = self._pipe(**given).timings
                 into.append(timings.total)
                 self.decode.append(timings.decode)
 
@@ -132,7 +138,7 @@ def measured(place: Place, say: Callable[[str], object]) -> Iterator[Place]:
         raise RequestError(f"scale is {place.scale:g}: real engines take their own time; give --curve to pace a device")
     with tempfile.TemporaryDirectory() as folder:
         say("measuring the step-time curve")
-        found = measure(place.bundle, place.backend, place.threads, place.rows, name="here")
+        found = measure(place.bundle, place.backend, place.threads, place.rows, name="here", size=place.size)
         path = save(found, Path(folder) / "here.json")
         say(", ".join(f"{each} rows {1e3 * seconds:.3g} ms" for each, seconds in found.known.items()))
         yield replace(place, curve=str(path), backend=resolve(place.backend))

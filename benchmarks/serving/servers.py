@@ -22,13 +22,18 @@ from .simulate import GROUPS, Group, Policy, Setup
 
 PROMPT = "a red circle on a blue background"
 GUIDANCE = 4.0
-PLAIN = ("prompt", "num_inference_steps", "sampler", "guidance_scale", "seed")
+PLAIN = ("prompt", "num_inference_steps", "sampler", "guidance_scale", "seed", "width", "height")
 """The arguments that requests of a mix have."""
 
 
-def arguments(work: Work, seed: int) -> dict[str, Any]:
-    """Return a request as arguments of a pipeline's call; the prompt is told apart by the seed."""
+def arguments(work: Work, seed: int, size: tuple[int, int] | None = None) -> dict[str, Any]:
+    """Return a request as arguments of a pipeline's call; the prompt is told apart by the seed.
+
+    `size` is width and height in pixels; None: the bundle's own.
+    """
+    sides = {} if size is None else {"width": size[0], "height": size[1]}
     return {
+        **sides,
         "prompt": f"{PROMPT}, {seed % 100}",
         "num_inference_steps": work.steps,
         "sampler": work.sampler,
@@ -76,11 +81,9 @@ class Grouped:
         timeout: float | None = None,
         previews: int = 0,
         on_event: object = None,
-        width: int | None = None,
-        height: int | None = None,
         **given: Any,
     ) -> Future[GenerationResult[Any]]:
-        """Queue a request of one image of the bundle's own size, and return the future of its result.
+        """Queue a request of one image, of the size that all have, and return the future of its result.
 
         Raises `QueueFullError` when too much waits.
         """
@@ -152,10 +155,10 @@ class Grouped:
 class Crowd(Grouped):
     """Static batches of unlike requests: a batcher draws a group, and gets the next one when it is empty."""
 
-    def __init__(self, pipe: Pipeline, setup: Setup, group: Group) -> None:
+    def __init__(self, pipe: Pipeline, setup: Setup, group: Group, size: tuple[int, int] | None) -> None:
         """Open the batcher, warmed up."""
         self.batcher = Batcher(pipe, slots=min(setup.slots, setup.knee), rows=setup.knee, max_waiting=setup.slots)
-        self.batcher.warm_up(pictures=False)
+        self.batcher.warm_up(None if size is None else [size], pictures=False)
         super().__init__(pipe, setup, group, self._together)
 
     def _together(self, group: list[Asked]) -> None:
@@ -182,18 +185,28 @@ def _pass_on(future: Future[GenerationResult[Any]], asked: Asked, event: threadi
         event.set()
 
 
-def open_server(policy: Policy, pipe: Pipeline, setup: Setup, observer: Observer | None = None) -> Batcher | Grouped:
-    """Return a policy over a pipeline, which stays the caller's; warmed up. A batcher tells `observer` of its steps."""
+def open_server(
+    policy: Policy,
+    pipe: Pipeline,
+    setup: Setup,
+    observer: Observer | None = None,
+    *,
+    size: tuple[int, int] | None = None,
+) -> Batcher | Grouped:
+    """Return a policy over a pipeline, which stays the caller's; warmed up. A batcher tells `observer` of its steps.
+
+    `size` is width and height of all requests; None: the bundle's own.
+    """
     if policy == "in-flight":
         batcher = Batcher(pipe, slots=setup.slots, rows=setup.rows, max_waiting=setup.queue, observer=observer)
-        batcher.warm_up(pictures=False)
+        batcher.warm_up(None if size is None else [size], pictures=False)
         return batcher
     if policy == "static unlike":
-        return Crowd(pipe, setup, GROUPS[policy])
+        return Crowd(pipe, setup, GROUPS[policy], size)
     server = Grouped(pipe, setup, GROUPS[policy], None)
     for guided in (False, True):  # what a first request of each width would wait for
         for images in range(1, 1 + (setup.slots if policy == "static equal" else 1)):
-            work = arguments(Work(2, "euler_a", guided), 0)
+            work = arguments(Work(2, "euler_a", guided), 0, size)
             if images * (1 + guided) <= setup.rows:
                 pipe([PROMPT] * images, **{name: value for name, value in work.items() if name != "prompt"})
     return server

@@ -102,6 +102,9 @@ def bench_serve(
     in_process: Annotated[bool, typer.Option("--in-process", help="Leave out HTTP.")] = False,
     backend: Annotated[str, typer.Option("--backend", help="Backend of real engines.")] = "auto",
     threads: Annotated[int | None, typer.Option("--threads", min=1, help="Processor threads of real engines.")] = None,
+    size: Annotated[
+        str, typer.Option("--size", metavar="WxH", help="Of pictures of real engines (default: the bundle's).")
+    ] = "",
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of arrivals and requests.")] = 0,
     save_curve: Annotated[
         Path | None, typer.Option("--save-curve", help="Write the measured curve of real engines, and do no more.")
@@ -120,13 +123,16 @@ def bench_serve(
         if not 0 < value < 1e6:
             raise RequestError(f"--{name} is {value!r}: give a number above 0")
     check_backend(backend)
+    of_engines = {"size": size, "threads": threads, "save-curve": save_curve, "backend": backend.removeprefix("auto")}
+    if curve is not None and (given := [f"--{name}" for name, value in of_engines.items() if value]):
+        raise RequestError(f"--curve is {curve}: a paced device has no engines; leave {' and '.join(given)} out")
     began = time.monotonic()
 
     def say(line: str) -> None:
         typer.echo(f"{time.monotonic() - began:6.1f} s  {line}", err=True)
 
     if save_curve is not None:
-        found = real.measure(bundle, backend, threads, rows, name=save_curve.stem)
+        found = real.measure(bundle, backend, threads, rows, name=save_curve.stem, size=size)
         typer.echo(real.save(found, save_curve))
         return
     options = bench.Options(
@@ -154,6 +160,7 @@ def bench_serve(
         bundle=None if bundle is None else str(bundle),
         backend=backend,
         threads=threads,
+        size=size,
     )
     with records.Journal(path, say) as journal, real.measured(wanted, say) as where:
         made = bench.run(where, options, say, journal.keep)

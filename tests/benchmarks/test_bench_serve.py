@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +140,15 @@ def test_tables_hold_the_newest_of_each_point_apart_by_device() -> None:
     again = {"command": "latentrt bench serve --point bounded"}
     found.append({**found[-1], "point": "bounded", "load": None, **bounded, **again})
     found.append(saturated("in-flight", 3.0, engines={"paced": False, "bundle": "b", "backend": "x"}))
-    first, second = serving_sections(found)
+    on_cpu = {"engines": {"paced": False, "bundle": "b", "backend": "x", "size": "64x96"}}
+    for threads in (1, 2):
+        state = {"device": "cpu", "threads": threads, "quiet": True}
+        found.append(saturated("in-flight", 3.0, conditions=state, **on_cpu))
+    first, second, *others = serving_sections(found)
+    assert [each.title for each in others] == [
+        "Serving: b at 64×96 on x, 1 thread, mix m",
+        "Serving: b at 64×96 on x, 2 threads, mix m",
+    ]
     assert first.tables[0].rows == [
         ["one at a time", "2 (2)", "1.00", *["–"] * 7],
         ["**in flight**", "3 (3)", "1.50", *["–"] * 3, "1 (1)", "refused (refused)", "50% (50%)", "1.5 (1.6)"],
@@ -169,7 +178,8 @@ def test_load_goes_over_http_to_a_server_of_its_own() -> None:
     assert server.stats["device_seconds"] >= used * 0.5 * 0.138 / 16, "steps were skipped"
 
 
-def test_a_server_ends_with_the_process_that_started_it() -> None:
+@pytest.mark.parametrize("ready", [True, False])
+def test_a_server_ends_with_the_process_that_started_it(ready: bool) -> None:
     pytest.importorskip("fastapi")
     start = (
         "from latentrt.benchmarks.serving.process import Place, ServerProcess\n"
@@ -179,7 +189,12 @@ def test_a_server_ends_with_the_process_that_started_it() -> None:
     )
     with subprocess.Popen([sys.executable, "-c", start], stdout=subprocess.PIPE) as starter:
         assert starter.stdout is not None
-        server = psutil.Process(int(starter.stdout.readline()))
+        if ready:
+            server = psutil.Process(int(starter.stdout.readline()))
+        else:
+            while not (children := psutil.Process(starter.pid).children()):
+                time.sleep(0.001)
+            server = children[0]
         starter.kill()
         server.wait(60)
 
@@ -244,6 +259,24 @@ def test_slots_are_no_more_than_rows(
     for more, said in (([], "8 slots on 8 rows"), (["--slots", "16"], "rows is 8: give a whole number from 16")):
         assert cli.run([*words, *more]) != 0
         assert said in capsys.readouterr().err
+
+
+def test_a_size_that_cannot_be_measured_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    words = ["bench", "serve", "-o", str(tmp_path / "r.jsonl"), "--size"]
+    for given, more, message in (
+        ("64x13", [], "the height of --size is 13: this bundle needs a multiple of 8; try 8 or 16"),
+        ("64", [], "size is '64': give WIDTHxHEIGHT in pixels"),
+        ("64x64", ["--curve", "a100-sd15"], "a paced device has no engines; leave --size out"),
+        ("64x13", ["--save-curve", str(tmp_path / "c.json")], "the height of --size is 13"),
+        (
+            "",
+            ["--curve", "cpu-embedded", "--save-curve", str(tmp_path / "c.json"), "--threads", "1"],
+            "--curve is cpu-embedded: a paced device has no engines; leave --threads and --save-curve out",
+        ),
+    ):
+        assert cli.run([*words, given, *more]) == 2
+        assert message in capsys.readouterr().err
+        assert not list(tmp_path.iterdir())
 
 
 def test_times_of_real_engines_are_not_scaled(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

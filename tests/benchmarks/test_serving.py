@@ -186,7 +186,8 @@ def test_a_measured_curve_says_what_its_engines_take(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(real, "ROUNDS", 1)
     monkeypatch.setattr(real, "CALLS", 1)
     monkeypatch.setattr(real._Calls, "step", 1e-3)  # whatever the clock says
-    found = real.measure(None, "auto", None, 5, name="mine")
+    found = real.measure(None, "auto", None, 5, name="mine", size="64x96")
+    assert found.title.startswith("the embedded model, 64×96, fp32, paced")
     read = curve(str(real.save(found, tmp_path / "mine.json")))
     assert not found.dynamic and not read.dynamic and curve("a100-sd15").dynamic
     assert tuple(read.known) == Setup(read, slots=2, rows=5).buckets == (1, 2, 4, 5)
@@ -196,15 +197,18 @@ SETUP = Setup(QUICK, slots=8, rows=8, queue=32)
 SHORT = mixes.Mix(name="short", steps={2: 1, 3: 1}, samplers={"ddim": 1, "euler_a": 1}, guided=0.5)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-def test_every_policy_answers_all_requests_once(quick: Pipeline, policy: simulate.Policy) -> None:
-    server = servers.open_server(policy, quick, SETUP)
+@pytest.mark.parametrize(("policy", "size"), [*((each, None) for each in POLICIES), *((e, (64, 96)) for e in POLICIES)])
+def test_every_policy_answers_all_requests_once(
+    quick: Pipeline, policy: simulate.Policy, size: tuple[int, int] | None
+) -> None:
+    server = servers.open_server(policy, quick, SETUP, size=size)
     try:
         arrivals = Arrivals(SHORT.draw(30, 0), QUICK, math.inf, queue=32)
-        outcome = load.run(load.in_process(server), arrivals, capacity=1000.0)
+        outcome = load.run(load.in_process(server, size), arrivals, capacity=1000.0)
         assert outcome.refused() == 0 and len({entry.ended for entry in outcome.entries}) > 1
-        result = server.submit(**servers.arguments(Work(2, "ddim", True), 7)).result(60)
+        result = server.submit(**servers.arguments(Work(2, "ddim", True), 7, size)).result(60)
         assert result.seeds == [7] and len(result.images) == 1 and result.timings.total > 0
+        assert result.images[0].size == (size or (128, 128))
     finally:
         server.close()
     with pytest.raises(EngineError, match="closed"):
@@ -262,6 +266,21 @@ def test_refusals_are_counted_and_at_saturation_tried_again() -> None:
     server_like: Any = type("Server", (), {"submit": staticmethod(make_room)})
     outcome = load.run(load.in_process(server_like), Arrivals(works, QUICK, math.inf, queue=1), capacity=1e4)
     assert outcome.refused() == 0 and server.asked == [*range(11), *range(10, 20)]
+
+
+def test_requests_over_http_are_of_their_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    bodies: list[dict[str, Any]] = []
+
+    def post(self: load.OverHttp, path: str, body: str) -> tuple[int, bytes]:
+        bodies.append(json.loads(body))
+        return 200, b""
+
+    monkeypatch.setattr(load.OverHttp, "post", post)
+    for size in (None, (64, 96)):
+        with load.OverHttp(1, size) as ask:
+            assert ask(Entry(3, Work(4, "ddim", True), 1.0)).result(60)
+    assert [body.pop("size", None) for body in bodies] == [None, "64x96"]
+    assert bodies[0] == bodies[1] and bodies[0]["num_inference_steps"] == 4
 
 
 def test_an_answer_that_is_an_error_ends_the_run() -> None:
