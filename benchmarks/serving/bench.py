@@ -213,7 +213,7 @@ class _Bench:
                 "paced": place.paced,
                 "bundle": place.bundle or "embedded",
                 "backend": None if place.paced else place.backend,
-                "size": place.size or None,
+                "size": "{}x{}".format(*place.pixels) if place.pixels else None,
             },
             "rate": finite(rate),
             "bound": BOUND,

@@ -123,7 +123,7 @@ def bench_serve(
         if not 0 < value < 1e6:
             raise RequestError(f"--{name} is {value!r}: give a number above 0")
     check_backend(backend)
-    of_engines = {"size": size, "threads": threads, "save-curve": save_curve, "backend": backend.removeprefix("auto")}
+    of_engines = {"size": size, "threads": threads, "save-curve": save_curve, "backend": backend != "auto"}
     if curve is not None and (given := [f"--{name}" for name, value in of_engines.items() if value]):
         raise RequestError(f"--curve is {curve}: a paced device has no engines; leave {' and '.join(given)} out")
     began = time.monotonic()

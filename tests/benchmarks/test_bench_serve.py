@@ -92,6 +92,14 @@ def test_policies_take_turns_at_a_rate() -> None:
     )
 
 
+@pytest.mark.parametrize(("given", "said"), [("", None), ("64X96", "64x96")])
+def test_a_record_says_the_size_in_one_way(given: str, said: str | None) -> None:
+    pytest.importorskip("psutil")
+    place = process.Place("in-flight", **QUICK, size=given)
+    made = run(place, http=False, policies=bench.POLICIES[:1], points=(), rates=((1.0, None),))
+    assert [record["engines"]["size"] for record in made] == [said]
+
+
 def test_rates_of_a_policy() -> None:
     assert bench.rate("1.5") == (1.5, None)
     assert bench.rate("one at a time=2") == (2.0, "one at a time")
